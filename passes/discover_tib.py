@@ -1,0 +1,88 @@
+"""discover-tib: binding times of all values, and with them the temporal information block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from tfqc.analysis.binding import binding_times
+from tfqc.errors import PassError
+from tfqc.ir.program import Program, Role, Stage
+from tfqc.ir.rows import BindingTime, Tib
+from tfqc.passing import Context, Pass
+
+
+@dataclass(frozen=True)
+class DiscoverTib(Pass):
+    """Find the temporal features by data flow, and everything that computes them.
+
+    A temporal feature depends on the timestep, not on the sample, and is read by something that depends on the
+    sample. It has one row for each batch entry; a value that has not is passed over for the ones it is made from.
+    """
+
+    name: ClassVar[str] = "discover-tib"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    provides: ClassVar[frozenset[str]] = frozenset({"binding", "tib"})
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Provide the tables `binding` and `tib`."""
+        roles = binding_times(program)
+        inputs = {i.name for i in program.inputs}
+        binding = {
+            n.name: BindingTime(tuple(sorted(roles[n.name])))
+            for n in program.step.nodes
+            if n.op == "call_function" or n.name in inputs
+        }
+        features = temporal_features(program, roles)
+        if not features:
+            time = program.input(Role.TIME)[0].name
+            raise PassError(
+                f"No value that depends on %{time} is read by one that depends on the sample: {program.model} has no "
+                "temporal features. Check the roles of its inputs."
+            )
+        tib = {n.name: Tib("feature") for n in features}
+        stack = [operand for n in features for operand in n.all_input_nodes]
+        while stack:
+            node = stack.pop()
+            if node.op == "call_function" and node.name not in tib:
+                if Role.TIME in roles[node.name] or all(_only_for(u, tib, roles) for u in node.users):
+                    tib[node.name] = Tib("body")
+                stack.extend(node.all_input_nodes)
+        order = [n.name for n in program.step.nodes if n.name in tib]
+        program.set_table(BindingTime, binding)
+        program.set_table(Tib, {name: tib[name] for name in order})
+        steps = sum(Role.REQUEST not in roles[n.name] for n in features)
+        ctx.report.append(
+            f"{len(features)} temporal features: {steps} known at compile time, {len(features) - steps} per request"
+        )
+
+
+def temporal_features(program: Program, roles: dict[str, frozenset[Role]]) -> list[fx.Node]:
+    """Nodes that wait for the timestep but not the sample, are rows over the batch, and are read by others that do."""
+
+    def waits(node: fx.Node) -> bool:
+        found = roles.get(node.name, frozenset())
+        return Role.TIME in found and Role.SAMPLE not in found
+
+    def rows(node: fx.Node) -> bool:
+        type_ = program.tensor_type(node)
+        return type_ is not None and len(type_.shape) > 0 and type_.shape[0] == "B"
+
+    # From the readers back: a value that is no row over the batch is computed at every step, as its readers are.
+    dynamic: set[fx.Node] = set()
+    for node in reversed(list(program.step.nodes)):
+        late = node.op == "output" or not waits(node)
+        if late or (not rows(node) and any(u in dynamic for u in node.users)):
+            dynamic.add(node)
+    return [
+        n
+        for n in program.step.nodes
+        if n.op == "call_function" and n not in dynamic and rows(n) and any(u in dynamic for u in n.users)
+    ]
+
+
+def _only_for(user: fx.Node, tib: dict[str, Tib], roles: dict[str, frozenset[Role]]) -> bool:
+    return user.name in tib or Role.TIME in roles.get(user.name, frozenset())

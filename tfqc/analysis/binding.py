@@ -1,0 +1,69 @@
+"""Binding times (SPEC §1): which inputs a value depends on, by data flow over the whole function, never by names."""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx
+
+from tfqc.ir.ops import SHAPE_ONLY, op_name
+from tfqc.ir.program import STEP, Program, Role
+from tfqc.ir.rows import RowSource
+from tfqc.ir.types import symbols_of
+
+Roles = frozenset[Role]
+
+
+def data_flow(graph: fx.Graph) -> nx.DiGraph:
+    """Value dependencies of a function, as a graph over node names. Reading a shape is not reading a value."""
+    flow: nx.DiGraph = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node.name)
+        if node.op == "call_function" and op_name(node.target) in SHAPE_ONLY:
+            continue
+        flow.add_edges_from((operand.name, node.name) for operand in node.all_input_nodes)
+    return flow
+
+
+def binding_times(program: Program, function: str = STEP) -> dict[str, Roles]:
+    """Roles that each node of a function depends on, directly or through others.
+
+    A value whose shape needs a symbol that only the sample has (its height, say) counts as dependent on the sample:
+    without one it cannot be made. Parameters that a pass added depend on what their rows depend on.
+    """
+    graph = program.functions[function]
+    flow = data_flow(graph)
+    roles: dict[str, set[Role]] = {name: set() for name in flow}
+    for name, role in _sources(program).items():
+        if name in flow:
+            roles[name].add(role)
+            for reached in nx.descendants(flow, name):
+                roles[reached].add(role)
+    available = symbols_without_sample(program)
+    for node in graph.nodes:  # topological, so one sweep carries the shape dependence on
+        if node.op != "call_function" or op_name(node.target) in SHAPE_ONLY:
+            continue
+        needed = {
+            s for n in node.all_input_nodes if _is_size(n) for s in symbols_of(program.types[n.name])
+        } - available
+        if needed or any(Role.SAMPLE in roles[n.name] for n in node.all_input_nodes):
+            roles[node.name].add(Role.SAMPLE)
+    return {name: frozenset(found) for name, found in roles.items()}
+
+
+def symbols_without_sample(program: Program) -> set[str]:
+    """Symbolic dimensions that the time and request inputs know."""
+    others = [i for i in program.inputs if i.role is not Role.SAMPLE]
+    return {s for i in others if i.name in program.types for s in symbols_of(program.types[i.name])} | {"B"}
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node.target) in ("aten.sym_size.int", "aten.sym_numel.default")
+
+
+def _sources(program: Program) -> dict[str, Role]:
+    sources = {i.name: i.role for i in program.inputs}
+    kinds = {"row": Role.TIME, "time": Role.TIME, "begin": Role.REQUEST}
+    for name, row in program.table(RowSource).items():
+        if row.kind in kinds:
+            sources[name] = kinds[row.kind]
+    return sources

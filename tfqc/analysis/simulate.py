@@ -1,0 +1,51 @@
+"""Running a function with some of its linears and convolutions quantized, or watched, without rewriting it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from tfqc.analysis.weighted import WEIGHTED
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program, copy_graph
+
+
+class Simulation(fx.Interpreter):
+    """Interprets a graph; for a weighted node, by name: `inputs` maps its input (fake quantization), `weights` replaces
+    its weight (a value, or a function that computes one, so that gradients reach it), and `observe` sees its input.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        graph: fx.Graph,
+        *,
+        weights: Mapping[str, Tensor | Callable[[], Tensor]] | None = None,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        observe: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        read = {str(n.target): program.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
+        super().__init__(fx.GraphModule(read, copy_graph(graph)), garbage_collect_values=True)
+        self.weights, self.inputs, self.observe = weights or {}, inputs or {}, observe
+        self.parameters = [n.name for n in graph.nodes if n.op == "placeholder"]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; the weighted ones with their replacements."""
+        if n.op != "call_function" or op_name(n.target) not in WEIGHTED:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        operands = list(args)
+        if self.observe is not None:
+            self.observe(n.name, operands[0])
+        if n.name in self.inputs:
+            operands[0] = self.inputs[n.name](operands[0])
+        if n.name in self.weights:
+            weight = self.weights[n.name]
+            operands[1] = weight if isinstance(weight, Tensor) else weight()
+        return n.target(*operands, **kwargs)  # type: ignore[operator]
+
+    def call(self, values: Mapping[str, Tensor]) -> Any:
+        """Run with parameters by name."""
+        return self.run(*(values[name] for name in self.parameters))

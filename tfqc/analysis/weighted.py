@@ -1,0 +1,53 @@
+"""The operations that are quantized: linears and convolutions with a stored weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import STEP, Program
+from tfqc.ir.rows import Maintenance, Tib
+
+WEIGHTED = {"aten.linear.default", "aten.conv2d.default", "aten.conv1d.default", "tfqc.conv2d_rows.default"}
+# What holds weights or multiplies matrices and is left in floating point; reports name it.
+LEFT_IN_FLOAT = {
+    "aten.scaled_dot_product_attention.default", "aten.matmul.default", "aten.bmm.default", "aten.einsum.default",
+    "aten.conv_transpose2d.input", "aten.conv3d.default", "aten.embedding.default", "aten.group_norm.default",
+    "aten.layer_norm.default", "tfqc.group_norm_rows.default", "tfqc.layer_norm_rows.default", "aten.rms_norm.default",
+}  # fmt: skip
+
+
+def weight_of(node: fx.Node) -> str | None:
+    """Name of the stored weight [O, ...] of a linear or convolution; None for any other node."""
+    if node.op != "call_function" or op_name(node.target) not in WEIGHTED:
+        return None
+    weight = node.args[1]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def weighted_nodes(program: Program, function: str = STEP) -> Iterator[fx.Node]:
+    """Linears and convolutions of a function, in order."""
+    return (node for node in program.nodes(function) if weight_of(node) is not None)
+
+
+def tib_weighted(program: Program) -> list[fx.Node]:
+    """Linears and convolutions of the temporal information block."""
+    tib = program.table(Tib)
+    return [node for node in weighted_nodes(program) if node.name in tib]
+
+
+def runs_quantized(program: Program) -> list[fx.Node]:
+    """Weighted nodes that run at inference: all, less those of the TIB that only folded or cached features need."""
+    tib, maintenance = program.table(Tib), program.table(Maintenance)
+    live: set[fx.Node] = set()
+    stack = [
+        n for n in program.step.nodes if n.name in maintenance and maintenance[n.name].recomputes
+    ]  # fmt: skip
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in weighted_nodes(program) if n.name not in tib or not maintenance or n in live]

@@ -1,0 +1,98 @@
+"""The reference interpretation of a Program, at every stage: its functions run as fx graph modules."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor, fx
+
+from tfqc.errors import TfqcError
+from tfqc.ir.program import BEGIN, STEP, TIME, Program, Role
+from tfqc.ir.rows import RowSource, Schedule
+from tfqc.ir.types import TensorType
+from tfqc.runtime import Plan, Stepper, Table
+
+
+def plan_of(program: Program) -> Plan:
+    """How a call of the program becomes calls of its functions, as its side tables say."""
+    sources = program.table(RowSource)
+    schedule = program.table(Schedule).get("schedule")
+    time = program.types.get(program.input(Role.TIME)[0].name)
+    by_kind = {kind: {k: r for k, r in sources.items() if r.kind == kind} for kind in
+               ("row", "begin", "time", "table", "activation")}  # fmt: skip
+    return Plan(
+        inputs=tuple((i.name, str(i.role), i.path) for i in program.inputs),
+        positional=tuple(dict.fromkeys(i.path[0] for i in program.inputs)),
+        time_is_float=isinstance(time, TensorType) and time.dtype.is_floating_point,
+        timesteps=schedule.timesteps if schedule else (),
+        policy=schedule.policy if schedule else "recompute",
+        row=next(iter(by_kind["row"]), ""),
+        tables=tuple(
+            Table(name, row.output, row.encoding, row.scale, row.zero_point)
+            for name, row in sorted(by_kind["table"].items())
+        ),
+        activations=tuple(sorted(by_kind["activation"])),
+        hoisted={name: row.output for name, row in sorted(by_kind["begin"].items())},
+        request_tables={name: row.output for name, row in sorted(by_kind["time"].items())},
+    )
+
+
+class Interpreter(Stepper):
+    """Runs a program as it was when the interpreter was made."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(plan_of(program))
+        if not program.has_weights:
+            raise TfqcError("This program was captured without weights: it can be transformed, but not run.")
+        self._modules_by_name = {name: program.module(name) for name in program.functions}
+        self._parameters_of = {
+            name: [n.name for n in graph.nodes if n.op == "placeholder"]
+            for name, graph in program.functions.items()
+        }
+        self.time = self._time if TIME in program.functions else None
+        self.begin = self._begin if BEGIN in program.functions else None
+        self._tensors = program.tensors
+
+    def _call(self, function: str, values: dict[str, Any]) -> Any:
+        return self._modules_by_name[function](*(values[name] for name in self._parameters_of[function]))
+
+    def step(self, **values: Any) -> Any:
+        """One timestep."""
+        return self._call(STEP, values)
+
+    def _time(self, **values: Any) -> Any:
+        return self._call(TIME, values)
+
+    def _begin(self, **values: Any) -> Any:
+        return self._call(BEGIN, values)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return _lookup(self._modules_by_name[STEP], name)
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self._modules_by_name[STEP].get_submodule(owner), leaf, value)
+
+
+def _lookup(module: fx.GraphModule, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+_CACHE: weakref.WeakKeyDictionary[fx.Graph, tuple[int, Interpreter]] = weakref.WeakKeyDictionary()
+
+
+def interpreter(program: Program) -> Interpreter:
+    """An interpreter of the program as it is now; made anew only when the program has changed."""
+    state = hash((
+        *(g.python_code("self").src for g in program.functions.values()),
+        *((name, id(tensor), tensor._version) for name, tensor in program.tensors.items()),
+        repr(sorted(program.table(RowSource).items())),
+        repr(program.table(Schedule)),
+    ))  # fmt: skip
+    cached = _CACHE.get(program.step)
+    if cached is None or cached[0] != state:
+        cached = (state, Interpreter(program))
+        _CACHE[program.step] = cached
+    return cached[1]

@@ -1,0 +1,268 @@
+"""The Program: up to three functions over one store of tensors, with input roles, a stage and typed side tables.
+
+`step` is what runs at every timestep. `time` computes temporal features (and anything else that waits for the
+timestep but not for the sample); `begin` computes what is constant over one image. A function is a plain `fx.Graph`
+of ATen and tfqc operations; a name denotes the same value in every function in which it occurs.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, fx
+
+from tfqc.errors import TfqcError
+from tfqc.ir.tables import Row, Table
+from tfqc.ir.types import TensorType, Type
+
+R = TypeVar("R", bound=Row)
+STEP, TIME, BEGIN = "step", "time", "begin"
+
+
+class Stage(enum.IntEnum):
+    """How far a program has come; each stage has invariants of its own (`tfqc.ir.verify`)."""
+
+    CAPTURED = 0
+    NORMALIZED = 1
+    ANALYZED = 2
+    CALIBRATED = 3
+    FOLDED = 4
+    LOWERED = 5
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Role(enum.StrEnum):
+    """What changes an input: every step (`sample`, `time`) or every image (`request`)."""
+
+    SAMPLE = "sample"
+    TIME = "time"
+    REQUEST = "request"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor input of the captured model.
+
+    `path` says where it stands in a call: `("added_cond_kwargs", "time_ids")`. `domain` is the number of values
+    that a request input of class labels may take, when that was declared.
+    """
+
+    name: str
+    role: Role
+    path: tuple[str, ...]
+    domain: int | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from: the module's path in the model, and `file:line` of the Python that computed it."""
+
+    module: str = ""
+    source: str = ""
+
+
+@dataclass
+class Program:
+    """A captured model on its way to an artifact. Call it with the model's own inputs at any stage.
+
+    `tensors` holds every parameter, buffer and table by dotted name; `get_attr` nodes refer to it. `symbols` gives a
+    small example value for each symbolic dimension. `outputs` in a graph keep the model's own structure.
+    """
+
+    functions: dict[str, fx.Graph]
+    tensors: dict[str, Tensor]
+    inputs: tuple[Input, ...]
+    types: dict[str, Type] = field(default_factory=dict[str, Type])
+    origins: dict[str, Origin] = field(default_factory=dict[str, Origin])
+    symbols: dict[str, int] = field(default_factory=dict[str, int])
+    stage: Stage = Stage.CAPTURED
+    tables: dict[str, Table] = field(default_factory=dict[str, Table])
+    model: str = "model"
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> fx.Graph:
+        """The function of every timestep."""
+        return self.functions[STEP]
+
+    def nodes(self, function: str = STEP) -> Iterator[fx.Node]:
+        """Nodes of a function in order, safe against edits on the way."""
+        return iter(list(self.functions[function].nodes))
+
+    def node(self, name: str, function: str = STEP) -> fx.Node:
+        """The node called `name`.
+
+        Raises:
+            TfqcError: there is none.
+        """
+        for node in self.functions[function].nodes:
+            if node.name == name:
+                return node
+        raise TfqcError(f"There is no %{name} in @{function}.")
+
+    def input(self, role: Role) -> list[Input]:
+        """Inputs with a role, in order."""
+        return [i for i in self.inputs if i.role is role]
+
+    def type(self, node: fx.Node) -> Type:
+        """The type of a node's value."""
+        return self.types[node.name]
+
+    def tensor_type(self, node: fx.Node) -> TensorType | None:
+        """The type of a node's value if that is one tensor."""
+        type_ = self.types.get(node.name)
+        return type_ if isinstance(type_, TensorType) else None
+
+    def at(self, node: fx.Node) -> str:
+        """`%name (module path, file:line)`: how messages name a node."""
+        origin = self.origins.get(node.name, Origin())
+        where = ", ".join(part for part in (origin.module, origin.source) if part)
+        return f"%{node.name} ({where})" if where else f"%{node.name}"
+
+    def table(self, row: type[R]) -> dict[str, R]:
+        """Rows of one kind by node name; empty when no pass has provided them."""
+        return self.tables.get(row.table, {})  # type: ignore[return-value]
+
+    @property
+    def has_weights(self) -> bool:
+        """False for a program captured without weights (on the meta device)."""
+        return not any(t.is_meta for t in self.tensors.values())
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def set_table(self, row: type[R], rows: dict[str, R]) -> None:
+        """Replace a side table."""
+        self.tables[row.table] = dict(rows)
+
+    def tensor_node(self, name: str, function: str = STEP) -> fx.Node:
+        """The one node of `function` that reads tensor `name`; made if there is none."""
+        graph = self.functions[function]
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            node = graph.create_node("get_attr", name, name=tensor_node_name(name))
+        tensor = self.tensors[name]
+        self.types[node.name] = TensorType(tensor.dtype, tuple(tensor.shape))
+        return node
+
+    def insert(
+        self,
+        before: fx.Node,
+        target: Any,
+        args: Iterable[Any],
+        *,
+        name: str | None = None,
+        function: str = STEP,
+        like: fx.Node | None = None,
+    ) -> fx.Node:
+        """Insert `target(*args)` before a node, typed by running it on the meta device.
+
+        `like` gives the new node its origin (default: `before`'s).
+        """
+        from tfqc.ir.infer import infer_type
+
+        graph = self.functions[function]
+        with graph.inserting_before(before):
+            node = graph.create_node("call_function", target, tuple(args), {}, name=name)
+        self.types[node.name] = infer_type(self, node)
+        if origin := self.origins.get((like or before).name):
+            self.origins[node.name] = origin
+        return node
+
+    def add_input(self, name: str, type_: Type, function: str = STEP) -> fx.Node:
+        """Append a placeholder to a function."""
+        graph = self.functions[function]
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            node = graph.placeholder(name)
+        self.types[node.name] = type_
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of `old` read `new`, erase `old`."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        old.graph.erase_node(old)
+
+    def prune(self) -> None:
+        """Drop what nothing reads: dead nodes, tensors, types, origins and side-table rows."""
+        for graph in self.functions.values():
+            for node in reversed(list(graph.nodes)):
+                if not node.users and node.op in ("call_function", "get_attr"):
+                    graph.erase_node(node)
+        names = {n.name for g in self.functions.values() for n in g.nodes}
+        read = {str(n.target) for g in self.functions.values() for n in g.nodes if n.op == "get_attr"}
+        self.tensors = {k: v for k, v in self.tensors.items() if k in read or k in self._kept_tensors()}
+        self.types = {k: v for k, v in self.types.items() if k in names}
+        self.origins = {k: v for k, v in self.origins.items() if k in names}
+        for table in self.tables.values():
+            for name in [n for n, row in table.items() if row.of_node and n not in names]:
+                del table[name]
+
+    def _kept_tensors(self) -> set[str]:
+        return {name for table in self.tables.values() for row in table.values() for name in row.tensors()}
+
+    def clone(self) -> Program:
+        """A copy whose graphs and tables can be edited apart; tensors are shared (passes replace, never mutate)."""
+        functions: dict[str, fx.Graph] = {}
+        for name, graph in self.functions.items():
+            functions[name] = copy_graph(graph)
+        return Program(
+            functions,
+            dict(self.tensors),
+            self.inputs,
+            dict(self.types),
+            dict(self.origins),
+            dict(self.symbols),
+            self.stage,
+            {name: dict(rows) for name, rows in self.tables.items()},
+            self.model,
+        )
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def module(self, function: str = STEP) -> fx.GraphModule:
+        """One function as an executable module that shares the program's tensors."""
+        graph = self.functions[function]
+        read = {str(n.target): self.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
+        return fx.GraphModule(read, copy_graph(graph), class_name=function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The reference interpretation: the captured model's inputs in, its outputs out, at every stage."""
+        from tfqc.interpret import interpreter
+
+        return interpreter(self)(*args, **kwargs)
+
+    def __str__(self) -> str:
+        from tfqc.ir.render import render
+
+        return render(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self.clone()
+
+
+def tensor_node_name(tensor: str) -> str:
+    """Name of the node that reads a tensor: a valid identifier, distinct for distinct dotted names."""
+    return "w_" + tensor.replace("_", "__").replace(".", "_")
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph that keeps the names of its nodes."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copied = new.create_node(
+            node.op,
+            node.target,
+            fx.map_arg(node.args, lambda n: mapping[n]),
+            fx.map_arg(node.kwargs, lambda n: mapping[n]),
+            name=node.name,
+        )
+        mapping[node] = copied
+    return new

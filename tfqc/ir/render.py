@@ -1,0 +1,131 @@
+"""A Program as text: one node per line, readable, diffable, and parsed back by `tfqc.ir.parse`.
+
+    %silu_3: Bx1280xf32 = aten.silu.default(%linear_1)   {at="down_blocks.0.resnets.0" binding=["time"]}
+
+Tensors are written `@name` where they are used and declared once with their type, as globals are in LLVM.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from tfqc.errors import IRError
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program
+from tfqc.ir.types import DTYPE_NAMES, TensorType
+
+VERSION = 1
+
+
+def render(program: Program) -> str:
+    """The whole program as IR text. Tensor values are not in it: `tfqc.ir.store` keeps them beside it."""
+    return "\n".join(_lines(program)) + "\n"
+
+
+def _lines(program: Program) -> Iterator[str]:
+    yield f"tfqc-ir {VERSION}"
+    yield f"model {json.dumps(program.model)}"
+    yield f"stage {program.stage}"
+    if program.symbols:
+        yield "symbols " + " ".join(f"{name}={value}" for name, value in sorted(program.symbols.items()))
+    for item in program.inputs:
+        domain = "" if item.domain is None else f" domain={item.domain}"
+        yield f"input %{item.name} {item.role} {json.dumps(list(item.path))}{domain}"
+    for name in sorted(program.tensors):
+        tensor = program.tensors[name]
+        yield f"tensor @{name}: {TensorType(tensor.dtype, tuple(tensor.shape))}"
+    for name, graph in program.functions.items():
+        yield ""
+        yield from _function(program, name, graph)
+    for name, rows in sorted(program.tables.items()):
+        outside = {key: row for key, row in rows.items() if not row.inline}
+        if outside or not rows:
+            yield ""
+            yield f"table {name}"
+            for key, row in sorted(outside.items()):
+                yield f"  {key} {_json(row.to_json())}"
+
+
+def _function(program: Program, name: str, graph: fx.Graph) -> Iterator[str]:
+    parameters = [n for n in graph.nodes if n.op == "placeholder"]
+    yield f"func @{name}({', '.join(f'%{n.name}: {program.types[n.name]}' for n in parameters)}) {{"
+    for node in parameters:
+        if attributes := _attributes(program, node):
+            yield f"  note %{node.name}{attributes}"
+    for node in graph.nodes:
+        if node.op == "call_function":
+            yield f"  {render_node(program, node)}"
+        elif node.op == "output":
+            yield f"  return {render_value(node.args[0])}"
+        elif node.op not in ("placeholder", "get_attr"):
+            raise IRError(f"%{node.name} is a {node.op}: the IR holds only operations.")
+    yield "}"
+
+
+def render_node(program: Program, node: fx.Node) -> str:
+    """One node as its line of IR text."""
+    arguments = [render_value(a) for a in node.args]
+    arguments += [f"{key}={render_value(value)}" for key, value in node.kwargs.items()]
+    head = f"%{node.name}: {program.types[node.name]} = {op_name(node.target)}({', '.join(arguments)})"
+    return head + _attributes(program, node)
+
+
+def _attributes(program: Program, node: fx.Node) -> str:
+    parts: list[str] = []
+    if origin := program.origins.get(node.name):
+        if origin.module:
+            parts.append(f"at={json.dumps(origin.module)}")
+        if origin.source:
+            parts.append(f"src={json.dumps(origin.source)}")
+    for name, rows in sorted(program.tables.items()):
+        row = rows.get(node.name)
+        if row is not None and row.inline:
+            parts.append(f"{name}={_json(row.to_json())}")
+    return f"   {{{' '.join(parts)}}}" if parts else ""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
+
+
+def render_value(value: Any) -> str:
+    """A literal or a reference, as it stands in an argument list.
+
+    Raises:
+        IRError: the value has no literal form.
+    """
+    match value:
+        case fx.Node(op="get_attr"):
+            return f"@{value.target}"
+        case fx.Node():
+            return f"%{value.name}"
+        case None | bool():
+            return str(value)
+        case int():
+            return str(int(value))
+        case float():
+            return repr(value) if math.isfinite(value) else f"float({str(value)!r})".replace("'", "")
+        case str():
+            return json.dumps(value)
+        case list():
+            return "[" + ", ".join(map(render_value, value)) + "]"
+        case tuple():
+            return "(" + ", ".join(map(render_value, value)) + ("," if len(value) == 1 else "") + ")"
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(k)}: {render_value(v)}" for k, v in value.items()) + "}"
+        case torch.dtype():
+            return f"dtype({DTYPE_NAMES[value]})"
+        case torch.device():
+            return f"device({value})"
+        case torch.layout() | torch.memory_format():
+            return str(value)
+        case slice():
+            return f"slice({render_value(value.start)}, {render_value(value.stop)}, {render_value(value.step)})"
+        case _:
+            raise IRError(f"{value!r} ({type(value).__name__}) has no literal form in the IR.")

@@ -67,6 +67,10 @@ class Pass:
         """Change the program in place. Raise `PassError` for what the user must mend."""
         raise TypeError(f"{type(self).__name__} defines no run().")
 
+    def moves(self, program: Program) -> Numerics:
+        """What it may do to the outputs of this program; `numerics` unless a pass knows better."""
+        return self.numerics
+
     def __str__(self) -> str:
         return to_text(self.name, self)
 

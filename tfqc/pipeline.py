@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import yaml
+from torch import Tensor
 
-from tfqc.errors import PassError, PipelineError, SpecError, TfqcError
+from tfqc.errors import PassError, PipelineError, TfqcError
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import ALL_TABLES, Context, Pass
-from tfqc.registry import find_pass, pass_names
-from tfqc.spec import Spec, build, parse_specs
+from tfqc.registry import find_pass, sound_passes
+from tfqc.spec import build, parse_specs, to_yaml
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Pipeline:
         Raises:
             SpecError: malformed text, an unknown pass or option (with a suggestion), a value out of range.
         """
-        stripped = text.strip()
-        specs = _from_yaml(stripped) if stripped.startswith("- ") else parse_specs(stripped)
-        return cls(tuple(build(find_pass(spec.name), spec, "pass") for spec in specs))
+        return cls(tuple(build(find_pass(spec.name), spec, "pass") for spec in parse_specs(text)))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
@@ -41,13 +39,11 @@ class Pipeline:
 
     def to_yaml(self) -> str:
         """The same pipeline as YAML, one pass a line."""
-        items: list[Any] = []
-        for spec in parse_specs(str(self)):
-            options = {k: v[0] if len(v) == 1 else list(v) for k, v in spec.options.items()}
-            items.append({spec.name: options} if options else spec.name)
-        return yaml.safe_dump(items, sort_keys=False)
+        return to_yaml((item.name, item) for item in self.passes)
 
-    def check(self, stage: Stage = Stage.CAPTURED, tables: Sequence[str] = (), ctx: Context | None = None) -> Stage:
+    def check(
+        self, stage: Stage = Stage.CAPTURED, tables: Iterable[str] = (), ctx: Context | None = None
+    ) -> Stage:
         """Refuse an order that cannot work, before anything runs.
 
         Returns:
@@ -57,117 +53,156 @@ class Pipeline:
             PipelineError: one sentence that says what is missing and which pass provides it.
         """
         have = set(tables)
+        raised: dict[Stage, str] = {}  # stage -> the pass of this pipeline that reached it
+        dropped: dict[str, str] = {}  # table -> the pass of this pipeline that dropped it
         for number, item in enumerate(self.passes, 1):
             label = f"#{number} {item.name}"
             if stage < item.needs:
-                helper = _who(lambda p, want=item.needs: p.reaches >= want, "reaches")
                 raise PipelineError(
                     f"{label} needs stage {item.needs} but the program is only {stage} there: "
-                    f"put {helper(item.needs)} before it."
+                    f"put {_reaching(item.needs)} before it."
                 )
             if item.below is not None and stage >= item.below:
-                raise PipelineError(f"{label} works before stage {item.below}, but the program is {stage} there.")
-            if absent := sorted(item.requires - have):
-                providers = [n for n in pass_names() if absent[0] in find_pass(n).provides]
-                hint = f"put {' or '.join(providers)} before it" if providers else "no known pass provides it"
-                raise PipelineError(f"{label} needs the table {absent[0]!r}, which is not there: {hint}.")
-            if ctx is not None and (lacking := sorted(d for d in item.data if not ctx.has(d))):
-                raise PipelineError(f"{label} needs a {lacking[0]}: give one (schedule=..., calibration=...).")
-            have = (have if item.preserves == ALL_TABLES else have & item.preserves) | item.provides
-            stage = max(stage, item.reaches)
+                advice = (
+                    f"put it before {raised[stage]}" if stage in raised else "start from an earlier program"
+                )
+                raise PipelineError(
+                    f"{label} works below stage {item.below} but the program is {stage} there: {advice}."
+                )
+            for table in sorted(item.requires - have):
+                lost = f"which {dropped[table]} dropped" if table in dropped else "which is not there"
+                raise PipelineError(f"{label} needs the table {table!r}, {lost}: {_providing(table)}.")
+            for data in sorted(item.data) if ctx is not None else ():
+                if not ctx.has(data):
+                    raise PipelineError(f"{label} needs a {data}: give one ({data}=...).")
+            kept = _kept(item, have) | item.provides
+            dropped |= dict.fromkeys(have - kept, label)
+            have = kept
+            if item.reaches > stage:
+                stage = item.reaches
+                raised[stage] = label
         return stage
 
     def run(
-        self, program: Program, ctx: Context | None = None, instruments: Sequence[Instrument] | None = None
+        self,
+        program: Program,
+        ctx: Context | None = None,
+        instruments: Sequence[Instrument] | None = None,
     ) -> Program:
-        """Run the passes in order on the program, in place.
+        """Run the passes in order on the program, in place. After a failure it is as it was before that pass.
 
-        `instruments` see the program before and after each pass; by default the verifier runs between passes.
+        `instruments` nest around each pass, the first outermost: the last one sees the pass begin last and end
+        first. By default the verifier runs between passes.
 
         Raises:
             PipelineError: the order cannot work (nothing has run).
             PassError: a pass failed, or broke what it declares.
         """
         ctx = ctx or Context()
-        instruments = [VerifyEach()] if instruments is None else list(instruments)
-        self.check(program.stage, [n for n in program.tables], ctx)
+        instruments = [VerifyEach()] if instruments is None else instruments
+        self.check(program.stage, program.tables, ctx)
         for instrument in instruments:
             instrument.start(program, self)
-        for number, item in enumerate(self.passes, 1):
-            before = program.clone()
-            try:
-                for instrument in instruments:
-                    instrument.before(program, item, number)
-                item.run(program, ctx)
-                _settle(program, before, item)
-                for instrument in instruments:
-                    instrument.after(program, before, item, number)
-            except KeyboardInterrupt:
-                raise
-            except Exception as error:
-                _restore(program, before)
-                notes = [n for i in instruments for n in i.failed(before, item, number, self, ctx, error)]
-                if isinstance(error, TfqcError):
-                    raise _with_notes(error, f"in pass #{number} {item}", *notes)  # noqa: B904
-                raise PassError(
-                    f"Pass #{number} {item.name} failed: {type(error).__name__}: {error}", *notes
-                ) from error
-        for instrument in instruments:
-            instrument.finish(program)
+        try:
+            for number, item in enumerate(self.passes, 1):
+                before = program.clone()
+                try:
+                    _run_one(item, number, program, before, ctx, instruments)
+                except BaseException as error:
+                    vars(program).update(vars(before.clone()))
+                    if isinstance(error, Exception):
+                        self._fail(item, number, before, ctx, instruments, error)
+                    raise
+        finally:
+            for instrument in reversed(instruments):
+                instrument.finish(program)
         return program
+
+    def _fail(
+        self,
+        item: Pass,
+        number: int,
+        before: Program,
+        ctx: Context,
+        instruments: Sequence[Instrument],
+        error: Exception,
+    ) -> None:
+        """Give the error the notes of all instruments; errors that are not for users become a PassError."""
+        notes: list[str] = []
+        for instrument in reversed(instruments):
+            try:
+                notes += instrument.failed(before, item, number, self, ctx, error)
+            except Exception as trouble:  # must not hide the error that it was to explain
+                notes.append(f"{type(instrument).__name__} failed in turn: {trouble}")
+        if isinstance(error, TfqcError):
+            for note in (f"in pass #{number} {item}", *notes):
+                error.add_note(note)
+            return
+        first = next(iter(str(error).splitlines()), "")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PassError(
+            f"Pass #{number} {item.name} failed: {type(error).__name__}: {first}",
+            f"in pass #{number} {item}, at {frame.filename}:{frame.lineno} in {frame.name}",
+            *notes,
+        ) from error
+
+
+def _run_one(
+    item: Pass,
+    number: int,
+    program: Program,
+    before: Program,
+    ctx: Context,
+    instruments: Sequence[Instrument],
+) -> None:
+    versions = {name: _version(tensor) for name, tensor in before.tensors.items()}
+    for instrument in instruments:
+        instrument.before(program, item, number)
+    item.run(program, ctx)
+    for name, tensor in before.tensors.items():
+        if _version(tensor) != versions[name]:
+            raise PassError(
+                f"{item.name} changed tensor @{name} in place: passes replace tensors, others hold them."
+            )
+    _settle(program, before, item)
+    for instrument in reversed(instruments):
+        instrument.after(program, before, item, number)
 
 
 def _settle(program: Program, before: Program, item: Pass) -> None:
     """Hold a pass to what it declares: drop tables that it does not preserve, move the stage."""
-    if item.preserves != ALL_TABLES:
-        for table in set(program.tables) - item.preserves - item.provides:
-            del program.tables[table]
-    if absent := sorted(item.provides - set(program.tables)):
+    kept = _kept(item, before.tables)
+    tables = set(program.tables)
+    if absent := sorted(item.provides - tables):
         raise PassError(f"{item.name} declares that it provides the table {absent[0]!r}, and did not.")
-    if extra := sorted(set(program.tables) - set(before.tables) - item.provides):
+    if absent := sorted(kept - tables):
+        raise PassError(f"{item.name} declares that it preserves the table {absent[0]!r}, and removed it.")
+    if extra := sorted(tables - set(before.tables) - item.provides):
         raise PassError(f"{item.name} made the table {extra[0]!r} without declaring it in `provides`.")
-    program.stage = max(program.stage, item.reaches)
+    for table in tables - kept - item.provides:
+        del program.tables[table]
+    program.stage = max(before.stage, item.reaches)
     program.prune()
 
 
-def _restore(program: Program, before: Program) -> None:
-    """A failed pass leaves the program as it was before it."""
-    program.__dict__.update(before.clone().__dict__)
+def _kept(item: Pass, tables: Iterable[str]) -> set[str]:
+    """Those of the tables that a pass leaves valid."""
+    return set(tables) if item.preserves == ALL_TABLES else set(tables) & item.preserves
 
 
-def _with_notes(error: TfqcError, *notes: str) -> TfqcError:
-    for note in notes:
-        error.add_note(note)
-    return error
+def _version(tensor: Tensor) -> int:
+    """A number that grows whenever a tensor is written to; tensors of inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
-def _who(match: Any, kind: str) -> Any:
-    del kind
-
-    def name(stage: Stage) -> str:
-        found = [n for n in pass_names() if match(find_pass(n)) and find_pass(n).reaches == stage]
-        return " or ".join(found) or f"a pass that reaches {stage}"
-
-    return name
+def _reaching(stage: Stage) -> str:
+    return _names_of(lambda cls: cls.reaches == stage) or f"a pass that reaches {stage}"
 
 
-def _from_yaml(text: str) -> list[Spec]:
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"The pipeline is no valid YAML: {error}") from error
-    specs: list[Spec] = []
-    for item in loaded:
-        if isinstance(item, str):
-            specs.append(Spec(item))
-        elif isinstance(item, dict) and len(item) == 1:
-            ((name, options),) = item.items()
-            specs.append(Spec(str(name), {str(k): _values(v) for k, v in (options or {}).items()}))
-        else:
-            raise SpecError(f"A pipeline in YAML is a list of pass names and `name: {{option: value}}`, not {item!r}.")
-    return specs
+def _providing(table: str) -> str:
+    names = _names_of(lambda cls: table in cls.provides)
+    return f"put {names} before it" if names else "no known pass provides it"
 
 
-def _values(value: Any) -> tuple[str, ...]:
-    items = value if isinstance(value, list) else [value]
-    return tuple(str(v).lower() if isinstance(v, bool) else "none" if v is None else str(v) for v in items)
+def _names_of(wanted: Callable[[type[Pass]], bool]) -> str:
+    return " or ".join(name for name, cls in sound_passes() if wanted(cls))

@@ -6,12 +6,13 @@ Everything is loaded lazily: a broken plug-in fails only when it is asked for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import Any
 
 from tfqc.errors import SpecError, TfqcError, suggest
-from tfqc.passing import Pass, is_options_only
+from tfqc.passing import Pass
 
 OWNER = "tfqc"
 PASSES = {
@@ -38,31 +39,8 @@ class Entry:
 
     name: str
     path: str
-    owner: str
+    owner: str = OWNER
     version: str = ""
-
-
-@functools.cache
-def entries(group: str) -> dict[str, Entry]:
-    """All entries of `passes` or `backends`.
-
-    Raises:
-        TfqcError: two packages claim one name.
-    """
-    builtin = PASSES if group == "passes" else BACKENDS
-    found = {name: Entry(name, path, OWNER) for name, path in builtin.items()}
-    for point in metadata.entry_points(group=f"tfqc.{group}"):
-        owner = point.dist.name if point.dist else "unknown"
-        version = point.dist.version if point.dist else ""
-        if other := found.get(point.name):
-            if (other.owner, other.path) == (owner, point.value):
-                continue  # one distribution that stands twice on the path
-            raise TfqcError(
-                f"{group.removesuffix('es').removesuffix('s').capitalize()} {point.name!r} is claimed by "
-                f"{other.owner} ({other.path}) and by {owner} ({point.value}): uninstall one of them."
-            )
-        found[point.name] = Entry(point.name, point.value, owner, version)
-    return found
 
 
 def pass_names() -> list[str]:
@@ -82,12 +60,23 @@ def find_pass(name: str) -> type[Pass]:
     Raises:
         SpecError: no such pass (with a suggestion), or its plug-in does not load.
     """
-    cls = _load("passes", "pass", name)
-    if not (isinstance(cls, type) and issubclass(cls, Pass) and is_options_only(cls)):
+    cls = _load("passes", name)
+    # Asked of the class itself: a subclass that forgot the decorator inherits the answers of its base.
+    parameters = getattr(cls, "__dict__", {}).get("__dataclass_params__")
+    if not (isinstance(cls, type) and issubclass(cls, Pass) and parameters is not None and parameters.frozen):
         raise SpecError(f"Pass {name!r}: {cls!r} is no frozen dataclass derived from tfqc.passing.Pass.")
-    if cls.name != name:
-        raise SpecError(f"Pass {name!r} is registered under that name, but calls itself {cls.name!r}.")
+    if (own := getattr(cls, "name", None)) != name:
+        raise SpecError(f"Pass {name!r} is registered under that name, but calls itself {own!r}.")
     return cls
+
+
+def sound_passes() -> Iterator[tuple[str, type[Pass]]]:
+    """All passes that load, by name: what advice and listings are made from."""
+    for name in pass_names():
+        try:
+            yield name, find_pass(name)
+        except SpecError:
+            continue
 
 
 @functools.cache
@@ -97,16 +86,42 @@ def find_backend(name: str) -> Any:
     Raises:
         SpecError: no such backend (with a suggestion), or its plug-in does not load.
     """
-    return _load("backends", "backend", name)
+    return _load("backends", name)
 
 
-def _load(group: str, kind: str, name: str) -> Any:
+@functools.cache
+def entries(group: str) -> dict[str, Entry]:
+    """All entries of `passes` or `backends` by name; nothing is loaded.
+
+    Raises:
+        TfqcError: two packages claim one name.
+    """
+    builtin = PASSES if group == "passes" else BACKENDS
+    found = {name: Entry(name, path) for name, path in builtin.items()}
+    for point in metadata.entry_points(group=f"tfqc.{group}"):
+        dist = point.dist
+        entry = Entry(point.name, point.value, dist.name if dist else "unknown", dist.version if dist else "")
+        other = found.setdefault(point.name, entry)
+        if other is not entry:
+            raise TfqcError(
+                f"{_kind(group).capitalize()} {point.name!r} is claimed by {other.owner} ({other.path}) and by "
+                f"{entry.owner} ({entry.path}): uninstall one of them."
+            )
+    return found
+
+
+def _load(group: str, name: str) -> Any:
     known = entries(group)
     if name not in known:
-        raise SpecError(f"There is no {kind} {name!r}.{suggest(name, list(known))}")
+        raise SpecError(f"There is no {_kind(group)} {name!r}.{suggest(name, list(known))}")
     entry = known[name]
-    module, _, attribute = entry.path.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        return metadata.EntryPoint(name, entry.path, f"tfqc.{group}").load()
     except Exception as error:
-        raise SpecError(f"{kind.capitalize()} {name!r} of {entry.owner} does not load: {error}") from error
+        raise SpecError(
+            f"{_kind(group).capitalize()} {name!r} of {entry.owner} does not load: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _kind(group: str) -> str:
+    return {"passes": "pass", "backends": "backend"}[group]

@@ -1,152 +1,215 @@
 """The grammar in which passes, pipelines and targets are written: `name{option=value other=a,b}`.
 
-Names and options are kebab-case outside and snake_case in Python. Options are the fields of a frozen dataclass and
-are read by their type hints; `to_text` prints those that differ from their defaults, so that text round-trips.
+Names and options are kebab-case outside and snake_case in Python. Options are the fields of a frozen
+dataclass and are read by their type hints; `to_text` prints those that differ from their defaults, so that
+text round-trips. A value with blanks or punctuation stands in quotes, as in JSON; `option=` is the empty tuple.
+Line breaks and `#` comments are blanks, and a comma may stand after the last name. YAML says the same as a list
+of names and of `name: {option: value}`.
+
+One value has no text: the string "none" as an option of type `str | None`, where `none` is Python's None.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import types
 import typing
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
 
 from tfqc.errors import SpecError, suggest
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+_BLANK = re.compile(r"(?:\s|#[^\n]*)*")
 _WORD = re.compile(r"[A-Za-z_][\w\-]*")
-_VALUE = re.compile(r"[^\s{}\",]+")
+_BARE = re.compile(r'[^\s{}",#]+')
+_YAML = re.compile(r"(?:\s|#[^\n]*|---)*-\s")
+_JSON = json.JSONDecoder(strict=False)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A name and its options as text; an option may have several values."""
+    """A name and its options as text; an option may have several values, or none."""
 
     name: str
-    options: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict[str, tuple[str, ...]])
+    options: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+
+# -- text and YAML to specs ----------------------------------------------------------------------------------
 
 
 def parse_specs(text: str) -> list[Spec]:
-    """Read `a,b{x=1 y=p,q},c`. Line breaks and `#` comments are blanks.
+    """Read `a,b{x=1 y=p,q},c`, or the same as YAML (text that begins with a dash is YAML).
 
     Raises:
         SpecError: malformed text, with the place underlined in a note.
     """
-    text = re.sub(r"#[^\n]*", "", text).strip()
-    specs: list[Spec] = []
-    at = 0
+    return _specs_from_yaml(text) if _YAML.match(text) else _Reader(text).specs()
 
-    def fail(what: str) -> SpecError:
-        return SpecError(f"Expected {what} at column {at + 1} of {text!r}.", text, " " * at + "^")
 
-    def skip(position: int) -> int:
-        while position < len(text) and text[position].isspace():
-            position += 1
-        return position
+class _Reader:
+    """A place in the text, and what is read there."""
 
-    while at < len(text):
-        word = _WORD.match(text, at)
-        if word is None:
-            raise fail("a name")
-        at = skip(word.end())
-        options: dict[str, tuple[str, ...]] = {}
-        if text.startswith("{", at):
-            at = skip(at + 1)
-            while not text.startswith("}", at):
-                key = _WORD.match(text, at)
-                if key is None:
-                    raise fail("an option's name or '}'")
-                if key[0] in options:
-                    raise fail(f"each option once, not {key[0]!r} again,")
-                at = key.end()
-                if not text.startswith("=", at):
-                    raise fail(f"'=' after option {key[0]!r}")
-                at += 1
-                values: list[str] = []
-                while True:
-                    if text.startswith('"', at):
-                        end = text.find('"', at + 1)
-                        if end < 0:
-                            raise fail("a closing quote")
-                        values.append(text[at + 1 : end])
-                        at = end + 1
-                    elif value := _VALUE.match(text, at):
-                        values.append(value[0])
-                        at = value.end()
-                    else:
-                        raise fail("a value")
-                    if not text.startswith(",", at):
-                        break
-                    at += 1
-                options[key[0]] = tuple(values)
-                at = skip(at)
-            at = skip(at + 1)
-        specs.append(Spec(word[0], options))
-        if at < len(text):
-            if text[at] != ",":
-                raise fail("',' between names")
-            at = skip(at + 1)
-    return specs
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def specs(self) -> list[Spec]:
+        found: list[Spec] = []
+        self.blank()
+        while self.at < len(self.text):
+            found.append(Spec(self.match(_WORD, "a name"), self.options()))
+            if self.at < len(self.text) and not self.take(","):
+                raise self.fail("',' between names")
+            self.blank()
+        return found
+
+    def options(self) -> dict[str, tuple[str, ...]]:
+        """`{x=1 y=p,q}` or nothing, and the blanks around it."""
+        found: dict[str, tuple[str, ...]] = {}
+        self.blank()
+        if not self.take("{"):
+            return found
+        self.blank()
+        while not self.take("}"):
+            start = self.at
+            name = kebab(self.match(_WORD, "an option's name or '}'"))
+            if name in found:
+                self.at = start
+                raise self.fail(f"each option once, not {name!r} again,")
+            if not self.take("="):
+                raise self.fail(f"'=' after option {name!r}")
+            found[name] = self.values()
+            self.blank()
+        self.blank()
+        return found
+
+    def values(self) -> tuple[str, ...]:
+        if self.at == len(self.text) or self.text[self.at] in "}#" or self.text[self.at].isspace():
+            return ()
+        found = [self.value()]
+        while self.take(","):
+            found.append(self.value())
+        return tuple(found)
+
+    def value(self) -> str:
+        if not self.text.startswith('"', self.at):
+            return self.match(_BARE, "a value")
+        try:
+            value, self.at = _JSON.raw_decode(self.text, self.at)
+        except ValueError as error:
+            raise self.fail("a value and its closing quote") from error
+        return value
+
+    def blank(self) -> None:
+        self.match(_BLANK, "blanks or nothing")
+
+    def take(self, literal: str) -> bool:
+        found = self.text.startswith(literal, self.at)
+        self.at += len(literal) if found else 0
+        return found
+
+    def match(self, pattern: re.Pattern[str], what: str) -> str:
+        found = pattern.match(self.text, self.at)
+        if found is None:
+            raise self.fail(what)
+        self.at = found.end()
+        return found[0]
+
+    def fail(self, what: str) -> SpecError:
+        lines, row = self.text.split("\n"), self.text.count("\n", 0, self.at)
+        column = self.at - (self.text.rfind("\n", 0, self.at) + 1)
+        where = f"column {column + 1}" if len(lines) == 1 else f"line {row + 1}, column {column + 1}"
+        return SpecError(f"Expected {what} at {where} of {lines[row]!r}.", lines[row], " " * column + "^")
+
+
+def _specs_from_yaml(text: str) -> list[Spec]:
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"This is no valid YAML: {error}") from error
+    return [_spec_from_data(item) for item in loaded]
+
+
+def _spec_from_data(item: Any) -> Spec:
+    match item:
+        case str():
+            return Spec(item)
+        case dict() if len(item) == 1:
+            ((name, options),) = item.items()
+            if isinstance(options, dict):
+                return Spec(str(name), {kebab(str(key)): _texts(value) for key, value in options.items()})
+        case _:
+            pass
+    raise SpecError(f"In YAML an item is a name or `name: {{option: value}}`, not {item!r}.")
+
+
+# -- specs to objects and back -------------------------------------------------------------------------------
 
 
 def build(cls: type[T], spec: Spec, what: str) -> T:
     """Make a dataclass from a spec; `what` names its kind in messages ("pass", "target").
 
     Raises:
-        SpecError: an unknown option (with a suggestion), a missing one, or a value of the wrong type or range.
+        SpecError: an unknown option (with a suggestion), a missing one, or a value of the wrong type or
+            range.
     """
-    fields = {kebab(f.name): f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {kebab(f.name): f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
+    label = f"{what.capitalize()} {spec.name!r}"
     values: dict[str, Any] = {}
     for name, given in spec.options.items():
-        key = kebab(name)
-        if key not in fields:
-            raise SpecError(f"{what} {spec.name!r} has no option {name!r}.{suggest(key, list(fields))}")
-        field = fields[key]
+        known = fields.get(kebab(name))
+        if known is None:
+            raise SpecError(f"{label} has no option {name!r}.{suggest(name, list(fields))}")
         try:
-            values[field.name] = _convert(hints[field.name], given)
+            values[known.name] = _convert(hints[known.name], given)
         except ValueError as error:
-            raise SpecError(f"Option {name!r} of {what} {spec.name!r}: {error}.") from error
-    missing = [
-        key
-        for key, f in fields.items()
-        if f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in values
-    ]
-    if missing:
-        raise SpecError(f"{what} {spec.name!r} needs the option {missing[0]!r}: {spec.name}{{{missing[0]}=...}}.")
+            raise SpecError(f"{label}, option {name!r}: {error}.") from error
+    for name, known in fields.items():
+        if known.name not in values and _default(known) is dataclasses.MISSING:
+            raise SpecError(f"{label} needs the option {name!r}: {spec.name}{{{name}=...}}.")
     try:
         return cls(**values)
     except ValueError as error:  # a dataclass may check ranges in __post_init__
-        raise SpecError(f"{what} {spec.name!r}: {error}") from error
+        raise SpecError(f"{label}: {str(error).rstrip('.')}.") from error
 
 
-def to_text(name: str, value: Any) -> str:
+def to_text(name: str, value: DataclassInstance) -> str:
     """`name{options that differ from their defaults}`."""
-    parts: list[str] = []
-    for field in dataclasses.fields(value):
-        current = getattr(value, field.name)
-        if field.default is not dataclasses.MISSING and current == field.default:
-            continue
-        if field.default_factory is not dataclasses.MISSING and current == field.default_factory():
-            continue
-        items = current if isinstance(current, tuple) else (current,)
-        parts.append(f"{kebab(field.name)}={','.join(_quote(_show(i)) for i in items)}")
-    return f"{name}{{{' '.join(parts)}}}" if parts else name
+    options = [f"{key}={_join(current)}" for key, current in changed_options(value).items()]
+    return f"{name}{{{' '.join(options)}}}" if options else name
 
 
-def options_of(cls: type[Any]) -> dict[str, tuple[str, str]]:
+def to_yaml(items: typing.Iterable[tuple[str, DataclassInstance]]) -> str:
+    """Names and their dataclasses as YAML, one a line."""
+    data: list[Any] = []
+    for name, value in items:
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in changed_options(value).items()}
+        data.append({name: options} if options else name)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def changed_options(value: DataclassInstance) -> dict[str, Any]:
+    """The options of a dataclass that differ from their defaults, by kebab-case name."""
+    found = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    return {kebab(f.name): current for f, current in found.items() if current != _default(f)}
+
+
+def options_of(cls: type[DataclassInstance]) -> dict[str, tuple[str, str]]:
     """Option name -> (type as text, default as text), for help and listings."""
     hints = typing.get_type_hints(cls)
     found: dict[str, tuple[str, str]] = {}
-    for field in dataclasses.fields(cls):
-        default = "required" if field.default is dataclasses.MISSING else _show(field.default)
-        if field.default_factory is not dataclasses.MISSING:
-            default = _show(field.default_factory())
-        found[kebab(field.name)] = (_describe(hints[field.name]), default)
+    for known in dataclasses.fields(cls):
+        default = _default(known)
+        text = "required" if default is dataclasses.MISSING else _join(default)
+        found[kebab(known.name)] = (_describe(hints[known.name]), text)
     return found
 
 
@@ -155,52 +218,65 @@ def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _default(known: dataclasses.Field[Any]) -> Any:
+    """A field's default; `MISSING` when it has none."""
+    return known.default if known.default_factory is dataclasses.MISSING else known.default_factory()
+
+
+# -- values and their text -----------------------------------------------------------------------------------
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """An option's value as the words that stand for it."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_show(item) for item in value)
+    return (_show(value),)
+
+
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(_show(v) for v in value)
     return "none" if value is None else str(value)
 
 
-def _quote(text: str) -> str:
-    return text if _VALUE.fullmatch(text) else f'"{text}"'
+def _join(value: Any) -> str:
+    """An option's value as text."""
+    texts = _texts(value)
+    return ",".join(t if _BARE.fullmatch(t) else json.dumps(t, ensure_ascii=False) for t in texts)
 
 
 def _describe(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "|".join(map(str, arguments))
+        return "|".join(map(_show, arguments))
     if origin is tuple:
-        return f"{_describe(arguments[0])},..."
+        return ",".join("..." if a is Ellipsis else _describe(a) for a in arguments)
     if origin in (types.UnionType, typing.Union):
-        return "|".join(_describe(a) for a in arguments)
+        return "|".join(map(_describe, arguments))
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _convert(hint: Any, given: tuple[str, ...]) -> Any:
+    """The value that words stand for, under a type hint. ValueError says why they stand for none."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(arguments, given)
     if origin is tuple:
-        return tuple(_convert(arguments[0], (item,)) for item in given)
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(given)
+        if len(arguments) != len(given):
+            raise ValueError(f"{len(arguments)} values are wanted, not {len(given)}")
+        return tuple(_convert(a, (item,)) for a, item in zip(arguments, given, strict=True))
     if len(given) != 1:
         raise ValueError(f"one value is wanted, not {','.join(given)!r}")
     text = given[0]
-    if origin in (types.UnionType, typing.Union):
-        if text == "none" and type(None) in arguments:
-            return None
-        failures: list[str] = []
-        for argument in arguments:
-            if argument is not type(None):
-                try:
-                    return _convert(argument, given)
-                except ValueError as error:
-                    failures.append(str(error))
-        raise ValueError(failures[0])
     if origin is Literal:
         for choice in arguments:
-            if str(choice) == text:
+            if _show(choice) == text:
                 return choice
-        raise ValueError(f"{text!r} is not one of {', '.join(map(str, arguments))}")
+        raise ValueError(f"{text!r} is not one of {', '.join(map(_show, arguments))}")
+    if hint is str:
+        return text
     if hint is bool:
         if text not in ("true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
@@ -210,6 +286,17 @@ def _convert(hint: Any, given: tuple[str, ...]) -> Any:
             return hint(text)
         except ValueError:
             raise ValueError(f"{text!r} is no {'whole number' if hint is int else 'number'}") from None
-    if hint is str:
-        return text
     raise TypeError(f"Options of type {hint!r} are not supported.")
+
+
+def _convert_union(arguments: tuple[Any, ...], given: tuple[str, ...]) -> Any:
+    if given == ("none",) and type(None) in arguments:
+        return None
+    failures: list[str] = []
+    for argument in arguments:
+        if argument is not type(None):
+            try:
+                return _convert(argument, given)
+            except ValueError as error:
+                failures.append(str(error))
+    raise ValueError(failures[0])

@@ -15,6 +15,7 @@ from tfqc.ir.program import Program, copy_graph
 class Simulation(fx.Interpreter):
     """Interprets a graph; for a weighted node, by name: `inputs` maps its input (fake quantization), `weights` replaces
     its weight (a value, or a function that computes one, so that gradients reach it), and `observe` sees its input.
+    `values` replaces what any node computes.
     """
 
     def __init__(
@@ -25,14 +26,18 @@ class Simulation(fx.Interpreter):
         weights: Mapping[str, Tensor | Callable[[], Tensor]] | None = None,
         inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
+        values: Mapping[str, Tensor] | None = None,
     ) -> None:
         read = {str(n.target): program.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
         super().__init__(fx.GraphModule(read, copy_graph(graph)), garbage_collect_values=True)
         self.weights, self.inputs, self.observe = weights or {}, inputs or {}, observe
+        self.values = values or {}
         self.parameters = [n.name for n in graph.nodes if n.op == "placeholder"]
 
     def run_node(self, n: fx.Node) -> Any:
         """One node; the weighted ones with their replacements."""
+        if n.name in self.values:
+            return self.values[n.name]
         if n.op != "call_function" or op_name(n.target) not in WEIGHTED:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)

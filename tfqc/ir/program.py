@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
+from tfqc.ir.rows import RowSource
 from tfqc.ir.tables import Row, Table
 from tfqc.ir.types import TensorType, Type
 
@@ -196,16 +197,17 @@ class Program:
                 if not node.users and node.op in ("call_function", "get_attr"):
                     graph.erase_node(node)
         names = {n.name for g in self.functions.values() for n in g.nodes}
-        read = {str(n.target) for g in self.functions.values() for n in g.nodes if n.op == "get_attr"}
-        self.tensors = {k: v for k, v in self.tensors.items() if k in read or k in self._kept_tensors()}
         self.types = {k: v for k, v in self.types.items() if k in names}
         self.origins = {k: v for k, v in self.origins.items() if k in names}
         for table in self.tables.values():
             for name in [n for n, row in table.items() if row.of_node and n not in names]:
                 del table[name]
-
-    def _kept_tensors(self) -> set[str]:
-        return {name for table in self.tables.values() for row in table.values() for name in row.tensors()}
+        kept = {str(n.target) for g in self.functions.values() for n in g.nodes if n.op == "get_attr"}
+        kept |= {tensor for table in self.tables.values() for row in table.values() for tensor in row.tensors()}
+        self.tensors = {k: v for k, v in self.tensors.items() if k in kept}
+        sources = self.table(RowSource)
+        for name in [n for n in sources if n not in kept and n not in names]:
+            del sources[name]
 
     def clone(self) -> Program:
         """A copy whose graphs and tables can be edited apart; tensors are shared (passes replace, never mutate)."""

@@ -41,13 +41,16 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class ScalarType:
-    """A Python number: `int<B>` is an int whose value is the symbol B; `float` has no known value."""
+    """A Python number: `int<B>` is an int whose value is the symbol B; `float` has no known value.
+
+    A Python bool is written `bool<>`: `bool` is a tensor of no dimensions.
+    """
 
     kind: str
     value: str | None = None
 
     def __str__(self) -> str:
-        return self.kind if self.value is None else f"{self.kind}<{self.value}>"
+        return self.kind if self.value is None and self.kind != "bool" else f"{self.kind}<{self.value or ''}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,14 @@ def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int:
             case _:
                 raise IRError(f"Dimension {dim!r} is not integer arithmetic over {sorted(symbols) or 'no symbols'}.")
 
-    return dim if isinstance(dim, int) else walk(ast.parse(dim, mode="eval").body)
+    return dim if isinstance(dim, int) else walk(_expression(dim))
+
+
+def _expression(dim: str) -> ast.expr:
+    try:
+        return ast.parse(dim, mode="eval").body
+    except SyntaxError as error:
+        raise IRError(f"Dimension {dim!r} is not integer arithmetic: {error.msg}.") from error
 
 
 def symbols_of(type_: Type) -> set[str]:
@@ -105,21 +115,21 @@ def parse_type(text: str) -> Type:
     return type_
 
 
-_SCALAR = re.compile(r"(int|float|bool|none)(?:<([^>]*)>)?(?![\w])")
-_DIM = re.compile(r"(\d+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Z]\w*)x")
+# Symbols have no small letters, so that the `x` between dimensions ends them.
+SYMBOL = re.compile(r"[A-Z][A-Z0-9_]*")
+_SCALAR = re.compile(r"bool<>|(int|float|none)(?:<([^<>]+)>)?(?!\w)")
+_DIM = re.compile(rf"(\d+|{SYMBOL.pattern})x")
 _DTYPE = re.compile("|".join(sorted(DTYPES, key=len, reverse=True)))
 
 
 def _parse_type(text: str, at: int) -> tuple[Type, int]:
     if scalar := _SCALAR.match(text, at):
-        if not text.startswith("bool", at) or scalar[2] is not None or scalar[1] != "bool":
-            return ScalarType(scalar[1], scalar[2]), scalar.end()
-        return TensorType(torch.bool, ()), scalar.end()
+        return ScalarType(scalar[1] or "bool", scalar[2]), scalar.end()
     dims: list[Dim] = []
     position = at
-    while dim := _DIM.match(text, position):
-        dims.append(int(dim[1]) if dim[1].isdigit() else dim[1].removeprefix("(").removesuffix(")"))
-        position = dim.end()
+    while (found := _parse_dim(text, position)) is not None:
+        dims.append(found[0])
+        position = found[1]
     if dtype := _DTYPE.match(text, position):
         return TensorType(DTYPES[dtype[0]], tuple(dims)), dtype.end()
     if text.startswith("(", at):
@@ -135,3 +145,19 @@ def _parse_type(text: str, at: int) -> tuple[Type, int]:
         else:
             return TupleType(tuple(items)), position + 1
     raise IRError(f"{text[at:]!r} does not begin with a type such as 'Bx4x16x16xf32' or 'int<B>'.")
+
+
+def _parse_dim(text: str, at: int) -> tuple[Dim, int] | None:
+    """One dimension and the `x` behind it: a number, a symbol, or an expression in balanced parentheses."""
+    if simple := _DIM.match(text, at):
+        return int(simple[1]) if simple[1].isdigit() else simple[1], simple.end()
+    depth = 0
+    for end in range(at, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        if depth == 0:
+            if end == at or not text.startswith("x", end + 1):
+                return None
+            expression = text[at + 1 : end]
+            _expression(expression)
+            return expression, end + 2
+    return None

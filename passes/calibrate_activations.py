@@ -1,0 +1,75 @@
+"""calibrate-activations: scales and zero points for the inputs of linears and convolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tfqc.analysis.binding import binding_times
+from tfqc.analysis.quantizers import quantizer_of, set_input_quantizer
+from tfqc.analysis.ranges import observe_ranges
+from tfqc.analysis.weighted import runs_quantized
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program, Role, Stage
+from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.passing import Context, Pass
+from tfqc.quant import Grid
+
+
+@dataclass(frozen=True)
+class CalibrateActivations(Pass):
+    """Quantize the inputs of linears and convolutions: static, one row for each step, or dynamic for each token.
+
+    Options: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
+    for each step); skip (module path prefixes left in floating point). Per token is for linears; convolutions
+    are static there. An input that another pass has calibrated already keeps its parameters.
+    """
+
+    name: ClassVar[str] = "calibrate-activations"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
+    reaches: ClassVar[Stage] = Stage.CALIBRATED
+    data: ClassVar[frozenset[str]] = frozenset({"schedule", "calibration"})
+
+    bits: int = 8
+    mode: Literal["static", "per-step", "per-token"] = "static"
+    method: Literal["min-max", "mse"] = "min-max"
+    intervals: int = 0
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} is out of range: activations have 2 to 8 bits")
+        if self.intervals < 0:
+            raise ValueError(f"intervals={self.intervals} is negative")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Add scales and zero points to the tensors, rows to `quantizer`, and to `rows` for per-step ones."""
+        rows = program.tables.setdefault(Quantizer.table, {})
+        program.tables.setdefault(RowSource.table, {})
+        roles = binding_times(program)
+        wanted = [
+            node
+            for node in runs_quantized(program)
+            if not quantizer_of(program, node).input_bits
+            and not any(program.origins[node.name].module.startswith(p) for p in self.skip)
+        ]
+        dynamic = [
+            n for n in wanted if self.mode == "per-token" and op_name(n.target) == "aten.linear.default"
+        ]
+        for node in dynamic:
+            row = quantizer_of(program, node)
+            rows[node.name] = dataclasses.replace(row, input_bits=self.bits, input_how="per-token")
+        static = [n for n in wanted if n not in dynamic]
+        ranges = observe_ranges(program, static, ctx, self.method) if static else {}
+        for node in static:
+            value = node.all_input_nodes[0].name
+            # What waits for nothing but the request runs once per image, where there are no steps.
+            per_step = self.mode == "per-step" and bool(roles[node.name] & {Role.SAMPLE, Role.TIME})
+            scale, zero_point = ranges[value].qparams(
+                Grid(self.bits, symmetric=False), self.method, per_step, self.intervals
+            )
+            how = f"{'per-step' if per_step else 'static'} {self.method}"
+            set_input_quantizer(program, node, self.bits, scale, zero_point, how)

@@ -1,0 +1,71 @@
+"""calibrate-finite-set: FSC, one (scale, zero point) for each timestep, for the activations inside the TIB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tfqc.analysis.binding import binding_times
+from tfqc.analysis.features import tib_run
+from tfqc.analysis.quantizers import set_input_quantizer
+from tfqc.analysis.ranges import observe_ranges
+from tfqc.analysis.weighted import runs_quantized, tib_weighted
+from tfqc.ir.program import Program, Role, Stage
+from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.passing import Context, Pass
+from tfqc.quant import Grid, range_to_qparams
+
+
+@dataclass(frozen=True)
+class CalibrateFiniteSet(Pass):
+    """FSC: the schedule is finite, so every activation gets one scale and zero point for each of its timesteps.
+
+    Options: bits; scope (`tib`: inside the temporal information block, as in the paper; `all`: the whole network, as
+    in its code); intervals (rows that the schedule shares in scope `all`, 0 = one for each step). Ranges are min-max.
+    """
+
+    name: ClassVar[str] = "calibrate-finite-set"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule"})
+
+    bits: int = 8
+    scope: Literal["tib", "all"] = "tib"
+    intervals: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} is out of range: activations have 2 to 8 bits")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Add [T] scales and zero points to the tensors, rows to `quantizer` and `rows`."""
+        grid = Grid(self.bits, symmetric=False)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        nodes = {n.name: n.all_input_nodes[0].name for n in tib_weighted(program)}
+        run = tib_run(program, ctx)
+        roles = binding_times(program)
+
+        def observe(name: str, value: Tensor) -> None:
+            rows = value.detach().reshape(run.steps, -1)
+            found[nodes[name]] = range_to_qparams(rows.amin(1), rows.amax(1), grid)
+
+        with torch.no_grad():
+            run(observe=observe)
+        if self.scope == "all":
+            others = [n for n in runs_quantized(program) if n.name not in nodes]
+            nodes |= {n.name: n.all_input_nodes[0].name for n in others}
+            per_image = {n.all_input_nodes[0].name for n in others if roles[n.name] <= {Role.REQUEST}}
+            for value, ranges in observe_ranges(program, others, ctx, "min-max").items():
+                per_step = value not in per_image
+                found[value] = ranges.qparams(grid, "min-max", per_step, self.intervals)
+        program.tables.setdefault(Quantizer.table, {})
+        program.tables.setdefault(RowSource.table, {})
+        for name, value in nodes.items():
+            if value in found:
+                how = "per-step fsc" if found[value][0].numel() > 1 else "static min-max"
+                set_input_quantizer(program, program.node(name), self.bits, *found[value], how)

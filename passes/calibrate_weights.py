@@ -1,0 +1,73 @@
+"""calibrate-weights: integer codes and scales for the weight of every linear and convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
+from tfqc.analysis.weighted import runs_quantized, weight_of
+from tfqc.errors import CalibrationError
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.rows import Quantizer
+from tfqc.passing import Context, Pass
+from tfqc.quant import Grid, QuantizedWeight, quantize_weight
+
+
+@dataclass(frozen=True)
+class CalibrateWeights(Pass):
+    """Quantize weights per output channel or per group, with min-max or MSE ranges.
+
+    Options: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric;
+    edge-bits (for the model's first and last layer; none = as the others); skip (module path prefixes left in
+    floating point). A weight that another pass has quantized already keeps its codes.
+    """
+
+    name: ClassVar[str] = "calibrate-weights"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    reaches: ClassVar[Stage] = Stage.CALIBRATED
+
+    bits: int = 8
+    method: Literal["min-max", "mse"] = "min-max"
+    group: int | None = None
+    symmetric: bool = True
+    edge_bits: int | None = None
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for bits in (self.bits, self.edge_bits or self.bits):
+            if not 2 <= bits <= 8:
+                raise ValueError(f"bits={bits} is out of range: weights have 2 to 8 bits")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
+        program.tables.setdefault(Quantizer.table, {})
+        nodes = runs_quantized(program)
+        edges = {nodes[0].name, nodes[-1].name} if nodes else set[str]()
+        for node in ctx.progress.track(nodes, "quantizing weights", len(nodes)):
+            module = program.origins[node.name].module if node.name in program.origins else ""
+            if quantizer_of(program, node).codes or any(module.startswith(prefix) for prefix in self.skip):
+                continue
+            weight = weight_of(node)
+            assert weight is not None
+            bits = self.edge_bits if self.edge_bits is not None and node.name in edges else self.bits
+            quantized = self._quantize(program.tensors[weight], bits, f"@{weight} of {program.at(node)}")
+            how = self.method + (f" group {self.group}" if self.group else "")
+            set_weight_quantizer(program, node, weight, quantized, how + ("" if self.symmetric else " asymmetric"))
+
+    def _quantize(self, weight: Tensor, bits: int, where: str) -> QuantizedWeight:
+        grid = Grid(bits, self.symmetric)
+        if not weight.is_meta:
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
+            return quantize_weight(weight, grid, self.method, self.group)
+        columns = weight[0].numel()
+        shape = (weight.shape[0], -(-columns // min(self.group or columns, columns)))
+        codes = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+        zero_point = torch.empty(shape, dtype=torch.int32, device="meta")
+        return QuantizedWeight(codes, torch.empty(shape, device="meta"), zero_point, grid, self.group)

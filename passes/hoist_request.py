@@ -1,0 +1,70 @@
+"""hoist-request: what depends on the request alone (text keys and values) is computed once per image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from tfqc.analysis.binding import binding_times
+from tfqc.analysis.outline import outline
+from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage
+from tfqc.ir.rows import RowSource
+from tfqc.passing import EXACT, Context, Numerics, Pass
+
+
+@dataclass(frozen=True)
+class HoistRequest(Pass):
+    """Move request-static values out of @step into @begin, whose results are kept while the request tensors stay.
+
+    The run time recognises a request by the identity and the version of its tensors, so a prompt that is changed in
+    place is computed anew.
+    """
+
+    name: ClassVar[str] = "hoist-request"
+    needs: ClassVar[Stage] = Stage.FOLDED
+    below: ClassVar[Stage | None] = Stage.LOWERED
+    provides: ClassVar[frozenset[str]] = frozenset({"rows"})
+    numerics: ClassVar[Numerics] = EXACT
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Outline @begin; its outputs become parameters of @step under their own names."""
+        sources = program.tables.setdefault(RowSource.table, {})
+        roles = binding_times(program)
+        request = frozenset({Role.REQUEST})
+        waiting = {n for n in program.step.nodes if roles[n.name] == request and n.op == "call_function"}
+        values = [n for n in waiting if program.tensor_type(n) and any(u not in waiting for u in n.users)]
+        values = [n for n in program.step.nodes if n in values]
+        if not values or BEGIN in program.functions:
+            return
+        program.functions[BEGIN] = outline(program, values, {Role.REQUEST})
+        program.functions[STEP] = _with_parameters(program.step, values)
+        for output, node in enumerate(values):
+            sources[node.name] = RowSource("begin", output)
+        program.prune()
+        alive = {n for n in program.step.nodes if n.op != "placeholder" or n.users}
+        for node in program.nodes():
+            if node not in alive:
+                program.step.erase_node(node)
+        program.prune()
+        moved = sum(n.op == "call_function" for n in program.functions[BEGIN].nodes)
+        ctx.report.append(f"hoist: {moved} operations run once per image, giving {len(values)} values")
+
+
+def _with_parameters(graph: fx.Graph, values: list[fx.Node]) -> fx.Graph:
+    """A copy of a graph in which `values` are parameters of the same names."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "placeholder"] + values:
+        mapping[node] = new.create_node("placeholder", node.name, name=node.name)
+    for node in graph.nodes:
+        if node not in mapping:
+            mapping[node] = new.create_node(
+                node.op,
+                node.target,
+                fx.map_arg(node.args, lambda n: mapping[n]),
+                fx.map_arg(node.kwargs, lambda n: mapping[n]),
+                name=node.name,
+            )
+    return new

@@ -1,0 +1,120 @@
+"""insert-qdq: quantizers become operations: stored integer weights, quantize and dequantize around activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tfqc.analysis.weighted import LEFT_IN_FLOAT, weight_of
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import TIME, Program, Stage
+from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.packing import pack_int4
+from tfqc.passing import LOSSY, Context, Numerics, Pass
+
+ours = torch.ops.tfqc
+
+
+@dataclass(frozen=True)
+class InsertQdq(Pass):
+    """Make quantization explicit in @step and @begin; @time stays in full precision.
+
+    Weights of up to 4 bits are packed two a byte. Values that several operations read with the same parameters are
+    quantized once. Reports every weight and product that is left in floating point.
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+    needs: ClassVar[Stage] = Stage.FOLDED
+    below: ClassVar[Stage | None] = Stage.LOWERED
+    requires: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"rows", "schedule", "disturbance", "trajectory"})
+    reaches: ClassVar[Stage] = Stage.LOWERED
+    numerics: ClassVar[Numerics] = LOSSY
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Rewrite @step and @begin."""
+        row = next((n for n, s in program.table(RowSource).items() if s.kind == "row"), "")
+        quantizers = program.table(Quantizer)
+        left: dict[str, int] = {}
+        for function in [f for f in program.functions if f != TIME]:
+            shared: dict[tuple[str, str], fx.Node] = {}
+            for node in program.nodes(function):
+                if node.name not in quantizers:
+                    if weight_of(node) or (node.op == "call_function" and op_name(node.target) in LEFT_IN_FLOAT):
+                        kind = op_name(node.target).split(".")[1]
+                        left[kind] = left.get(kind, 0) + 1
+                    continue
+                quantizer = quantizers[node.name]
+                if quantizer.input_bits:
+                    _quantize_input(program, function, node, quantizer, row, shared)
+                if quantizer.codes:
+                    _quantize_weight(program, function, node, quantizer)
+        del program.tables[Quantizer.table]  # the graph says it now; what the table kept alive may go
+        program.prune()
+        if left:
+            ctx.report.append("left in floating point: " + ", ".join(f"{n} {k}" for k, n in sorted(left.items())))
+
+
+def _quantize_input(
+    program: Program,
+    function: str,
+    node: fx.Node,
+    quantizer: Quantizer,
+    row: str,
+    shared: dict[tuple[str, str], fx.Node],
+) -> None:
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    key = (value.name, f"{quantizer.input_scale}/{quantizer.input_bits}")
+    if key not in shared:
+        if not quantizer.input_scale:
+            args = (value, quantizer.input_bits)
+            shared[key] = program.insert(node, ours.quantize_dynamic.default, args, function=function)
+        else:
+            scale, zero_point = (
+                program.tensor_node(n, function) for n in (quantizer.input_scale, quantizer.input_zero_point)
+            )
+            per_step = program.table(RowSource).get(quantizer.input_scale) is not None
+            index = program.node(row, function) if per_step else None
+            limits = (0, 2**quantizer.input_bits - 1)
+            codes = program.insert(
+                node,
+                ours.quantize.default,
+                (value, scale, zero_point, index, *limits),
+                name=f"{value.name}_q",
+                function=function,
+            )
+            shared[key] = program.insert(
+                node,
+                ours.dequantize.default,
+                (codes, scale, zero_point, index),
+                name=f"{value.name}_dq",
+                function=function,
+            )
+    node.update_arg(0, shared[key])
+
+
+def _quantize_weight(program: Program, function: str, node: fx.Node, quantizer: Quantizer) -> None:
+    codes = program.tensors[quantizer.codes]
+    scale, zero_point = (
+        program.tensor_node(n, function) for n in (quantizer.weight_scale, quantizer.weight_zero_point)
+    )
+    fits = quantizer.weight_bits < 4 or (
+        quantizer.weight_bits == 4 and (codes.is_meta or bool((codes.min() >= -8) & (codes.max() <= 7)))
+    )
+    if fits:
+        name = quantizer.codes.removesuffix("codes") + "packed"
+        if name not in program.tensors:
+            packed = torch.empty((codes.numel() + 1) // 2, dtype=torch.uint8, device="meta")
+            program.tensors[name] = packed if codes.is_meta else pack_int4(codes)
+        packed_node = program.tensor_node(name, function)
+        args = (packed_node, scale, zero_point, quantizer.group, list(codes.shape))
+        target = ours.dequantize_weight_int4.default
+    else:
+        args = (program.tensor_node(quantizer.codes, function), scale, zero_point, quantizer.group)
+        target = ours.dequantize_weight.default
+    weight = program.insert(node, target, args, function=function)
+    node.update_arg(1, weight)

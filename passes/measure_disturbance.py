@@ -1,0 +1,78 @@
+"""measure-disturbance: the three symptoms of SPEC §2, for each temporal feature, step and strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from tfqc.analysis.disturbance import symptoms
+from tfqc.analysis.features import tib_run
+from tfqc.analysis.strategies import STRATEGIES, disturbed, stored_bytes
+from tfqc.analysis.trajectory import tib_trajectory_deviation
+from tfqc.errors import CalibrationError
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.rows import Disturbance, Trajectory
+from tfqc.passing import Context, Pass
+
+
+@dataclass(frozen=True)
+class MeasureDisturbance(Pass):
+    """Measure what quantization does to the temporal features: error, mismatch, and deviation of the trajectory.
+
+    Options: weights, activations (bits of the naive TIB, for nodes that no pass has quantized yet); strategies;
+    trajectory (images for the third symptom, sampled with only the TIB quantized; 0 leaves it out).
+    """
+
+    name: ClassVar[str] = "measure-disturbance"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
+    provides: ClassVar[frozenset[str]] = frozenset({"disturbance", "trajectory"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule"})
+
+    weights: int = 8
+    activations: int = 8
+    strategies: tuple[str, ...] = ("tib", "cache4", "cache8", "fold")
+    trajectory: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [s for s in self.strategies if s not in STRATEGIES]:
+            raise ValueError(f"{unknown[0]!r} is no strategy: {', '.join(STRATEGIES)}")
+        for bits in (self.weights, self.activations):
+            if not 2 <= bits <= 8:
+                raise ValueError(f"bits={bits} is out of range: 2 to 8")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Provide `disturbance` and `trajectory` (empty unless asked for)."""
+        run = tib_run(program, ctx)
+        with torch.no_grad():
+            exact = run()
+        assert ctx.schedule is not None
+        timesteps = ctx.schedule.timesteps
+        for name, value in exact.items():
+            if not bool(torch.isfinite(value).all()):
+                raise CalibrationError(f"Temporal feature {program.at(program.node(name))} is NaN or infinite.")
+        bits = (self.weights, self.activations)
+        measured = {
+            strategy: {
+                name: symptoms(exact[name], value)
+                for name, value in disturbed(program, run, strategy, exact, bits).items()
+            }
+            for strategy in ctx.progress.track(self.strategies, "measuring temporal features", len(self.strategies))
+        }
+        rows: dict[str, Disturbance] = {}
+        for name, value in exact.items():
+            size = value[0, 0].numel()
+            found = {s: measured[s][name] for s in self.strategies}
+            rows[name] = Disturbance(
+                timesteps=timesteps,
+                cosine={s: f.cosine for s, f in found.items()},
+                relative_l2={s: f.relative_l2 for s, f in found.items()},
+                mismatch={s: f.mismatch for s, f in found.items()},
+                bytes={s: stored_bytes(program, name, s, len(timesteps), size) for s in self.strategies},
+            )
+        program.set_table(Disturbance, rows)
+        deviation = tib_trajectory_deviation(program, ctx, bits, self.trajectory) if self.trajectory else ()
+        program.set_table(Trajectory, {"tib": Trajectory(deviation)} if deviation else {})

@@ -1,0 +1,96 @@
+"""reconstruct-tib: TIAR, joint AdaRound of all TIB weights against the full-precision temporal features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tfqc.adaround import SoftRounding, reconstruct
+from tfqc.analysis.features import tib_run
+from tfqc.analysis.quantizers import input_fake_quantizer, quantizer_of, set_weight_quantizer
+from tfqc.analysis.weighted import tib_weighted, weight_of
+from tfqc.errors import CalibrationError
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.rows import Quantizer
+from tfqc.passing import Context, Pass
+from tfqc.quant import Grid, QuantizedWeight, quantize_weight
+
+
+@dataclass(frozen=True)
+class ReconstructTib(Pass):
+    """TIAR: minimise Σ_i ‖g_i(h(t)) − ĝ_i(ĥ(t))‖² over the rounding of all weights in the TIB, and nothing else.
+
+    Trains on the distinct timesteps of the schedule as one full batch. Activations are quantized on the way if an
+    earlier pass (FSC) calibrated them. Keeps rounding to nearest if training did not beat it. Options: bits; method of
+    the weights' range search; iterations; learning-rate of Adam.
+    """
+
+    name: ClassVar[str] = "reconstruct-tib"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule"})
+
+    bits: int = 4
+    method: Literal["min-max", "mse"] = "mse"
+    iterations: int = 1000
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} is out of range: weights have 2 to 8 bits")
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations}: at least 1")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Add the rounded codes to the tensors and rows to `quantizer`."""
+        run = tib_run(program, ctx)
+        with torch.no_grad():
+            exact = run()
+        nearest: dict[str, QuantizedWeight] = {}
+        for node in tib_weighted(program):
+            weight = program.tensors[weight_of(node) or ""]
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"Weight @{weight_of(node)} of {program.at(node)} holds NaN or infinity.")
+            nearest[node.name] = quantize_weight(weight, Grid(self.bits, symmetric=True), self.method)
+        rows = {node.name: quantizer_of(program, node) for node in tib_weighted(program)}
+        requests = next(iter(exact.values())).shape[1]
+        inputs = {n: input_fake_quantizer(program, r, requests) for n, r in rows.items() if r.input_bits}
+        roundings = {
+            node.name: SoftRounding(
+                program.tensors[weight_of(node) or ""],
+                nearest[node.name].scale,
+                nearest[node.name].zero_point,
+                nearest[node.name].grid,
+            )
+            for node in tib_weighted(program)
+        }
+
+        def loss_of(features: dict[str, Tensor]) -> Tensor:
+            return torch.stack([(features[n] - exact[n]).square().sum() for n in exact]).sum()
+
+        with torch.no_grad():
+            before = float(loss_of(run({n: q.dequantize() for n, q in nearest.items()}, inputs)))
+        bar = ctx.progress.track(range(self.iterations), "reconstructing the TIB (TIAR)")
+        after = reconstruct(
+            list(roundings.values()),
+            lambda: loss_of(run({n: r.soft for n, r in roundings.items()}, inputs)),
+            iterations=self.iterations,
+            lr=self.learning_rate,
+            on_iteration=lambda _i, _loss: next(bar, None),
+        )
+        for _ in bar:
+            pass
+        better = after < before
+        ctx.report.append(
+            f"TIAR: loss {before:.4g} with nearest rounding, {after:.4g} reconstructed"
+            + ("" if better else "; nearest rounding kept")
+        )
+        program.tables.setdefault(Quantizer.table, {})
+        for node in tib_weighted(program):
+            quantized = roundings[node.name].hard() if better else nearest[node.name]
+            set_weight_quantizer(program, node, weight_of(node) or "", quantized, f"tiar {self.method}")

@@ -44,13 +44,11 @@ class DiscoverTib(Pass):
                 "temporal features. Check the roles of its inputs."
             )
         tib = {n.name: Tib("feature") for n in features}
-        stack = [operand for n in features for operand in n.all_input_nodes]
-        while stack:
-            node = stack.pop()
-            if node.op == "call_function" and node.name not in tib:
-                if Role.TIME in roles[node.name] or all(_only_for(u, tib, roles) for u in node.users):
+        for node in reversed(list(program.step.nodes)):  # readers first, so that membership is transitive
+            if node.op == "call_function" and node.name not in tib and Role.SAMPLE not in roles[node.name]:
+                readers = [u.name in tib for u in node.users]
+                if any(readers) if Role.TIME in roles[node.name] else all(readers):
                     tib[node.name] = Tib("body")
-                stack.extend(node.all_input_nodes)
         order = [n.name for n in program.step.nodes if n.name in tib]
         program.set_table(BindingTime, binding)
         program.set_table(Tib, {name: tib[name] for name in order})
@@ -82,7 +80,3 @@ def temporal_features(program: Program, roles: dict[str, frozenset[Role]]) -> li
         for n in program.step.nodes
         if n.op == "call_function" and n not in dynamic and rows(n) and any(u in dynamic for u in n.users)
     ]
-
-
-def _only_for(user: fx.Node, tib: dict[str, Tib], roles: dict[str, frozenset[Role]]) -> bool:
-    return user.name in tib or Role.TIME in roles.get(user.name, frozenset())

@@ -67,9 +67,8 @@ class FoldCache(Pass):
         values = self._values(program, maintenance)
         if values or program.table(RowSource):
             self._rows(program, values, maintenance)
-        _drop_unread_parameters(program)
         _forget(program)
-        program.prune()
+        program.drop_unread_parameters()
         after = sum(n.op == "call_function" for n in program.step.nodes)
         ctx.report.append(f"fold: {before} operations a step became {after}")
 
@@ -242,19 +241,6 @@ def _widen(program: Program, read: fx.Node) -> None:
     wide = program.insert(read.next, torch.ops.aten.expand.default, (read, sizes), like=read)
     for user in strict:
         user.replace_input_with(read, wide)
-
-
-def _drop_unread_parameters(program: Program) -> None:
-    _erase_dead(program.step)
-    for node in program.nodes():
-        if node.op == "placeholder" and not node.users:
-            program.step.erase_node(node)
-
-
-def _erase_dead(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr"):
-            graph.erase_node(node)
 
 
 def _forget(program: Program) -> None:

@@ -42,12 +42,7 @@ class HoistRequest(Pass):
         program.functions[STEP] = _with_parameters(program.step, values)
         for output, node in enumerate(values):
             sources[node.name] = RowSource("begin", output)
-        program.prune()
-        alive = {n for n in program.step.nodes if n.op != "placeholder" or n.users}
-        for node in program.nodes():
-            if node not in alive:
-                program.step.erase_node(node)
-        program.prune()
+        program.drop_unread_parameters()
         moved = sum(n.op == "call_function" for n in program.functions[BEGIN].nodes)
         ctx.report.append(f"hoist: {moved} operations run once per image, giving {len(values)} values")
 

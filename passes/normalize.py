@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tfqc.errors import PassError
+from tfqc.ir.infer import infer_type
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
@@ -20,15 +21,18 @@ from tfqc.passing import EXACT, Numerics, Pass
 _SAME_IF_TYPE_IS = {
     "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default", "aten.type_as.default",
     "aten.expand.default", "aten.view.default", "aten.reshape.default", "aten.alias.default", "aten.detach.default",
-    "aten.detach_.default", "aten.clone.default", "aten.lift_fresh_copy.default", "aten.to.other",
+    "aten.clone.default", "aten.lift_fresh_copy.default", "aten.to.other",
 }  # fmt: skip
+_COPIES = {"aten.clone.default", "aten._to_copy.default", "aten.lift_fresh_copy.default"}
+_DROPOUTS = {"aten.dropout.default", "aten.feature_dropout.default"}
 
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Remove assertions, in-place operations, identities and dead nodes.
+    """Remove assertions, in-place operations, identities and dead nodes; let created tensors say their sizes.
 
-    Refuses operations in place whose target is a view: their effect is not visible in the graph.
+    Refuses operations in place whose target is an input, or is shared with a view: that effect is not visible in
+    the graph.
     """
 
     name: ClassVar[str] = "normalize"
@@ -40,16 +44,27 @@ class Normalize(Pass):
         for node in program.nodes():
             if is_assertion(node):
                 program.step.erase_node(node)
+        # Aliases go before operations in place are rewritten, which then need not know them; copies go after.
+        _remove_identities(program, only_aliases=True)
         for node in program.nodes():
             if node.op == "call_function":
                 _functionalize(program, node)
+        _remove_identities(program, only_aliases=False)
         for node in program.nodes():
-            if node.op == "call_function" and (same := _identity(program, node)) is not None:
-                program.replace(node, same)
+            if node.op == "call_function":
+                _create_by_size(program, node)
         program.prune()
         program.origins = {
             name: origin for name, origin in program.origins.items() if origin.module or origin.source
         }
+
+
+def _remove_identities(program: Program, only_aliases: bool) -> None:
+    for node in program.nodes():
+        if node.op != "call_function" or (only_aliases and not _is_alias(node)):
+            continue
+        if (same := _identity(program, node)) is not None:
+            program.replace(node, same)
 
 
 def _functionalize(program: Program, node: fx.Node) -> None:
@@ -59,27 +74,60 @@ def _functionalize(program: Program, node: fx.Node) -> None:
         return
     name = op_name(target)
     packet, _, overload = name.removeprefix("aten.").partition(".")
-    functional = getattr(torch.ops.aten, packet.removesuffix("_"), None)
-    victim = node.args[0]
+    functional = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None)
+    victim = node.args[0] if node.args else None
     if not packet.endswith("_") or functional is None or not isinstance(victim, fx.Node):
         raise PassError(f"{program.at(node)}: {name} works in place and has no functional form that tfqc knows.")
-    if victim.op != "call_function" or _is_view(victim) or any(_is_view(u) for u in victim.users):
+    if victim.op != "call_function" or _is_alias(victim) or any(_is_alias(u) and u < node for u in victim.users):
         raise PassError(
             f"{program.at(node)}: {name} changes a value that others share; write the model without it there."
         )
-    node.target = getattr(functional, overload)
-    passed = False
-    for later in program.nodes():
-        passed = passed or later is node
-        if passed and later is not node:
-            later.replace_input_with(victim, node)
+    node.target = functional
+    result = node
+    if (promoted := infer_type(program, node)) != program.type(victim):  # in place, the target keeps its dtype
+        program.types[node.name] = promoted
+        dtype = program.tensor_type(victim).dtype  # type: ignore[union-attr]
+        result = program.insert(node.next, torch.ops.aten.to.dtype, (node, dtype), like=node)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    for later in [user for user in victim.users if node < user]:
+        later.replace_input_with(victim, result)
 
 
-def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and any(
-        r.alias_info is not None and not r.alias_info.is_write
-        for r in getattr(getattr(node.target, "_schema", None), "returns", ())
-    )
+def _is_alias(node: fx.Node) -> bool:
+    """True for a view, and for what may return its operand itself."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node.target)
+    if name == "operator.getitem":  # one of the views that `chunk` makes
+        return _is_alias(node.args[0])  # type: ignore[arg-type]
+    if name in _COPIES or (name.startswith("aten.to.") and (True in node.args[3:] or node.kwargs.get("copy"))):
+        return False
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return name in _DROPOUTS or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+_CREATIONS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
+
+
+def _create_by_size(program: Program, node: fx.Node) -> None:
+    """`zeros_like(x)`, `x.new_ones(...)` and such read no value of x: let them say their size, and not read x."""
+    packet = op_name(node.target).removeprefix("aten.").partition(".")[0]
+    kind = packet.removesuffix("_like").removeprefix("new_")
+    type_ = program.tensor_type(node)
+    if kind == packet or kind not in _CREATIONS or type_ is None:
+        return
+    like = node.args[0]
+    assert isinstance(like, fx.Node)
+    value: Any = _CREATIONS[kind]
+    if value is None:
+        value = node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"]
+    sizes = list(type_.shape) if packet.endswith("_like") else list(node.args[1])  # type: ignore[arg-type]
+    for dim, size in enumerate(sizes):
+        if isinstance(size, str):
+            sizes[dim] = program.insert(node, torch.ops.aten.sym_size.int, (like, dim))
+    node.target = torch.ops.aten.full.default
+    node.args = (sizes, value)
+    node.kwargs = {"dtype": type_.dtype, "device": torch.device("cpu"), "pin_memory": False}
 
 
 def _identity(program: Program, node: fx.Node) -> fx.Node | None:
@@ -89,8 +137,9 @@ def _identity(program: Program, node: fx.Node) -> fx.Node | None:
     if not isinstance(first, fx.Node):
         return None
     if name in _SAME_IF_TYPE_IS and program.type(node) == program.type(first):
-        return first
-    if name in ("aten.dropout.default", "aten.feature_dropout.default") and (args[1] == 0.0 or args[2] is False):
+        # A copy may be there for its strides: what views it needs them.
+        return None if name in _COPIES and (node.kwargs.get("memory_format") or _is_alias(first)) else first
+    if name in _DROPOUTS and (args[1] == 0.0 or args[2] is False):
         return first
     if name == "aten.slice.Tensor" and _whole(program, first, args):
         return first

@@ -5,25 +5,30 @@ Weights are not needed (a model on the meta device can be captured), and the bat
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from tfqc.errors import CaptureError
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.program import STEP, Input, Origin, Program, Role
-from tfqc.ir.types import DTYPES, ScalarType, TensorType, TupleType, Type
+from tfqc.ir.types import DTYPES, SYMBOL, ScalarType, TensorType, TupleType, Type
 
 # What diffusers calls the inputs of its denoisers. Anything else that is a tensor is constant over one image.
 SAMPLE_NAMES = {"sample", "hidden_states", "x", "latents", "noisy_latents", "x_t"}
 TIME_NAMES = {"timestep", "timesteps", "t", "time", "time_step", "sigma"}
+
+_UNKNOWN = TensorType(torch.float32, ())  # until torch.export has told
 
 Example = Mapping[str, Any] | Sequence[Any]
 DynamicDims = Mapping[str, Mapping[int, str]]
@@ -47,16 +52,18 @@ def capture(
         roles: input name (dotted for nested ones) -> `sample`, `time` or `request`. By default inputs are
             recognised by the names that diffusers gives them.
         domains: request inputs of integer class labels -> how many labels there are.
-        dynamic: further symbolic dimensions: `{"sample": {2: "H", 3: "W"}}`.
+        dynamic: further symbolic dimensions: `{"sample": {2: "H", 3: "W"}}`; symbols are capital letters.
         name: what the IR calls the model; its class name by default.
 
     Raises:
-        CaptureError: no input is the time or the sample, or torch.export failed (the message names the line of the
-            model's source at which it did).
+        CaptureError: no input is the time or the sample, torch.export failed (the message names the line of the
+            model's source at which it did), or the model's code took a way that is right for some batches only.
     """
     arguments = _by_name(model, example_inputs)
     flat = _tensors_by_path(arguments)
     inputs = _assign_roles(flat, dict(roles or {}), dict(domains or {}))
+    if strange := [s for d in (dynamic or {}).values() for s in d.values() if not SYMBOL.fullmatch(s)]:
+        raise CaptureError(f"{strange[0]!r} is no name for a dimension: use capital letters, such as 'H'.")
     arguments, dims = _prepare(arguments, inputs, flat, dict(dynamic or {}))
     exported = _export(model, arguments, dims)
     return _to_program(model, exported, inputs, dims, name or type(model).__name__)
@@ -114,7 +121,11 @@ def _assign_roles(
             return Role.SAMPLE
         return Role.REQUEST
 
-    inputs = [Input(_identifier(path), role(n), path, domains.get(n)) for n, path in names.items()]
+    names_of_nodes = fx.graph._Namespace()  # keeps off the names that Python code cannot use
+    inputs = [
+        Input(names_of_nodes.create_name("_".join(path), None), role(n), path, _UNKNOWN, domains.get(n))
+        for n, path in names.items()
+    ]
     for needed, hint in ((Role.TIME, "the timestep"), (Role.SAMPLE, "the noisy sample")):
         found = [i for i in inputs if i.role is needed]
         if not found:
@@ -125,10 +136,6 @@ def _assign_roles(
         if needed is Role.TIME and len(found) > 1:
             raise CaptureError(f"Only one input can be the time, not {', '.join(i.name for i in found)}.")
     return inputs
-
-
-def _identifier(path: tuple[str, ...]) -> str:
-    return re.sub(r"\W", "_", "_".join(path))
 
 
 def _prepare(
@@ -229,7 +236,9 @@ def _to_program(
     dims: Mapping[tuple[str, ...], dict[int, str]],
     name: str,
 ) -> Program:
-    root = exported.module(check_guards=False)
+    root = exported.module(check_guards=True)
+    _check_guards(root, exported, dims, type(model).__name__)
+    _inline_regions(root)
     tensors = _tensors_of(model)
     by_path = {i.path: i for i in inputs}
     program = Program({STEP: fx.Graph()}, {}, tuple(inputs), model=name)
@@ -247,7 +256,11 @@ def _to_program(
         if isinstance(value, Tensor):
             naming.bind(value, dims[keys])
         mapping[parameter] = graph.placeholder(by_path[keys].name)
-        program.types[by_path[keys].name] = naming.type(value)
+        type_ = naming.type(value)
+        assert isinstance(type_, TensorType)
+        by_path[keys] = dataclasses.replace(by_path[keys], type=type_)
+        program.types[by_path[keys].name] = type_
+    program.inputs = tuple(by_path.values())
     for node in root.graph.nodes:
         if node.op == "get_attr":
             target = str(node.target)
@@ -271,7 +284,7 @@ def _to_program(
         if node.op == "call_function":
             args = fx.map_arg(node.args, lambda n: mapping[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: mapping[n])
-            kwargs = {k: torch.device("cpu") if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _on_cpu)
             target = _known(node)
             new = graph.create_node("call_function", target, args, kwargs, name=node.name)
             mapping[node] = new
@@ -285,6 +298,86 @@ def _to_program(
             graph.output(structure)
     program.prune()
     return program
+
+
+def _on_cpu(value: Any) -> Any:
+    """The device at capture (meta, say) means nothing to the program."""
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _check_guards(
+    root: fx.GraphModule,
+    exported: torch.export.ExportedProgram,
+    dims: Mapping[tuple[str, ...], dict[int, str]],
+    model: str,
+) -> None:
+    """Refuse a capture that holds for the example's sizes only, as after `if x.shape[0] % 2:` in the model's code.
+
+    torch.export remembers such decisions as guards. They must allow a batch of three, and for every other symbol its
+    double or its half.
+    """
+    guards = getattr(root, "_guards_fn", None)
+    if guards is None:
+        return
+    inputs = [n for n in root.graph.nodes if n.op == "placeholder"]
+    leaves, _ = pytree.tree_flatten_with_path(_call_tree(exported, inputs))
+    path_of = {n: tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, n in leaves}
+
+    def complaint(symbol: str, resize: Callable[[int], int]) -> str:
+        examples: list[Any] = []
+        for node in inputs:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                named = dims.get(path_of[node], {})
+                sizes = [int(s) if isinstance(s, int) else int(s.node.hint) for s in value.shape]
+                sizes = [resize(s) if named.get(d) == symbol else s for d, s in enumerate(sizes)]
+                value = torch.empty(sizes, dtype=value.dtype, device="meta")
+            examples.append(value)
+        try:
+            guards(*examples)
+        except AssertionError as error:
+            return str(error).strip().splitlines()[0].removeprefix("Guard failed: ")
+        return ""
+
+    for symbol in sorted({s for d in dims.values() for s in d.values()}):
+        ways: list[Callable[[int], int]] = [lambda _: 3] if symbol == "B" else [lambda s: 2 * s, lambda s: s // 2]
+        if all(reasons := [complaint(symbol, way) for way in ways]):
+            raise CaptureError(
+                f"{model} cannot be captured for every {symbol}: its code depends on {reasons[0]}.",
+                "An `if` or an int(...) on a size fixes it; so does a view with that size as a number.",
+            )
+
+
+# Regions that change how operations are differentiated or cast, not what they are.
+_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
+
+
+def _inline_regions(root: fx.GraphModule) -> None:
+    """Put the body of `with torch.no_grad():` and of a disabled autocast in the place of its call."""
+    for node in list(root.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in _REGIONS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        region, operands = node.args[at], node.args[at + 1 :]
+        body = getattr(root, str(region.target))
+        if target.name() == "wrap_with_autocast" and node.args[2]:
+            inside = next((_origin(n).source for n in body.graph.nodes if n.op == "call_function"), "")
+            raise CaptureError(
+                f"The model turns autocast on around {inside or 'nothing'}: convert it to the dtype that it is to run "
+                "in, and capture it without autocast."
+            )
+        _inline_regions(body)
+        parameters = [n for n in body.graph.nodes if n.op == "placeholder"]
+        mapping = dict(zip(parameters, operands, strict=True))
+        with root.graph.inserting_before(node):
+            results = root.graph.graph_copy(body.graph, mapping)
+        for user in list(node.users):  # each picks one of the results
+            user.replace_all_uses_with(results[user.args[1]])
+            root.graph.erase_node(user)
+        root.graph.erase_node(node)
+        if not region.users:
+            root.graph.erase_node(region)
 
 
 def _tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -312,12 +405,23 @@ def _known(node: fx.Node) -> Any:
 
 
 def _origin(node: fx.Node) -> Origin:
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    modules = [path for path, _ in stack if not path.startswith("_empty_nn_module_stack")]  # torch's placeholder
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     own = [(f, n) for f, n in frames if "/torch/" not in f] or frames
     source = f"{_short(own[-1][0]).rpartition('/')[2]}:{own[-1][1]}" if own else ""
-    return Origin(modules[-1][0] if modules else "", source)
+    return Origin(modules[-1] if modules else "", source)
+
+
+def _exact(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    """dividend // divisor, without rounding where there is none: (6*B) // B is 6. Sizes are not zero."""
+    quotient = sympy.cancel(dividend / divisor)
+    return quotient if quotient.is_integer else FloorDiv(dividend, divisor)
+
+
+def _remainder(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    return sympy.Integer(0) if sympy.cancel(dividend / divisor).is_integer else Mod(dividend, divisor)
 
 
 class _Symbols:
@@ -337,7 +441,7 @@ class _Symbols:
     def dim(self, size: int | torch.SymInt) -> int | str:
         if isinstance(size, int):
             return size
-        expression = str(size.node.expr)
+        expression = str(size.node.expr.replace(FloorDiv, _exact).replace(Mod, _remainder))
         if expression.lstrip("-").isdigit():
             return int(expression)
         for symbol in re.findall(r"\b[su]\d+\b", expression):
@@ -345,7 +449,7 @@ class _Symbols:
                 self.names[symbol] = f"S{len(self.names)}"
                 self.program.symbols[self.names[symbol]] = 2
         renamed = re.sub(r"\b[su]\d+\b", lambda found: self.names[found[0]], expression)
-        if "FloorDiv" in renamed or re.search(r"[^\w\s+*()/\-%]", renamed):
+        if re.search(r"[^\w\s+*()/\-%]", renamed):
             raise CaptureError(f"A dimension is {renamed}, which the IR cannot say.")
         return renamed
 

@@ -8,23 +8,22 @@ from typing import Any
 from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program, Role
 from tfqc.ir.rows import RowSource, Schedule
-from tfqc.ir.types import TensorType
-from tfqc.runtime import Plan, Stepper, Table
+from tfqc.runtime import Plan, Stepper, Table, buffer_name
 
 
 def plan_of(program: Program) -> Plan:
     """How a call of the program becomes calls of its functions, as its side tables say."""
     sources = program.table(RowSource)
     schedule = program.table(Schedule).get("schedule")
-    time = program.types.get(program.input(Role.TIME)[0].name)
     by_kind = {kind: {k: r for k, r in sources.items() if r.kind == kind} for kind in
                ("row", "begin", "time", "table", "activation")}  # fmt: skip
     return Plan(
         inputs=tuple((i.name, str(i.role), i.path) for i in program.inputs),
         positional=tuple(dict.fromkeys(i.path[0] for i in program.inputs)),
-        time_is_float=isinstance(time, TensorType) and time.dtype.is_floating_point,
+        time_is_float=program.input(Role.TIME)[0].type.dtype.is_floating_point,
         timesteps=schedule.timesteps if schedule else (),
         policy=schedule.policy if schedule else "recompute",
         row=next(iter(by_kind["row"]), ""),
@@ -45,7 +44,7 @@ class Interpreter(Stepper):
         super().__init__(plan_of(program))
         if not program.has_weights:
             raise TfqcError("This program was captured without weights: it can be transformed, but not run.")
-        self._modules_by_name = {name: program.module(name) for name in program.functions}
+        self._modules_by_name = {name: _with_weights(program.module(name)) for name in program.functions}
         self._parameters_of = {
             name: [n.name for n in graph.nodes if n.op == "placeholder"]
             for name, graph in program.functions.items()
@@ -68,16 +67,24 @@ class Interpreter(Stepper):
         return self._call(BEGIN, values)
 
     def get_tensor(self, name: str) -> Tensor:
-        return _lookup(self._modules_by_name[STEP], name)
+        return self._modules_by_name[STEP].get_buffer(buffer_name(name))
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        setattr(self._modules_by_name[STEP].get_submodule(owner), leaf, value)
+        setattr(self._modules_by_name[STEP], buffer_name(name), value)
 
 
-def _lookup(module: fx.GraphModule, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+def _with_weights(module: fx.GraphModule) -> fx.GraphModule:
+    """Dequantize stored weights once, not at every call."""
+    for number, node in enumerate(list(module.graph.nodes)):
+        if node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight"):
+            args = fx.map_arg(node.args, lambda n: module.get_buffer(str(n.target)))
+            name = f"dequantized_{number}"
+            module.register_buffer(name, node.target(*args))
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(name))
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 _CACHE: weakref.WeakKeyDictionary[fx.Graph, tuple[int, Interpreter]] = weakref.WeakKeyDictionary()

@@ -69,12 +69,13 @@ class Pipeline:
                 raise PipelineError(
                     f"{label} works below stage {item.below} but the program is {stage} there: {advice}."
                 )
-            for table in sorted(item.requires - have):
-                lost = f"which {dropped[table]} dropped" if table in dropped else "which is not there"
-                raise PipelineError(f"{label} needs the table {table!r}, {lost}: {_providing(table)}.")
-            for data in sorted(item.data) if ctx is not None else ():
-                if not ctx.has(data):
-                    raise PipelineError(f"{label} needs a {data}: give one ({data}=...).")
+            if absent := sorted(item.requires - have):
+                table = absent[0]
+                lost = f"which {dropped[table]} drops" if table in dropped else "which is not there"
+                place = "between them" if table in dropped else "before it"
+                raise PipelineError(f"{label} needs the table {table!r}, {lost}: {_providing(table, place)}.")
+            if ctx is not None and (absent := [data for data in sorted(item.data) if not ctx.has(data)]):
+                raise PipelineError(f"{label} needs a {absent[0]}: give one ({absent[0]}=...).")
             kept = _kept(item, have) | item.provides
             dropped |= dict.fromkeys(have - kept, label)
             have = kept
@@ -89,9 +90,9 @@ class Pipeline:
         ctx: Context | None = None,
         instruments: Sequence[Instrument] | None = None,
     ) -> Program:
-        """Run the passes in order on the program, in place. After a failure it is as it was before that pass.
+        """Run the passes in order on the program, in place. A pass that fails leaves it as it was before it.
 
-        `instruments` nest around each pass, the first outermost: the last one sees the pass begin last and end
+        `instruments` nest around each pass, the first outermost: the last one sees a pass begin last and end
         first. By default the verifier runs between passes.
 
         Raises:
@@ -199,9 +200,9 @@ def _reaching(stage: Stage) -> str:
     return _names_of(lambda cls: cls.reaches == stage) or f"a pass that reaches {stage}"
 
 
-def _providing(table: str) -> str:
+def _providing(table: str, place: str) -> str:
     names = _names_of(lambda cls: table in cls.provides)
-    return f"put {names} before it" if names else "no known pass provides it"
+    return f"put {names} {place}" if names else "no known pass provides it"
 
 
 def _names_of(wanted: Callable[[type[Pass]], bool]) -> str:

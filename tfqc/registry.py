@@ -31,6 +31,7 @@ PASSES = {
 BACKENDS = {
     "fake-quant": "tfqc.backends.fake_quant:FakeQuantBackend",
 }
+_KINDS = {"passes": "pass", "backends": "backend"}
 
 
 @dataclass(frozen=True)
@@ -101,27 +102,22 @@ def entries(group: str) -> dict[str, Entry]:
     for point in metadata.entry_points(group=f"tfqc.{group}"):
         dist = point.dist
         entry = Entry(point.name, point.value, dist.name if dist else "unknown", dist.version if dist else "")
-        other = found.setdefault(point.name, entry)
-        if other is not entry:
+        if other := found.get(point.name):
             raise TfqcError(
-                f"{_kind(group).capitalize()} {point.name!r} is claimed by {other.owner} ({other.path}) and by "
-                f"{entry.owner} ({entry.path}): uninstall one of them."
+                f"The {_KINDS[group]} {point.name!r} is claimed by {other.owner} ({other.path}) "
+                f"and by {entry.owner} ({entry.path}): uninstall one of them."
             )
+        found[point.name] = entry
     return found
 
 
 def _load(group: str, name: str) -> Any:
-    known = entries(group)
+    known, kind = entries(group), _KINDS[group]
     if name not in known:
-        raise SpecError(f"There is no {_kind(group)} {name!r}.{suggest(name, list(known))}")
+        raise SpecError(f"There is no {kind} {name!r}.{suggest(name, list(known))}")
     entry = known[name]
     try:
         return metadata.EntryPoint(name, entry.path, f"tfqc.{group}").load()
     except Exception as error:
-        raise SpecError(
-            f"{_kind(group).capitalize()} {name!r} of {entry.owner} does not load: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _kind(group: str) -> str:
-    return {"passes": "pass", "backends": "backend"}[group]
+        reason = f"{type(error).__name__}: {error}"
+        raise SpecError(f"The {kind} {name!r} of {entry.owner} does not load: {reason}") from error

@@ -2,9 +2,9 @@
 
 Names and options are kebab-case outside and snake_case in Python. Options are the fields of a frozen
 dataclass and are read by their type hints; `to_text` prints those that differ from their defaults, so that
-text round-trips. A value with blanks or punctuation stands in quotes, as in JSON; `option=` is the empty tuple.
-Line breaks and `#` comments are blanks, and a comma may stand after the last name. YAML says the same as a list
-of names and of `name: {option: value}`.
+text round-trips. A value with blanks or punctuation stands in quotes, as in JSON; `option=` is the empty
+tuple. Line breaks and `#` comments are blanks, and a comma may stand after the last name. YAML says the same
+as a list of names and of `name: {option: value}`.
 
 One value has no text: the string "none" as an option of type `str | None`, where `none` is Python's None.
 """
@@ -193,7 +193,7 @@ def to_yaml(items: typing.Iterable[tuple[str, DataclassInstance]]) -> str:
     for name, value in items:
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in changed_options(value).items()}
         data.append({name: options} if options else name)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(data, sort_keys=False)
 
 
 def changed_options(value: DataclassInstance) -> dict[str, Any]:

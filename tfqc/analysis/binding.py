@@ -53,7 +53,7 @@ def binding_times(program: Program, function: str = STEP) -> dict[str, Roles]:
 def symbols_without_sample(program: Program) -> set[str]:
     """Symbolic dimensions that the time and request inputs know."""
     others = [i for i in program.inputs if i.role is not Role.SAMPLE]
-    return {s for i in others if i.name in program.types for s in symbols_of(program.types[i.name])} | {"B"}
+    return {s for i in others for s in symbols_of(i.type)}
 
 
 def _is_size(node: fx.Node) -> bool:

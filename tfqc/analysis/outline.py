@@ -10,7 +10,7 @@ from torch import fx
 from tfqc.errors import PassError
 from tfqc.ir.ops import SHAPE_ONLY, op_name
 from tfqc.ir.program import Program, Role
-from tfqc.ir.types import ScalarType, TensorType
+from tfqc.ir.types import ScalarType
 
 
 def outline(program: Program, outputs: Iterable[fx.Node], roles: set[Role]) -> fx.Graph:
@@ -36,6 +36,7 @@ def outline(program: Program, outputs: Iterable[fx.Node], roles: set[Role]) -> f
     inputs = [i for i in program.inputs if i.role in roles]
     # All inputs of the roles are parameters, read or not: the caller need not know which are.
     given = {i.name: graph.placeholder(i.name) for i in inputs}
+    program.types.update({i.name: i.type for i in inputs})
     source = wanted[0].graph if wanted else program.step
     ordered = [n for n in source.nodes if n in needed]
     for node in [n for n in ordered if n.op == "get_attr"]:
@@ -77,9 +78,9 @@ def _shape(
 
 
 def _size(program: Program, graph: fx.Graph, node: fx.Node, symbol: str, given: dict[str, fx.Node]) -> fx.Node:
-    for name, parameter in given.items():
-        type_ = program.types[name]
-        if isinstance(type_, TensorType) and symbol in type_.shape:
+    for item in program.inputs:
+        parameter, type_, name = given.get(item.name), item.type, item.name
+        if parameter is not None and symbol in type_.shape:
             made = graph.call_function(torch.ops.aten.sym_size.int, (parameter, type_.shape.index(symbol)))
             made.name = graph._graph_namespace.create_name(f"size_{name}_{type_.shape.index(symbol)}", made)
             program.types[made.name] = ScalarType("int", symbol)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tfqc.analysis.weighted import WEIGHTED
 from tfqc.ir.ops import op_name
-from tfqc.ir.program import Program, copy_graph
+from tfqc.ir.program import STEP, Program
 
 
 class Simulation(fx.Interpreter):
@@ -28,8 +28,8 @@ class Simulation(fx.Interpreter):
         observe: Callable[[str, Tensor], None] | None = None,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        read = {str(n.target): program.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
-        super().__init__(fx.GraphModule(read, copy_graph(graph)), garbage_collect_values=True)
+        alone = Program({STEP: graph}, program.tensors, program.inputs)
+        super().__init__(alone.module(), garbage_collect_values=True)
         self.weights, self.inputs, self.observe = weights or {}, inputs or {}, observe
         self.values = values or {}
         self.parameters = [n.name for n in graph.nodes if n.op == "placeholder"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tfqc.errors import TfqcError
 from tfqc.ir.program import Program
 from tfqc.ir.verify import verify
 from tfqc.passing import Context, Pass
@@ -16,7 +19,7 @@ class Instrument:
     """Sees the program before and after each pass. Methods do nothing unless overridden."""
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
-        """Before the first pass."""
+        """Before the first pass. An error raised here refuses the run."""
 
     def before(self, program: Program, item: Pass, number: int) -> None:
         """Before pass `number` (from 1)."""
@@ -31,7 +34,7 @@ class Instrument:
         return []
 
     def finish(self, program: Program) -> None:
-        """After the last pass."""
+        """After the last pass that ran, whether it failed or not."""
 
 
 class VerifyEach(Instrument):
@@ -42,3 +45,21 @@ class VerifyEach(Instrument):
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
         verify(program, f"#{number} {item.name}")
+
+
+def claim(directory: Path, ours: re.Pattern[str], what: str) -> list[Path]:
+    """Make a directory, or make sure that it holds nothing but `ours`: what an earlier run wrote there.
+
+    Returns:
+        What is there.
+
+    Raises:
+        TfqcError: the directory holds something else, or is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise TfqcError(f"{directory} is a file: choose a directory for the {what}.")
+    directory.mkdir(parents=True, exist_ok=True)
+    present = sorted(directory.iterdir())
+    if foreign := [file.name for file in present if not ours.fullmatch(file.name)]:
+        raise TfqcError(f"{directory} holds {foreign[0]!r}, which is no {what}: choose another directory.")
+    return present

@@ -1,12 +1,13 @@
-"""A directory that replays a failure: the program before the pass, its tensors, the pass, the data, the command."""
+"""A directory that replays a failure: the program before the pass, the pass, the data and the command."""
 
 from __future__ import annotations
 
-import shutil
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tfqc.instruments.base import Instrument
+from tfqc.instruments.base import Instrument, claim
 from tfqc.ir.program import Program
 from tfqc.ir.store import save_program
 from tfqc.passing import Context, Pass
@@ -14,29 +15,50 @@ from tfqc.passing import Context, Pass
 if TYPE_CHECKING:
     from tfqc.pipeline import Pipeline
 
+_OURS = re.compile(
+    r"before\.(ir|safetensors)|(pass|pipeline|error|command)\.txt|schedule\.json|calibration\.safetensors"
+)
+
 
 class Reproducer(Instrument):
-    """Writes `before.ir`, `before.safetensors`, `pass.txt`, `pipeline.txt`, `error.txt` and `command.txt` when a pass
-    fails (and `calibration/`, if the pass uses calibration data), for `tfqc opt`."""
+    """Writes a directory for `tfqc opt` when a pass fails.
+
+    `before.ir` and `before.safetensors` are the program before the pass, `pass.txt` is the pass, and
+    `command.txt` runs it; `schedule.json` and `calibration.safetensors` are there if there was such data.
+    `pipeline.txt` and `error.txt` tell what happened.
+
+    Raises:
+        TfqcError: the directory holds files that are no reproducer; nothing has run.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def start(self, program: Program, pipeline: Pipeline) -> None:
+        if self.directory.exists():
+            claim(self.directory, _OURS, "reproducer")
+
     def failed(
         self, program: Program, item: Pass, number: int, pipeline: Pipeline, ctx: Context, error: Exception
     ) -> list[str]:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
+        for file in claim(self.directory, _OURS, "reproducer"):
+            file.unlink()
         save_program(program, self.directory / "before.ir")
-        (self.directory / "pass.txt").write_text(f"{item}\n")
-        (self.directory / "pipeline.txt").write_text(f"{pipeline}\n")
-        (self.directory / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
-        command = f"tfqc opt {self.directory / 'before.ir'} -p {self.directory / 'pass.txt'}"
+        self._write("pass.txt", f"{item}")
+        self._write("pipeline.txt", f"{pipeline}")
+        self._write("error.txt", f"{type(error).__name__}: {error}")
+        command = ["tfqc", "opt", self._at("before.ir"), "-p", self._at("pass.txt"), "--seed", str(ctx.seed)]
         if ctx.schedule is not None:
-            (self.directory / "schedule.json").write_text(ctx.schedule.to_json())
-            command += f" --schedule {self.directory / 'schedule.json'}"
+            self._write("schedule.json", ctx.schedule.to_json())
+            command += ["--schedule", self._at("schedule.json")]
         if ctx.calibration is not None and "calibration" in item.data:
             ctx.calibration.save(self.directory / "calibration.safetensors")
-            command += f" --calibration {self.directory / 'calibration.safetensors'}"
-        (self.directory / "command.txt").write_text(command + "\n")
-        return [f"replay it with: {command}"]
+            command += ["--calibration", self._at("calibration.safetensors")]
+        self._write("command.txt", shlex.join(command))
+        return [f"replay it with: {shlex.join(command)}"]
+
+    def _at(self, name: str) -> str:
+        return str(self.directory / name)
+
+    def _write(self, name: str, text: str) -> None:
+        (self.directory / name).write_text(text + "\n")

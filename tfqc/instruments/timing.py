@@ -16,7 +16,7 @@ from tfqc.passing import Pass
 
 @dataclass(frozen=True)
 class PassTiming:
-    """One pass: wall-clock seconds, highest resident memory while it ran (MiB), and nodes of @step after it."""
+    """One pass: wall-clock seconds, peak resident memory while it ran (MiB), operations of @step after it."""
 
     number: int
     name: str
@@ -26,7 +26,10 @@ class PassTiming:
 
 
 class Timing(Instrument):
-    """Collects a `PassTiming` for each pass in `passes`; writes `timing.json` into a directory if given one."""
+    """Collects a `PassTiming` for each pass that ran, and writes `timing.json` into a directory if given one.
+
+    Stands last among the instruments, so that it times the pass and not them.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
@@ -44,12 +47,9 @@ class Timing(Instrument):
         nodes = sum(n.op == "call_function" for n in program.step.nodes)
         self.passes.append(PassTiming(number, item.name, round(seconds, 4), self._sampler.stop(), nodes))
 
-    def failed(self, *_: object) -> list[str]:
-        if self._sampler is not None:
-            self._sampler.stop()
-        return []
-
     def finish(self, program: Program) -> None:
+        if self._sampler is not None:  # a pass that failed has no `after`
+            self._sampler.stop()
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             rows = [asdict(t) for t in self.passes]
@@ -57,7 +57,8 @@ class Timing(Instrument):
 
 
 class _PeakSampler:
-    """Highest resident set while it lives. The kernel's own peak never falls, so a thread looks 50 times a second."""
+    """Highest resident set while it lives. The kernel's own peak never falls, so a thread looks 50 times a
+    second."""
 
     def __init__(self) -> None:
         self._peak = _resident_mib()

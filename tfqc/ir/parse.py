@@ -84,8 +84,11 @@ class _Reader:
             case "input":
                 name, role, rest = rest.removeprefix("%").split(" ", 2)
                 path, end = _JSON.raw_decode(rest)
+                type_, end = _parse_type(rest, end + 2)
                 domain = re.fullmatch(r" domain=(\d+)", rest[end:])
-                item = Input(name, Role(role), tuple(path), int(domain[1]) if domain else None)
+                if not isinstance(type_, TensorType):
+                    raise IRError(f"input %{name} is no tensor.")
+                item = Input(name, Role(role), tuple(path), type_, int(domain[1]) if domain else None)
                 program.inputs = (*program.inputs, item)
             case "tensor":
                 self.tensor(rest)

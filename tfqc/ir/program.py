@@ -18,6 +18,7 @@ from tfqc.errors import TfqcError
 from tfqc.ir.rows import RowSource
 from tfqc.ir.tables import Row, Table
 from tfqc.ir.types import TensorType, Type
+from tfqc.runtime import buffer_name
 
 R = TypeVar("R", bound=Row)
 STEP, TIME, BEGIN = "step", "time", "begin"
@@ -56,6 +57,7 @@ class Input:
     name: str
     role: Role
     path: tuple[str, ...]
+    type: TensorType
     domain: int | None = None
 
 
@@ -209,6 +211,17 @@ class Program:
         for name in [n for n in sources if n not in kept and n not in names]:
             del sources[name]
 
+    def drop_unread_parameters(self) -> None:
+        """Take parameters that nothing reads off @step. The row index stays while quantizers wait to read it."""
+        self.prune()
+        sources = self.table(RowSource)
+        awaited = {"row"} if any(s.kind == "activation" for s in sources.values()) else set[str]()
+        for node in self.nodes():
+            kind = sources[node.name].kind if node.name in sources else ""
+            if node.op == "placeholder" and not node.users and kind not in awaited:
+                self.step.erase_node(node)
+        self.prune()
+
     def clone(self) -> Program:
         """A copy whose graphs and tables can be edited apart; tensors are shared (passes replace, never mutate)."""
         functions: dict[str, fx.Graph] = {}
@@ -229,10 +242,15 @@ class Program:
     # -- running ---------------------------------------------------------------------------------------------------
 
     def module(self, function: str = STEP) -> fx.GraphModule:
-        """One function as an executable module that shares the program's tensors."""
-        graph = self.functions[function]
-        read = {str(n.target): self.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
-        return fx.GraphModule(read, copy_graph(graph), class_name=function)
+        """One function as an executable module that shares the program's tensors, as buffers of flat names."""
+        graph = copy_graph(self.functions[function])
+        read: dict[str, Tensor] = {}
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                name = str(node.target)
+                node.target = buffer_name(name)
+                read[node.target] = self.tensors[name]
+        return fx.GraphModule(read, graph, class_name=function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The reference interpretation: the captured model's inputs in, its outputs out, at every stage."""

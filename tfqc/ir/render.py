@@ -36,7 +36,7 @@ def _lines(program: Program) -> Iterator[str]:
         yield "symbols " + " ".join(f"{name}={value}" for name, value in sorted(program.symbols.items()))
     for item in program.inputs:
         domain = "" if item.domain is None else f" domain={item.domain}"
-        yield f"input %{item.name} {item.role} {json.dumps(list(item.path))}{domain}"
+        yield f"input %{item.name} {item.role} {json.dumps(list(item.path))}: {item.type}{domain}"
     for name in sorted(program.tensors):
         tensor = program.tensors[name]
         yield f"tensor @{name}: {TensorType(tensor.dtype, tuple(tensor.shape))}"

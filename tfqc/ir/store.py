@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tfqc.errors import IRError
 from tfqc.ir.parse import parse
@@ -16,16 +18,20 @@ from tfqc.ir.render import render
 
 
 def save_program(program: Program, path: Path) -> None:
-    """Write `path` (IR text) and, unless the program has no weights, its `.safetensors`; both beside and renamed."""
+    """Write `path` (IR text) and its `.safetensors`, each beside its place and renamed into it.
+
+    A program without weights has no `.safetensors`; one that stood there is removed.
+    """
+    text = render(program)
+    weights, part = path.with_suffix(".safetensors"), path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     if program.has_weights:
-        tensors = {name: t.detach().contiguous().clone() for name, t in program.tensors.items()}
-        beside = path.with_suffix(".safetensors.part")
-        save_file(tensors, beside)
-        os.replace(beside, path.with_suffix(".safetensors"))
-    beside = path.with_suffix(".ir.part")
-    beside.write_text(render(program))
-    os.replace(beside, path)
+        save_file(_apart(program.tensors), part)
+        os.replace(part, weights)
+    else:
+        weights.unlink(missing_ok=True)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def load_program(path: Path) -> Program:
@@ -36,11 +42,28 @@ def load_program(path: Path) -> Program:
     """
     if not path.is_file():
         raise IRError(f"There is no program {path}.")
-    tensors: dict[str, torch.Tensor] | None = None
+    tensors: dict[str, Tensor] | None = None
     weights = path.with_suffix(".safetensors")
     if weights.exists():
         try:
             tensors = load_file(weights)
         except SafetensorError as error:
             raise IRError(f"{weights} is no whole safetensors file: {error}") from error
-    return parse(path.read_text(), tensors)
+    try:
+        return parse(path.read_text(encoding="utf-8"), tensors)
+    except UnicodeDecodeError as error:
+        raise IRError(f"{path} is no text: {error}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no storage, as safetensors wants them; copied only where they do not."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        storages.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found

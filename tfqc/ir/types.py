@@ -14,6 +14,9 @@ from tfqc.errors import IRError
 
 Dim = int | str
 
+# Symbols have no small letters, so that the `x` between dimensions ends them.
+SYMBOL = re.compile(r"[A-Z][A-Z0-9_]*")
+
 DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
     "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8,
@@ -35,7 +38,7 @@ class TensorType:
     shape: tuple[Dim, ...]
 
     def __str__(self) -> str:
-        dims = [str(d) if isinstance(d, int) or d.isidentifier() else f"({d})" for d in self.shape]
+        dims = [str(d) if isinstance(d, int) or SYMBOL.fullmatch(d) else f"({d})" for d in self.shape]
         return "x".join([*dims, DTYPE_NAMES[self.dtype]])
 
 
@@ -115,8 +118,6 @@ def parse_type(text: str) -> Type:
     return type_
 
 
-# Symbols have no small letters, so that the `x` between dimensions ends them.
-SYMBOL = re.compile(r"[A-Z][A-Z0-9_]*")
 _SCALAR = re.compile(r"bool<>|(int|float|none)(?:<([^<>]+)>)?(?!\w)")
 _DIM = re.compile(rf"(\d+|{SYMBOL.pattern})x")
 _DTYPE = re.compile("|".join(sorted(DTYPES, key=len, reverse=True)))

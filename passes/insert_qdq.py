@@ -116,5 +116,5 @@ def _quantize_weight(program: Program, function: str, node: fx.Node, quantizer: 
     else:
         args = (program.tensor_node(quantizer.codes, function), scale, zero_point, quantizer.group)
         target = ours.dequantize_weight.default
-    weight = program.insert(node, target, args, function=function)
+    weight = program.insert(node, target, args, name=f"{node.name}_weight", function=function)
     node.update_arg(1, weight)

@@ -11,7 +11,7 @@ from torch import fx
 
 from tfqc.errors import PassError
 from tfqc.ir.infer import infer_type
-from tfqc.ir.ops import op_name
+from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
 from tfqc.ir.verify import is_assertion
@@ -69,10 +69,9 @@ def _remove_identities(program: Program, only_aliases: bool) -> None:
 
 def _functionalize(program: Program, node: fx.Node) -> None:
     """Replace an operation in place by its functional form, and later reads of its target by the result."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if not works_in_place(node.target):
         return
-    name = op_name(target)
+    name = op_name(node.target)
     packet, _, overload = name.removeprefix("aten.").partition(".")
     functional = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None)
     victim = node.args[0] if node.args else None

@@ -441,14 +441,17 @@ class _Symbols:
     def dim(self, size: int | torch.SymInt) -> int | str:
         if isinstance(size, int):
             return size
-        expression = str(size.node.expr.replace(FloorDiv, _exact).replace(Mod, _remainder))
-        if expression.lstrip("-").isdigit():
-            return int(expression)
-        for symbol in re.findall(r"\b[su]\d+\b", expression):
-            if symbol not in self.names:
-                self.names[symbol] = f"S{len(self.names)}"
-                self.program.symbols[self.names[symbol]] = 2
-        renamed = re.sub(r"\b[su]\d+\b", lambda found: self.names[found[0]], expression)
+        expression = size.node.expr
+        ours: dict[sympy.Symbol, sympy.Symbol] = {}
+        for symbol in sorted(expression.free_symbols, key=str):
+            if str(symbol) not in self.names:
+                self.names[str(symbol)] = f"S{len(self.names)}"
+                self.program.symbols[self.names[str(symbol)]] = 2
+            ours[symbol] = sympy.Symbol(self.names[str(symbol)], integer=True, positive=True)
+        expression = expression.xreplace(ours).replace(FloorDiv, _exact).replace(Mod, _remainder)
+        renamed = str(expression)
+        if expression.is_Integer:
+            return int(renamed)
         if re.search(r"[^\w\s+*()/\-%]", renamed):
             raise CaptureError(f"A dimension is {renamed}, which the IR cannot say.")
         return renamed

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from tfqc.backend import Backend
 from tfqc.errors import SpecError, TfqcError, suggest
 from tfqc.passing import Pass
 
@@ -66,8 +67,7 @@ def find_pass(name: str) -> type[Pass]:
     parameters = getattr(cls, "__dict__", {}).get("__dataclass_params__")
     if not (isinstance(cls, type) and issubclass(cls, Pass) and parameters is not None and parameters.frozen):
         raise SpecError(f"Pass {name!r}: {cls!r} is no frozen dataclass derived from tfqc.passing.Pass.")
-    if (own := getattr(cls, "name", None)) != name:
-        raise SpecError(f"Pass {name!r} is registered under that name, but calls itself {own!r}.")
+    _check_name("passes", name, cls)
     return cls
 
 
@@ -81,13 +81,17 @@ def sound_passes() -> Iterator[tuple[str, type[Pass]]]:
 
 
 @functools.cache
-def find_backend(name: str) -> Any:
+def find_backend(name: str) -> type[Backend]:
     """The class of a backend.
 
     Raises:
         SpecError: no such backend (with a suggestion), or its plug-in does not load.
     """
-    return _load("backends", name)
+    cls = _load("backends", name)
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
+        raise SpecError(f"Backend {name!r}: {cls!r} is no class derived from tfqc.backend.Backend.")
+    _check_name("backends", name, cls)
+    return cls
 
 
 @functools.cache
@@ -109,6 +113,14 @@ def entries(group: str) -> dict[str, Entry]:
             )
         found[point.name] = entry
     return found
+
+
+def _check_name(group: str, name: str, cls: type[Any]) -> None:
+    """Text is made from a class's own name and read back by the registered one."""
+    if (own := getattr(cls, "name", None)) != name:
+        raise SpecError(
+            f"The {_KINDS[group]} {name!r} is registered under that name, but calls itself {own!r}."
+        )
 
 
 def _load(group: str, name: str) -> Any:

@@ -150,7 +150,7 @@ def dequantize_weight_int4(
     for extent in shape:
         size *= extent
     codes = ((nibbles[:size] ^ 8) - 8).reshape(shape)
-    return torch.ops.tfqc.dequantize_weight(codes, scale, zero_point, group)
+    return dequantize_weight(codes, scale, zero_point, group)
 
 
 # Operations that read only the shape of their first argument, never its values.
@@ -159,6 +159,11 @@ SHAPE_ONLY = {
     "aten.ones_like.default", "aten.empty_like.default", "aten.full_like.default", "aten.new_zeros.default",
     "aten.new_ones.default", "aten.new_full.default", "aten.new_empty.default",
 }  # fmt: skip
+
+
+def works_in_place(target: Any) -> bool:
+    """True for an operation that changes an operand, so that it matters even if nothing reads its result."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def op_name(target: Any) -> str:

@@ -8,6 +8,7 @@ of ATen and tfqc operations; a name denotes the same value in every function in 
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,7 +16,9 @@ from typing import Any, TypeVar
 from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
+from tfqc.ir.ops import op_name
 from tfqc.ir.rows import RowSource
+from tfqc.ir.ops import works_in_place
 from tfqc.ir.tables import Row, Table
 from tfqc.ir.types import TensorType, Type
 from tfqc.runtime import buffer_name
@@ -173,11 +176,18 @@ class Program:
 
         graph = self.functions[function]
         with graph.inserting_before(before):
-            node = graph.create_node("call_function", target, tuple(args), {}, name=name)
+            node = graph.create_node("call_function", target, tuple(args), {}, name=self._fresh(name, target))
         self.types[node.name] = infer_type(self, node)
         if origin := self.origins.get((like or before).name):
             self.origins[node.name] = origin
         return node
+
+    def _fresh(self, name: str | None, target: Any) -> str:
+        """A name that no function uses: a name denotes one value in the whole program."""
+        base = name or op_name(target).split(".")[1]
+        taken = {n.name for graph in self.functions.values() for n in graph.nodes}
+        candidates = (base if i == 0 else f"{base}_{i}" for i in itertools.count())
+        return next(c for c in candidates if c not in taken)
 
     def add_input(self, name: str, type_: Type, function: str = STEP) -> fx.Node:
         """Append a placeholder to a function."""
@@ -196,7 +206,7 @@ class Program:
         """Drop what nothing reads: dead nodes, tensors, types, origins and side-table rows."""
         for graph in self.functions.values():
             for node in reversed(list(graph.nodes)):
-                if not node.users and node.op in ("call_function", "get_attr"):
+                if not node.users and node.op in ("call_function", "get_attr") and not works_in_place(node.target):
                     graph.erase_node(node)
         names = {n.name for g in self.functions.values() for n in g.nodes}
         self.types = {k: v for k, v in self.types.items() if k in names}

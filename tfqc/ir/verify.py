@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from tfqc.errors import VerifyError
-from tfqc.ir.ops import op_name
+from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import STEP, Program, Role, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
 
@@ -93,7 +93,7 @@ def _normalized(program: Program) -> Iterator[str]:
                 yield f"{program.at(node)} is an assertion: normalize removes them."
             elif not node.users:
                 yield f"{program.at(node)} has no reader: normalize removes dead nodes."
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            if works_in_place(node.target):
                 yield f"{program.at(node)} works in place: normalize rewrites such operations."
 
 

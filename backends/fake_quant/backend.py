@@ -1,0 +1,79 @@
+"""The fake-quant backend: claims every ATen and tfqc operation, emits Python that needs torch and safetensors alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from tfqc.artifact import Artifact
+from tfqc.backend import YES, Backend, Support
+from tfqc.backends.fake_quant.emit import emit
+from tfqc.backends.fake_quant.legalize import legalize
+from tfqc.backends.fake_quant.runtime import load
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program
+from tfqc.passing import Pass
+from tfqc.recipes import quantization_pipeline
+
+
+@dataclass(frozen=True)
+class FakeQuantOptions:
+    """Options of the target.
+
+    weights, activations: bits, 2 to 8, or none for floating point. mode: of the activations. group: columns of a weight
+    that share a scale, none = per output channel. policy: for timesteps that are not in the schedule.
+    """
+
+    weights: int | None = 8
+    activations: int | None = 8
+    mode: Literal["static", "per-step", "per-token"] = "static"
+    group: int | None = None
+    policy: Literal["recompute", "nearest", "error"] = "recompute"
+
+    def __post_init__(self) -> None:
+        for what, bits in (("weights", self.weights), ("activations", self.activations)):
+            if bits is not None and not 2 <= bits <= 8:
+                raise ValueError(f"{what}={bits} is out of range: 2 to 8 bits, or none for floating point")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group} is out of range: at least 1 column, or none")
+
+
+class FakeQuantBackend(Backend):
+    """Quantizes onto exact integer grids and computes in fp32."""
+
+    name: ClassVar[str] = "fake-quant"
+    options: ClassVar[type[Any]] = FakeQuantOptions
+
+    def supports(self, program: Program, node: fx.Node, options: FakeQuantOptions) -> Support:
+        """Every operation that has a name in the IR runs."""
+        name = op_name(node.target)
+        if name.startswith(("aten.", "tfqc.", "operator.", "math.", "torch.")):
+            return YES
+        return Support(False, f"{name} is neither an ATen nor a tfqc operation")
+
+    def pipeline(self, options: FakeQuantOptions, strategy: str) -> str:
+        """The recipe of a strategy at the target's bits."""
+        return quantization_pipeline(
+            strategy,
+            weights=options.weights,
+            activations=options.activations,
+            mode=options.mode,
+            group=options.group,
+            policy=options.policy,
+        )
+
+    def legalize(self, options: FakeQuantOptions) -> tuple[Pass, ...]:
+        """Nothing is left to do: torch runs the operations as they are."""
+        return legalize(options)
+
+    def emit(self, program: Program, options: FakeQuantOptions) -> Artifact:
+        """`model.py`, the program's text, and its tensors; those of @time apart."""
+        return emit(program)
+
+    def load(self, directory: Path) -> torch.nn.Module:
+        """The model of `model.py`."""
+        return load(directory)

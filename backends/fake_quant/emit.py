@@ -1,0 +1,192 @@
+"""Emission of `model.py`: the step as straight-line code, one line for each operation, sources of the run time above it."""
+
+from __future__ import annotations
+
+import inspect
+import pprint
+import textwrap
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import fx
+
+import tfqc.runtime
+from tfqc.artifact import Artifact
+from tfqc.backends.fake_quant import support
+from tfqc.backends.fake_quant.expressions import expression, variable
+from tfqc.interpret import plan_of
+from tfqc.ir import ops
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import BEGIN, STEP, TIME, Program
+from tfqc.ir.render import render
+from tfqc.runtime import buffer_name
+
+WEIGHTS, TIME_WEIGHTS = "weights.safetensors", "time.safetensors"
+
+
+def emit(program: Program) -> Artifact:
+    """Files of a lowered program. Tensors that only @time reads lie in `time.safetensors`."""
+    read = {f: {str(n.target) for n in g.nodes if n.op == "get_attr"} for f, g in program.functions.items()}
+    always = set().union(*(names for f, names in read.items() if f != TIME))
+    only_time = read.get(TIME, set()) - always
+    tensors = {WEIGHTS: {n: t for n, t in program.tensors.items() if n not in only_time}}
+    if only_time:
+        tensors[TIME_WEIGHTS] = {n: program.tensors[n] for n in only_time}
+    texts = {"model.py": "\n".join(_model(program, only_time)) + "\n", "program.ir": render(program)}
+    return Artifact(texts, dict(tensors))
+
+
+def _model(program: Program, only_time: set[str]) -> Iterator[str]:
+    title = f"{program.model}, compiled by tfqc."
+    yield f'"""{title} Generated; needs torch and safetensors alone.'
+    yield ""
+    yield "Read `Model.step` first: it is what runs at every timestep. `Model.begin` runs once per image, `Model.time`"
+    yield "for timesteps that are not in the schedule (PLAN). `load(directory)` makes the model."
+    yield '"""'
+    yield ""
+    yield "from __future__ import annotations"
+    yield ""
+    yield "from collections.abc import Callable, Mapping"
+    yield "from dataclasses import dataclass, field"
+    yield "from pathlib import Path"
+    yield "from typing import Any"
+    yield ""
+    yield "import torch"
+    yield "import torch.nn.functional as F"
+    yield "from safetensors.torch import load_file"
+    yield "from torch import Tensor"
+    yield ""
+    yield "aten = torch.ops.aten"
+    yield "# -- run time: rows of the schedule, tables built once per image " + "-" * 50
+    yield ""
+    yield _body(tfqc.runtime)
+    yield "# -- operations " + "-" * 99
+    yield ""
+    yield from _operations(program)
+    yield "# -- the model " + "-" * 100
+    yield ""
+    yield f"PLAN = {pprint.pformat(plan_of(program), width=110, sort_dicts=True)}"
+    yield ""
+    yield ""
+    yield "class Model(Stepper):"
+    yield f'    """{program.model}: called with the inputs of the model that was captured."""'
+    yield ""
+    yield from textwrap.indent("\n".join(_init(program, only_time)), "    ").splitlines()
+    for function in (STEP, BEGIN, TIME):
+        if function in program.functions:
+            yield ""
+            yield from textwrap.indent("\n".join(_function(program, function)), "    ").splitlines()
+    yield ""
+    yield ""
+    yield "def load(directory: str | Path) -> Model:"
+    yield '    """The model, from the directory that holds this file."""'
+    yield "    return Model(Path(directory)).eval()"
+
+
+def _body(module: ModuleType) -> str:
+    """Source of a module behind its docstring and imports."""
+    lines = inspect.getsource(module).splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith(("import ", "from ")))
+    return "\n".join(lines[last + 1 :]).strip("\n") + "\n\n"
+
+
+def _operations(program: Program) -> Iterator[str]:
+    """Sources of the tfqc operations that the program uses."""
+    used = {
+        op_name(n.target).split(".")[1]
+        for g in program.functions.values()
+        for n in g.nodes
+        if n.op == "call_function" and op_name(n.target).startswith("tfqc.")
+    }
+    if "quantize" in used:
+        used.add("fake_quantize")
+    if "dequantize_weight_int4" in used:
+        used.add("dequantize_weight")
+    names = [n for n in ("quantize", "dequantize") if n in used]
+    for name in ["_rows"] * bool(names) + sorted(used):
+        function = getattr(ops, name, None) or getattr(support, name)
+        source = inspect.getsource(function)
+        yield source[source.index("def ") :]
+        yield ""
+
+
+def _init(program: Program, only_time: set[str]) -> Iterator[str]:
+    yield "def __init__(self, directory: Path) -> None:"
+    yield "    super().__init__(PLAN)"
+    yield "    self.directory = directory"
+    yield f'    for name, value in load_file(directory / "{WEIGHTS}").items():'
+    yield "        self.register_buffer(buffer_name(name), value)"
+    folded = [
+        (function, node)
+        for function in program.functions
+        for node in program.nodes(function)
+        if node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight")
+    ]
+    if folded:
+        yield "    # Weights are kept as integers on disk and turned into fp32 once."
+    for _, node in folded:
+        yield f'    self.register_buffer("{variable(node)}", {expression(node)}, persistent=False)'
+    if only_time:
+        yield "    self.time_is_loaded = False"
+
+
+def _function(program: Program, function: str) -> Iterator[str]:
+    graph = program.functions[function]
+    parameters = [variable(n) for n in graph.nodes if n.op == "placeholder"]
+    yield f"def {function}(self, {', '.join(f'{p}: Tensor' for p in parameters)}, **_: Tensor) -> Any:"
+    yield f'    """{DOCS[function]}"""'
+    if function == TIME and any(n.op == "get_attr" for n in graph.nodes):
+        yield f'    if not self.time_is_loaded and (self.directory / "{TIME_WEIGHTS}").exists():'
+        yield f'        for name, value in load_file(self.directory / "{TIME_WEIGHTS}").items():'
+        yield "            self.register_buffer(buffer_name(name), value, persistent=False)"
+        yield "        self.time_is_loaded = True"
+    last = _last_reads(graph)
+    module = ""
+    for node in graph.nodes:
+        if node.op == "output":
+            yield f"    return {expression(node)}"
+        if node.op != "call_function" or _is_silent(node):
+            continue
+        origin = program.origins.get(node.name)
+        if origin and origin.module and origin.module != module:
+            module = origin.module
+            yield f"    # {module}"
+        free = [variable(n) for n in last.get(node, []) if n.op == "call_function" and not _is_silent(n)]
+        line = f"    {variable(node)} = {expression(node)}"
+        yield line + (f"; del {', '.join(free)}" if free else "")
+
+
+DOCS = {
+    STEP: "One timestep; `row` picks the rows of the tables.",
+    BEGIN: "What is constant over one image, computed once.",
+    TIME: "Temporal features in full precision, for timesteps that the tables do not hold.",
+}
+
+
+def _is_silent(node: fx.Node) -> bool:
+    """Nodes that have no line of their own: weights are dequantized in __init__, pairs of quantize and dequantize are
+    one fake_quantize."""
+    name = op_name(node.target)
+    return name.startswith("tfqc.dequantize_weight") or support.is_fused_quantize(node)
+
+
+def _last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Values whose last reader is a node, by that node: they are freed behind it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for operand in _reads(node):
+            last[operand] = node
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for operand, node in last.items():
+        freed.setdefault(node, []).append(operand)
+    return freed
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    """Operands of the line that a node becomes."""
+    if support.is_fused_dequantize(node):
+        return list(node.all_input_nodes[0].all_input_nodes)
+    return [] if support.is_fused_quantize(node) else list(node.all_input_nodes)
+
+
+__all__ = ["buffer_name", "emit"]

@@ -1,0 +1,90 @@
+"""Operations as the Python that a person would write for them."""
+
+from __future__ import annotations
+
+import keyword
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from tfqc.backends.fake_quant.support import is_fused_dequantize
+from tfqc.ir.ops import op_name
+from tfqc.runtime import buffer_name
+
+_FUNCTIONS = {
+    "aten.linear.default": "F.linear", "aten.conv2d.default": "F.conv2d", "aten.silu.default": "F.silu",
+    "aten.gelu.default": "F.gelu", "aten.layer_norm.default": "F.layer_norm", "aten.cat.default": "torch.cat",
+    "aten.scaled_dot_product_attention.default": "F.scaled_dot_product_attention", "aten.stack.default": "torch.stack",
+    "aten.sin.default": "torch.sin", "aten.cos.default": "torch.cos", "aten.exp.default": "torch.exp",
+}  # fmt: skip
+_METHODS = {
+    "aten.reshape.default": "reshape", "aten.view.default": "view", "aten.permute.default": "permute",
+    "aten.transpose.int": "transpose", "aten.unsqueeze.default": "unsqueeze", "aten.expand.default": "expand",
+    "aten.chunk.default": "chunk", "aten.to.dtype": "to", "aten.flatten.using_ints": "flatten",
+}  # fmt: skip
+_INFIX = {
+    "aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/", "operator.add": "+",
+    "operator.mul": "*", "operator.sub": "-", "operator.floordiv": "//",
+}  # fmt: skip
+
+
+def variable(node: fx.Node) -> str:
+    """The Python name of a node's value."""
+    return f"{node.name}_" if keyword.iskeyword(node.name) or node.name == "self" else node.name
+
+
+def expression(node: fx.Node) -> str:
+    """The right-hand side of a node's line."""
+    if node.op == "output":
+        return value(node.args[0])
+    name = op_name(node.target)
+    if is_fused_dequantize(node):
+        assert isinstance(node.args[0], fx.Node)
+        return f"fake_quantize({_arguments(node.args[0])})"
+    if name == "operator.getitem":
+        return f"{value(node.args[0])}[{value(node.args[1])}]"
+    if name == "aten.sym_size.int":
+        return f"{value(node.args[0])}.shape[{value(node.args[1])}]"
+    if name in _INFIX and len(node.args) == 2 and not node.kwargs:
+        return f"{value(node.args[0])} {_INFIX[name]} {value(node.args[1])}"
+    if name == "aten.group_norm.default" and not node.kwargs:
+        # The last argument, cudnn_enabled, is no argument of F.group_norm.
+        return f"F.group_norm({', '.join(value(a) for a in node.args[:5])})"
+    if name == "aten.layer_norm.default" and not node.kwargs:
+        return f"F.layer_norm({', '.join(value(a) for a in node.args[:5])})"
+    if name in _METHODS and not node.kwargs:
+        return f"{value(node.args[0])}.{_METHODS[name]}({', '.join(value(a) for a in node.args[1:])})"
+    if name.startswith("tfqc."):
+        return f"{name.split('.')[1]}({_arguments(node)})"
+    return f"{_FUNCTIONS.get(name, name)}({_arguments(node)})"
+
+
+def _arguments(node: fx.Node) -> str:
+    named = [f"{key}={value(item)}" for key, item in node.kwargs.items()]
+    return ", ".join([*(value(a) for a in node.args), *named])
+
+
+def value(item: Any) -> str:
+    """A literal, a variable, or a buffer of the module, as Python."""
+    match item:
+        case fx.Node(op="get_attr"):
+            return f"self.{buffer_name(str(item.target))}"
+        case fx.Node():
+            is_weight = item.op == "call_function" and op_name(item.target).startswith("tfqc.dequantize_weight")
+            return f"self.{variable(item)}" if is_weight else variable(item)
+        case list():
+            return f"[{', '.join(map(value, item))}]"
+        case tuple():
+            return f"({', '.join(map(value, item))}{',' if len(item) == 1 else ''})"
+        case dict():
+            return f"{{{', '.join(f'{k!r}: {value(v)}' for k, v in item.items())}}}"
+        case float() if not math.isfinite(item):
+            return f'float("{item}")'
+        case torch.device():
+            return f'torch.device("{item}")'
+        case slice():
+            return f"slice({value(item.start)}, {value(item.stop)}, {value(item.step)})"
+        case _:
+            return repr(item)

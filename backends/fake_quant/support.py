@@ -1,0 +1,37 @@
+"""Fusing quantize and dequantize into one operation, which torch runs in one sweep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from tfqc.ir.ops import op_name
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int) -> Tensor:
+    """dequantize(quantize(x)), bit for bit; one sweep where the whole batch shares a row."""
+    s, z = (scale, zero_point) if row is None else (scale[row], zero_point[row])
+    if s.numel() == 1:
+        return torch.fake_quantize_per_tensor_affine(x, s.reshape(()), z.reshape(()), qmin, qmax)
+    shape = (-1, *[1] * (x.dim() - 1))
+    s, z = s.reshape(shape), z.reshape(shape)
+    return (torch.clamp(torch.round(x * (1.0 / s)) + z, qmin, qmax) - z) * s
+
+
+def is_fused_quantize(node: fx.Node) -> bool:
+    """True for a quantize whose readers all dequantize it."""
+    return (
+        node.op == "call_function"
+        and op_name(node.target) == "tfqc.quantize.default"
+        and all(op_name(u.target) == "tfqc.dequantize.default" for u in node.users if u.op == "call_function")
+    )
+
+
+def is_fused_dequantize(node: fx.Node) -> bool:
+    """True for a dequantize that a fused quantize feeds."""
+    return (
+        node.op == "call_function"
+        and op_name(node.target) == "tfqc.dequantize.default"
+        and isinstance(node.args[0], fx.Node)
+        and is_fused_quantize(node.args[0])
+    )

@@ -1,0 +1,136 @@
+"""Artifacts: a directory of readable source, safetensors, and a manifest with the hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from tfqc.errors import ArtifactError
+
+FORMAT = "tfqc-artifact"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Artifact:
+    """What a backend emitted, in memory: text files, tensor files, and facts for the manifest (JSON)."""
+
+    texts: dict[str, str]
+    tensors: dict[str, Mapping[str, Tensor]]
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def files(self) -> dict[str, bytes]:
+        """Every file's bytes, the manifest last; the same bytes for the same artifact."""
+        files = {name: text.encode() for name, text in sorted(self.texts.items())}
+        for name, tensors in sorted(self.tensors.items()):
+            plain = {k: v.detach().contiguous().clone() for k, v in sorted(tensors.items())}
+            files[name] = save(plain)
+        listing = {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+        }
+        manifest = {"format": FORMAT, "version": VERSION, **self.facts, "files": listing}
+        files[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+        return files
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the directory: beside it first, then renamed, so that an interrupted save leaves what was there.
+
+        Raises:
+            ArtifactError: `directory` holds files that are no artifact.
+        """
+        directory = Path(directory)
+        check_output(directory)
+        files = self.files()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        beside = directory.with_name(f".{directory.name}.part{os.getpid()}")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            for name, data in files.items():
+                (beside / name).write_bytes(data)
+            if directory.exists():
+                old = directory.with_name(f".{directory.name}.old{os.getpid()}")
+                os.replace(directory, old)
+                os.replace(beside, directory)
+                shutil.rmtree(old)
+            else:
+                os.replace(beside, directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return directory
+
+
+def check_output(directory: Path) -> None:
+    """Refuse to write where something else lies.
+
+    Raises:
+        ArtifactError: the path is a file, or a directory that holds files that are no artifact's.
+    """
+    if directory.is_file():
+        raise ArtifactError(f"{directory} is a file: choose a directory for the artifact.")
+    if not directory.exists():
+        return
+    present = {p.name for p in directory.iterdir()} - {"__pycache__"}
+    known = {MANIFEST}
+    if (directory / MANIFEST).is_file():
+        try:
+            known |= set(json.loads((directory / MANIFEST).read_text())["files"])
+        except (ValueError, KeyError):
+            known = set()
+    if foreign := sorted(present - known):
+        raise ArtifactError(
+            f"{directory} holds {foreign[0]!r}, which is no part of an artifact: choose another directory."
+        )
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a saved artifact.
+
+    Raises:
+        ArtifactError: there is none, it is no manifest of ours, or of a newer version.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{directory} is no artifact: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is no manifest of a tfqc artifact.")
+    if manifest.get("version", 0) > VERSION:
+        raise ArtifactError(
+            f"{directory} has format version {manifest['version']}, newer than {VERSION}, which this tfqc reads: "
+            "upgrade tfqc."
+        )
+    return manifest
+
+
+def check_files(directory: str | Path) -> dict[str, Any]:
+    """The manifest, after every file has been found with the bytes that it had when it was written.
+
+    Raises:
+        ArtifactError: a file is missing or changed (which).
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise ArtifactError(f"{directory} is not whole: {name!r} is missing. Compile the model again.")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            raise ArtifactError(f"{path} has been changed since it was written: compile the model again.")
+    return manifest

@@ -1,0 +1,74 @@
+"""What a backend is: which operations it runs, how it wants programs, what it writes, how that is loaded.
+
+Writing an artifact is apart from building and running it, so code generation is tested without hardware.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from tfqc.artifact import Artifact
+from tfqc.ir.program import Program
+from tfqc.passing import Pass
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend runs a node; `because` says why not. Data and no exception, so all refusals can be listed."""
+
+    ok: bool
+    because: str = ""
+
+
+YES = Support(True)
+
+
+class Backend(ABC):
+    """Base of all backends.
+
+    Class attributes:
+        name: kebab-case, the name in targets.
+        options: the frozen dataclass of a target's options.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type[Any]]
+
+    @abstractmethod
+    def supports(self, program: Program, node: fx.Node, options: Any) -> Support:
+        """Whether a node of a lowered program runs here."""
+
+    @abstractmethod
+    def pipeline(self, options: Any, strategy: str) -> str:
+        """The pipeline, as text, that brings a captured program to what `legalize` expects, keeping temporal features
+        by `strategy` (`tfqc.recipes.STRATEGIES`)."""
+
+    @abstractmethod
+    def legalize(self, options: Any) -> tuple[Pass, ...]:
+        """Passes that run after any pipeline, until only operations that this backend claims are left."""
+
+    @abstractmethod
+    def emit(self, program: Program, options: Any) -> Artifact:
+        """Source files and tensors of a lowered program. Pure: no compiler, no device, the same result twice."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> torch.nn.Module:
+        """A callable module from a saved artifact whose hashes have been checked. May compile, may use a device."""
+
+
+def refusals(backend: Backend, program: Program, options: Any) -> list[str]:
+    """One sentence for each node that a backend does not run."""
+    found: list[str] = []
+    for function in program.functions:
+        for node in program.nodes(function):
+            if node.op == "call_function":
+                support = backend.supports(program, node, options)
+                if not support.ok:
+                    found.append(f"{program.at(node)}: {support.because}")
+    return found

@@ -1,0 +1,57 @@
+"""Pipelines by the name of a maintenance strategy: what the literature compares, as text that users can edit."""
+
+from __future__ import annotations
+
+from tfqc.errors import SpecError, suggest
+
+# tib: the naive quantized block; fsc, tiar: kept by finite-set calibration and reconstruction; the rest as in
+# `tfqc.analysis.strategies`; select: per feature the least disturbed of what `tib+tiar+fsc` and the caches give.
+STRATEGIES = ("tib", "tib+fsc", "tib+tiar", "tib+tiar+fsc", "cache8", "cache4", "table", "fold", "select")
+
+
+def quantization_pipeline(
+    strategy: str,
+    *,
+    weights: int | None,
+    activations: int | None,
+    mode: str = "static",
+    method: str = "mse",
+    group: int | None = None,
+    policy: str = "recompute",
+) -> str:
+    """Pipeline text from a captured program to explicit quantization.
+
+    Args:
+        strategy: one of `STRATEGIES`.
+        weights, activations: bits, None = left in floating point.
+        mode: of the activations, as `calibrate-activations` has it.
+        method: range search of the weights.
+        group: columns of a weight that share a scale, None = per channel.
+        policy: for timesteps that are not in the schedule, as `fold-cache` has it.
+
+    Raises:
+        SpecError: an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise SpecError(f"There is no strategy {strategy!r}.{suggest(strategy, list(STRATEGIES))}")
+    keeps = {"tib+tiar+fsc"} if strategy == "select" else set(strategy.split("+"))
+    parts = ["normalize", "discover-tib"]
+    tuned = "+".join(keeps).split("+")
+    if "fsc" in tuned and activations:
+        parts.append(f"calibrate-finite-set{{bits={activations}}}")
+    if "tiar" in tuned and weights:
+        parts.append(f"reconstruct-tib{{bits={weights}}}")
+    parts.append(f"measure-disturbance{{weights={weights or 8} activations={activations or 8}}}")
+    if strategy == "select":
+        parts.append("select-maintenance{strategy=auto candidates=tib,cache4,cache8}")
+    else:
+        parts.append(f"select-maintenance{{strategy={strategy.split('+')[0]}}}")
+    if weights:
+        grouped = f" group={group}" if group else ""
+        parts.append(f"calibrate-weights{{bits={weights} method={method}{grouped}}}")
+    if activations:
+        parts.append(f"calibrate-activations{{bits={activations} mode={mode}}}")
+    parts += [f"fold-cache{{policy={policy}}}", "hoist-request"]
+    if weights or activations:
+        parts.append("insert-qdq")
+    return ",".join(parts)

@@ -61,7 +61,7 @@ class Normalize(Pass):
 
 def _remove_identities(program: Program, only_aliases: bool) -> None:
     for node in program.nodes():
-        if node.op != "call_function" or (only_aliases and not _is_alias(node)):
+        if node.op != "call_function" or (only_aliases and not _is_alias(program, node)):
             continue
         if (same := _identity(program, node)) is not None:
             program.replace(node, same)
@@ -77,7 +77,8 @@ def _functionalize(program: Program, node: fx.Node) -> None:
     victim = node.args[0] if node.args else None
     if not packet.endswith("_") or functional is None or not isinstance(victim, fx.Node):
         raise PassError(f"{program.at(node)}: {name} works in place and has no functional form that tfqc knows.")
-    if victim.op != "call_function" or _is_alias(victim) or any(_is_alias(u) and u < node for u in victim.users):
+    earlier = [u for u in victim.users if u < node and _is_alias(program, u)]
+    if victim.op != "call_function" or _is_alias(program, victim) or earlier:
         raise PassError(
             f"{program.at(node)}: {name} changes a value that others share; write the model without it there."
         )
@@ -92,15 +93,18 @@ def _functionalize(program: Program, node: fx.Node) -> None:
         later.replace_input_with(victim, result)
 
 
-def _is_alias(node: fx.Node) -> bool:
+def _is_alias(program: Program, node: fx.Node) -> bool:
     """True for a view, and for what may return its operand itself."""
     if node.op != "call_function":
         return False
     name = op_name(node.target)
     if name == "operator.getitem":  # one of the views that `chunk` makes
-        return _is_alias(node.args[0])  # type: ignore[arg-type]
-    if name in _COPIES or (name.startswith("aten.to.") and (True in node.args[3:] or node.kwargs.get("copy"))):
+        return _is_alias(program, node.args[0])  # type: ignore[arg-type]
+    if name in _COPIES:
         return False
+    if name.startswith("aten.to."):  # a copy for another type, or when asked for one
+        asked = True in node.args[3:] or node.kwargs.get("copy")
+        return not asked and program.type(node) == program.type(node.all_input_nodes[0])
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
     return name in _DROPOUTS or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
@@ -120,7 +124,7 @@ def _create_by_size(program: Program, node: fx.Node) -> None:
     value: Any = _CREATIONS[kind]
     if value is None:
         value = node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"]
-    sizes = list(type_.shape) if packet.endswith("_like") else list(node.args[1])  # type: ignore[arg-type]
+    sizes: list[Any] = list(type_.shape if packet.endswith("_like") else node.args[1])  # type: ignore[arg-type]
     for dim, size in enumerate(sizes):
         if isinstance(size, str):
             sizes[dim] = program.insert(node, torch.ops.aten.sym_size.int, (like, dim))
@@ -137,7 +141,7 @@ def _identity(program: Program, node: fx.Node) -> fx.Node | None:
         return None
     if name in _SAME_IF_TYPE_IS and program.type(node) == program.type(first):
         # A copy may be there for its strides: what views it needs them.
-        return None if name in _COPIES and (node.kwargs.get("memory_format") or _is_alias(first)) else first
+        return None if name in _COPIES and (node.kwargs.get("memory_format") or _is_alias(program, first)) else first
     if name in _DROPOUTS and (args[1] == 0.0 or args[2] is False):
         return first
     if name == "aten.slice.Tensor" and _whole(program, first, args):
@@ -152,7 +156,8 @@ def _identity(program: Program, node: fx.Node) -> fx.Node | None:
 
 def _whole(program: Program, first: fx.Node, args: tuple[Any, ...]) -> bool:
     type_ = program.tensor_type(first)
-    _, dim, start, end, step = (*args, *(0, 0, None, None, 1)[len(args) :])
+    filled: tuple[Any, ...] = (*args, *(0, 0, None, None, 1)[len(args) :])
+    _, dim, start, end, step = filled
     if type_ is None or start not in (0, None) or step != 1:
         return False
     extent = type_.shape[dim]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import re
 import traceback
 import warnings
@@ -16,6 +17,8 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import _Namespace
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod
 
@@ -121,7 +124,7 @@ def _assign_roles(
             return Role.SAMPLE
         return Role.REQUEST
 
-    names_of_nodes = fx.graph._Namespace()  # keeps off the names that Python code cannot use
+    names_of_nodes = _Namespace()  # keeps off the names that Python code cannot use
     inputs = [
         Input(names_of_nodes.create_name("_".join(path), None), role(n), path, _UNKNOWN, domains.get(n))
         for n, path in names.items()
@@ -284,7 +287,7 @@ def _to_program(
         if node.op == "call_function":
             args = fx.map_arg(node.args, lambda n: mapping[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: mapping[n])
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _on_cpu)
+            args, kwargs = map_aggregate((args, kwargs), _on_cpu)
             target = _known(node)
             new = graph.create_node("call_function", target, args, kwargs, name=node.name)
             mapping[node] = new
@@ -329,7 +332,7 @@ def _check_guards(
             value = node.meta.get("val")
             if isinstance(value, Tensor):
                 named = dims.get(path_of[node], {})
-                sizes = [int(s) if isinstance(s, int) else int(s.node.hint) for s in value.shape]
+                sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in value.shape]
                 sizes = [resize(s) if named.get(d) == symbol else s for d, s in enumerate(sizes)]
                 value = torch.empty(sizes, dtype=value.dtype, device="meta")
             examples.append(value)
@@ -372,8 +375,10 @@ def _inline_regions(root: fx.GraphModule) -> None:
         mapping = dict(zip(parameters, operands, strict=True))
         with root.graph.inserting_before(node):
             results = root.graph.graph_copy(body.graph, mapping)
-        for user in list(node.users):  # each picks one of the results
-            user.replace_all_uses_with(results[user.args[1]])
+        assert isinstance(results, (tuple, list))
+        for user in list(node.users):
+            assert user.target is operator.getitem and isinstance(user.args[1], int)  # it picks one of the results
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[arg-type]
             root.graph.erase_node(user)
         root.graph.erase_node(node)
         if not region.users:
@@ -391,6 +396,7 @@ def _attribute(root: torch.nn.Module, target: str) -> Any:
 
 
 def _call_tree(exported: torch.export.ExportedProgram, parameters: list[fx.Node]) -> dict[str, Any]:
+    assert exported.call_spec.in_spec is not None
     _, kwargs = pytree.tree_unflatten(parameters, exported.call_spec.in_spec)
     return kwargs
 
@@ -414,13 +420,13 @@ def _origin(node: fx.Node) -> Origin:
     return Origin(modules[-1] if modules else "", source)
 
 
-def _exact(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+def _exact(dividend: sympy.Expr, divisor: sympy.Expr) -> Any:
     """dividend // divisor, without rounding where there is none: (6*B) // B is 6. Sizes are not zero."""
     quotient = sympy.cancel(dividend / divisor)
     return quotient if quotient.is_integer else FloorDiv(dividend, divisor)
 
 
-def _remainder(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+def _remainder(dividend: sympy.Expr, divisor: sympy.Expr) -> Any:
     return sympy.Integer(0) if sympy.cancel(dividend / divisor).is_integer else Mod(dividend, divisor)
 
 

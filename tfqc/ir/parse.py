@@ -36,12 +36,14 @@ def parse(text: str, tensors: Mapping[str, Tensor] | None = None) -> Program:
     """
     program = Program({}, {}, ())
     reader = _Reader(program, tensors)
+    if not text.startswith("tfqc-ir "):
+        raise IRError("IR line 1: the text does not begin with 'tfqc-ir' and the format's number: it is no IR.")
     for number, line in enumerate(text.splitlines(), 1):
         try:
             reader.line(line)
         except IRError as error:
             raise IRError(f"IR line {number}: {error}", line, *error.notes) from error
-        except (ValueError, KeyError, IndexError, AttributeError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
             raise IRError(f"IR line {number} is malformed: {error}.", line) from error
     if reader.graph is not None:
         raise IRError(f"@{reader.function} has no closing brace: the text ends inside it.")
@@ -165,6 +167,8 @@ class _Reader:
             self.attributes(cursor, name)
         else:
             raise IRError("inside a function a line is '%name: type = op(...)', 'note %name', 'return ...' or '}'.")
+        if line != "}" and cursor.at < len(line):
+            raise cursor.fail("the end of the line")
 
     def attributes(self, cursor: _Cursor, name: str) -> None:
         if not cursor.take("   {"):

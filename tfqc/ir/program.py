@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
-from tfqc.ir.ops import op_name
+from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.rows import RowSource
-from tfqc.ir.ops import works_in_place
 from tfqc.ir.tables import Row, Table
 from tfqc.ir.types import TensorType, Type
 from tfqc.runtime import buffer_name

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,14 +55,13 @@ def load_program(path: Path) -> Program:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no storage, as safetensors wants them; copied only where they do not."""
+    """Contiguous tensors that share no storage, as safetensors wants them; copied only where they do."""
     found: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         found[name] = tensor
     return found

@@ -85,7 +85,10 @@ def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int:
             case _:
                 raise IRError(f"Dimension {dim!r} is not integer arithmetic over {sorted(symbols) or 'no symbols'}.")
 
-    return dim if isinstance(dim, int) else walk(_expression(dim))
+    try:
+        return dim if isinstance(dim, int) else walk(_expression(dim))
+    except ZeroDivisionError as error:
+        raise IRError(f"Dimension {dim!r} divides by zero for {dict(symbols)}.") from error
 
 
 def _expression(dim: str) -> ast.expr:

@@ -1,0 +1,1 @@
+"""Tests of tfqc; the tree mirrors the one they test."""

@@ -1,0 +1,75 @@
+"""Captured programs, one capture a session; and no pipeline of any test ends in an invalid program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import MODELS, ROLES, Example
+from tfqc.capture import capture
+from tfqc.instruments import Instrument
+from tfqc.ir.program import Program
+from tfqc.ir.verify import verify
+from tfqc.passing import Context
+from tfqc.pipeline import Pipeline
+
+torch.set_num_threads(1)
+
+Programs = Callable[[str], Program]
+
+
+@functools.cache
+def _example(name: str) -> Example:
+    return MODELS[name]()
+
+
+@functools.cache
+def _captured(name: str) -> Program:
+    model, inputs = _example(name)
+    return capture(model, inputs, roles=ROLES.get(name))
+
+
+@functools.cache
+def _discovered(name: str) -> Program:
+    return Pipeline.parse("normalize,discover-tib").run(_captured(name).clone())
+
+
+@pytest.fixture(scope="session")
+def example() -> Callable[[str], Example]:
+    """A model of `tests.models` and its inputs, by name; shared, so not to be changed."""
+    return _example
+
+
+@pytest.fixture(scope="session")
+def captured() -> Programs:
+    """A model of `tests.models` as captured, by name; every caller has its own."""
+    return lambda name: _captured(name).clone()
+
+
+@pytest.fixture(scope="session")
+def discovered() -> Programs:
+    """The same after normalize and discover-tib."""
+    return lambda name: _discovered(name).clone()
+
+
+@pytest.fixture(autouse=True)
+def _pipelines_end_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify what any pipeline returns, also where a test runs it without the verifier."""
+    run = Pipeline.run
+
+    def checked(
+        self: Pipeline,
+        program: Program,
+        ctx: Context | None = None,
+        instruments: Sequence[Instrument] | None = None,
+        **options: Any,
+    ) -> Program:
+        result = run(self, program, ctx, instruments, **options)
+        verify(result, str(self))
+        return result
+
+    monkeypatch.setattr(Pipeline, "run", checked)

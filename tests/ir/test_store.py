@@ -1,0 +1,93 @@
+"""Programs on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import INPUTS, tiny
+from tfqc.errors import IRError
+from tfqc.ir.program import Program
+from tfqc.ir.render import render
+from tfqc.ir.store import load_program, save_program
+
+
+def meta(program: Program) -> Program:
+    program.tensors = {name: tensor.to("meta") for name, tensor in program.tensors.items()}
+    return program
+
+
+def test_a_program_comes_back_with_bit_identical_outputs(tmp_path: Path) -> None:
+    program = tiny()
+    save_program(program, tmp_path / "new" / "a.b.ir")
+    loaded = load_program(tmp_path / "new" / "a.b.ir")
+    assert render(loaded) == render(program)
+    assert torch.equal(loaded(**INPUTS)[0], program(**INPUTS)[0])
+    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["a.b.ir", "a.b.safetensors"]
+
+
+def test_without_weights_there_is_only_text(tmp_path: Path) -> None:
+    save_program(tiny(), tmp_path / "p.ir")
+    save_program(meta(tiny()), tmp_path / "p.ir")  # the old weights must not come back with the new program
+    assert [f.name for f in tmp_path.iterdir()] == ["p.ir"]
+    loaded = load_program(tmp_path / "p.ir")
+    assert not loaded.has_weights
+    assert render(loaded) == render(tiny())
+
+
+def test_tensors_that_share_storage_or_are_not_contiguous_are_stored_apart(tmp_path: Path) -> None:
+    program = tiny()
+    base = torch.arange(64.0)
+    views = {
+        "conv_in.bias": base[:4], "conv_out.bias": base[2:4], "time.0.bias": base[::8],
+        "time.2.weight": base[:32].reshape(8, 4).T, "time.2.bias": base[:4],
+    }  # fmt: skip
+    program.tensors |= views
+    save_program(program, tmp_path / "p.ir")
+    stored = load_file(tmp_path / "p.safetensors")
+    assert all(torch.equal(stored[name], view) for name, view in views.items())
+    assert (tmp_path / "p.safetensors").stat().st_size < 4000  # no view drags its base along
+
+
+def test_a_missing_program_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IRError, match=r"There is no program .*absent\.ir"):
+        load_program(tmp_path / "absent.ir")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200])
+def test_truncated_weights_are_refused(tmp_path: Path, keep: int) -> None:
+    save_program(tiny(), tmp_path / "p.ir")
+    weights = tmp_path / "p.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(IRError, match=r"p\.safetensors is no whole safetensors file"):
+        load_program(tmp_path / "p.ir")
+
+
+def test_weights_of_another_program_are_refused(tmp_path: Path) -> None:
+    save_program(tiny(), tmp_path / "p.ir")
+    other = tiny()
+    other.tensors["conv_in.bias"] = torch.zeros(5)
+    save_program(other, tmp_path / "q.ir")
+    (tmp_path / "q.safetensors").rename(tmp_path / "p.safetensors")
+    with pytest.raises(IRError, match=r"@conv_in\.bias is declared 4xf32, stored 5xf32"):
+        load_program(tmp_path / "p.ir")
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.ir").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(IRError, match="is no text"):
+        load_program(tmp_path / "p.ir")
+
+
+def test_a_failed_save_leaves_the_old_program(tmp_path: Path) -> None:
+    save_program(tiny(), tmp_path / "p.ir")
+    before = (tmp_path / "p.ir").read_text()
+    broken = tiny()
+    del broken.types["silu"]
+    with pytest.raises(KeyError):
+        save_program(broken, tmp_path / "p.ir")
+    assert (tmp_path / "p.ir").read_text() == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["p.ir", "p.safetensors"]

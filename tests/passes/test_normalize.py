@@ -1,0 +1,201 @@
+"""normalize: what it rewrites, what it leaves, what it refuses; `run_pass` checks the outputs bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import find, run_pass
+from tests.models import MODELS
+from tfqc.capture import capture
+from tfqc.errors import PassError
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.render import render
+from tfqc.passes.normalize import Normalize
+
+X, T = torch.linspace(-1, 1, 12).reshape(2, 6), torch.tensor([7, 421])
+
+
+Forward = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """One linear layer `inner`, and any code around it."""
+
+    def __init__(self, code: Forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.code = nn.Linear(6, 6), code
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.code(self, x, t)
+
+
+def program_of(code: Forward) -> Program:
+    """A captured model of `code(self, x, t)`, checked against eager."""
+    model = Model(code)
+    program = capture(model, {"x": X, "t": T})
+    torch.testing.assert_close(program(x=X, t=T), model(X, T), rtol=0, atol=0)
+    return program
+
+
+def ops(program: Program) -> list[str]:
+    return [op_name(n.target) for n in program.step.nodes if n.op == "call_function"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_then_nothing_more(name: str, captured: Callable[[str], Program]) -> None:
+    """Rewriting and unchanged: the second run finds nothing."""
+    program = run_pass(captured(name), Normalize())
+    assert program.stage is Stage.NORMALIZED
+    assert len(program.step.nodes) < len(captured(name).step.nodes)
+    assert not any("assert" in op or "dropout" in op for op in ops(program))
+    text = render(program)
+    assert render(run_pass(program, Normalize())) == text
+
+
+def test_a_normal_program_is_unchanged() -> None:
+    program = program_of(lambda self, x, t: torch.tanh(self.inner(x)).mul(torch.sin(t).unsqueeze(1)))
+    text = render(program)
+    assert render(run_pass(program, Normalize())) == text.replace("stage captured", "stage normalized")
+
+
+def test_identities_go() -> None:
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        hidden = torch.dropout(self.inner(x), 0.5, False)
+        hidden = hidden.to(torch.float32).expand(x.shape).reshape(x.shape)[:, :6].clone()
+        return hidden * 1 - 0.0 + t.unsqueeze(1)
+
+    program = run_pass(program_of(forward), Normalize())
+    assert ops(program) == ["aten.linear.default", "aten.unsqueeze.default", "aten.add.Tensor"]
+
+
+def test_adding_zero_stays() -> None:
+    """−0.0 + 0.0 is 0.0, and integer / 1 is a float."""
+    program = run_pass(program_of(lambda self, x, t: self.inner(x) + 0.0 + (t / 1).unsqueeze(1)), Normalize())
+    assert "aten.div.Tensor" in ops(program)
+    assert ops(program).count("aten.add.Tensor") == 2
+
+
+def test_slices_that_cut_stay() -> None:
+    program = run_pass(program_of(lambda self, x, t: self.inner(x)[:, 1:4] + t[:, None]), Normalize())
+    assert ops(program) == [
+        "aten.linear.default", "aten.slice.Tensor", "aten.unsqueeze.default", "aten.add.Tensor"
+    ]  # fmt: skip
+
+
+def test_a_copy_for_its_strides_stays() -> None:
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        turned = self.inner(x).unsqueeze(2).expand(-1, -1, 2).transpose(1, 2)
+        return turned.clone(memory_format=torch.contiguous_format).view(-1, 12) + t[:, None]
+
+    assert "aten.clone.default" in ops(run_pass(program_of(forward), Normalize()))
+
+
+def test_in_place_becomes_functional() -> None:
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        before = hidden * 3  # reads the value from before
+        hidden += t[:, None]
+        hidden.clamp_(min=-1)
+        return hidden.view(-1, 6) + before  # a view taken afterwards
+
+    program = program_of(forward)
+    assert any("add_" in op for op in ops(program))
+    run_pass(program, Normalize())
+    assert not any("_." in op.removeprefix("aten.") for op in ops(program))
+
+
+def test_in_place_through_what_returns_its_operand() -> None:
+    """dropout in eval mode and a conversion to the same dtype return their operand: a change is seen there."""
+
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        torch.dropout(hidden, 0.1, False).to(torch.float32).add_(t[:, None])
+        return hidden * 2
+
+    program = run_pass(program_of(forward), Normalize())
+    assert ops(program)[-1] == "aten.mul.Tensor"
+    assert "aten.add.Tensor" in ops(program)
+
+
+def test_in_place_on_a_copy_leaves_the_original() -> None:
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        return hidden.clone().add_(t[:, None]) * hidden
+
+    run_pass(program_of(forward), Normalize())
+
+
+def test_in_place_keeps_the_dtype() -> None:
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.inner(x).to(torch.bfloat16)
+        hidden += t[:, None].float() / 3  # float32 into bfloat16
+        return hidden
+
+    program = run_pass(program_of(forward), Normalize())
+    assert ops(program)[-2:] == ["aten.add.Tensor", "aten.to.dtype"]
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda h: torch.zeros_like(h) + 1, lambda h: torch.ones_like(h[:, :1]),
+        lambda h: torch.full_like(h, 2.5),
+        lambda h: h.new_ones(h.shape[0], 6), lambda h: h.new_full((6,), 2), lambda h: h.new_zeros(1) + 1,
+    ],
+)  # fmt: skip
+def test_created_tensors_say_their_size(create: Callable[[Tensor], Tensor]) -> None:
+    """The timestep times `ones_like(sample)` does not depend on the sample."""
+    program = program_of(lambda self, x, t: self.inner(x) + torch.sin(t[:, None] * create(x)))
+    run_pass(program, Normalize())
+    assert "aten.full.default" in ops(program)
+    assert not any("_like" in op or "new_" in op for op in ops(program))
+    (full,) = find(program, "full")
+    assert all(op_name(n.target) == "aten.sym_size.int" for n in full.all_input_nodes)
+
+
+def view_first(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x)
+    left = hidden[:, :3]
+    hidden += t[:, None]
+    return left * 2
+
+
+def part(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x)
+    hidden.chunk(2, dim=1)[0].add_(t[:, None])
+    return hidden
+
+
+def assignment(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x)
+    hidden[:, 0] = t.float()
+    return hidden
+
+
+@pytest.mark.parametrize("forward", [view_first, part, assignment])
+def test_in_place_on_what_is_shared_is_refused(forward: Forward) -> None:
+    sentence = r"\(test_normalize.py:\d+\): aten\.\w+_\.\w+ changes a value that others share; write the model"
+    with pytest.raises(PassError, match=sentence):
+        run_pass(program_of(forward), Normalize())
+
+
+def test_in_place_on_an_input_is_refused() -> None:
+    model = Model(lambda self, x, t: self.inner(x.add_(t[:, None])))
+    with pytest.raises(PassError, match=r"aten.add_.Tensor changes a value that others share"):
+        run_pass(capture(model, {"x": X.clone(), "t": T}), Normalize())
+
+
+def test_a_failed_pass_leaves_the_program_as_it_was() -> None:
+    program = program_of(assignment)
+    text = render(program)
+    with pytest.raises(PassError):
+        run_pass(program, Normalize())
+    assert render(program) == text

@@ -1,0 +1,117 @@
+"""Who may import whom, read from the source: the core knows no pass or backend, and they not each other."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tfqc import registry
+from tfqc.passing import Pass
+
+ROOT = Path(__file__).parents[1]
+LINKS = {ROOT / "tfqc" / "passes", ROOT / "tfqc" / "backends"}
+CORE = sorted(f for f in (ROOT / "tfqc").rglob("*.py") if not LINKS & set(f.parents))
+PASSES = sorted(f for f in (ROOT / "passes").glob("*.py") if f.name != "__init__.py")
+BACKENDS = sorted((ROOT / "backends").rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    """The module's import name."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "tfqc" else ("tfqc", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(file: Path, source: str | None = None) -> Iterator[str]:
+    """Full names of everything that a file imports, wherever in it, also by `import_module("name")`."""
+    package = name_of(file) if file.name == "__init__.py" else name_of(file).rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text() if source is None else source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+                base = ".".join([*above, *([module] if module else [])])
+                yield from (f"{base}.{alias.name}" for alias in names)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module"), args=[first, *_]
+            ):
+                if isinstance(first, ast.Constant):
+                    yield str(first.value)
+            case _:
+                pass
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def ids(files: list[Path]) -> list[str]:
+    return [str(f.relative_to(ROOT)) for f in files]
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(CORE) > 20
+    assert len(PASSES) > 5
+    assert len(BACKENDS) > 1
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import tfqc.passes.normalize as n", "tfqc.passes.normalize"),
+        ("def f():\n from tfqc import passes", "tfqc.passes"),
+        ("from tfqc.passes.normalize import Normalize", "tfqc.passes.normalize.Normalize"),
+        ("from ..passes import normalize", "tfqc.passes.normalize"),
+        ("from .dump import DumpIR", "tfqc.instruments.dump.DumpIR"),
+        ("importlib.import_module('tfqc.backends.fake_quant')", "tfqc.backends.fake_quant"),
+    ],
+)
+def test_the_reader_of_imports_sees_every_form(source: str, found: str) -> None:
+    assert list(imports(ROOT / "tfqc" / "instruments" / "timing.py", source)) == [found]
+
+
+@pytest.mark.parametrize("file", CORE, ids=ids(CORE))
+def test_the_core_imports_no_pass_and_no_backend(file: Path) -> None:
+    assert [n for n in imports(file) if within(n, "tfqc.passes") or within(n, "tfqc.backends")] == []
+
+
+@pytest.mark.parametrize("file", PASSES, ids=ids(PASSES))
+def test_a_pass_imports_the_core_alone(file: Path) -> None:
+    assert [n for n in imports(file) if within(n, "tfqc.passes") or within(n, "tfqc.backends")] == []
+
+
+@pytest.mark.parametrize("file", BACKENDS, ids=ids(BACKENDS))
+def test_a_backend_imports_the_core_and_itself(file: Path) -> None:
+    folder = file.relative_to(ROOT / "backends").parts[0]
+    own = f"tfqc.backends.{folder}"
+    strange = [n for n in imports(file) if within(n, "tfqc.backends") and not within(n, own)]
+    assert strange == []
+
+
+@pytest.mark.parametrize("file", PASSES, ids=ids(PASSES))
+def test_a_file_holds_one_pass_and_is_named_after_it(file: Path) -> None:
+    module = importlib.import_module(name_of(file))
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    found = [c for c in own if issubclass(c, Pass)]
+    assert [c.name for c in found] == [file.stem.replace("_", "-")]
+    (cls,) = found
+    assert cls.__name__ == "".join(word.capitalize() for word in file.stem.split("_"))
+    assert registry.PASSES[cls.name] == f"{module.__name__}:{cls.__name__}"
+    parameters = vars(cls).get("__dataclass_params__")  # its own, not its base's
+    assert parameters is not None
+    assert parameters.frozen
+    assert "run" in vars(cls)
+
+
+def test_every_registered_name_has_its_file_or_folder() -> None:
+    assert {p.partition(":")[0] for p in registry.PASSES.values()} == set(map(name_of, PASSES))
+    folders = {f.relative_to(ROOT / "backends").parts[0] for f in BACKENDS} - {"__init__.py"}
+    assert {p.partition(":")[0] for p in registry.BACKENDS.values()} == {
+        f"tfqc.backends.{f}" for f in folders
+    }
+    assert {name.replace("-", "_") for name in registry.BACKENDS} == folders

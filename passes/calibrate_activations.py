@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tfqc.analysis.binding import binding_times
-from tfqc.analysis.quantizers import quantizer_of, set_input_quantizer
+from tfqc.analysis.quantizers import has_rows, quantizer_of, set_input_quantizer
 from tfqc.analysis.ranges import observe_ranges
 from tfqc.analysis.weighted import runs_quantized
 from tfqc.ir.ops import op_name
@@ -65,10 +65,11 @@ class CalibrateActivations(Pass):
         static = [n for n in wanted if n not in dynamic]
         ranges = observe_ranges(program, static, ctx, self.method) if static else {}
         for node in static:
-            value = node.all_input_nodes[0].name
+            value = node.all_input_nodes[0]
             # What waits for nothing but the request runs once per image, where there are no steps.
-            per_step = self.mode == "per-step" and bool(roles[node.name] & {Role.SAMPLE, Role.TIME})
-            scale, zero_point = ranges[value].qparams(
+            waits = bool(roles[node.name] & {Role.SAMPLE, Role.TIME})
+            per_step = self.mode == "per-step" and waits and has_rows(program, value)
+            scale, zero_point = ranges[value.name].qparams(
                 Grid(self.bits, symmetric=False), self.method, per_step, self.intervals
             )
             how = f"{'per-step' if per_step else 'static'} {self.method}"

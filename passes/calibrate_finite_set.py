@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tfqc.analysis.binding import binding_times
 from tfqc.analysis.features import tib_run
-from tfqc.analysis.quantizers import set_input_quantizer
+from tfqc.analysis.quantizers import has_rows, set_input_quantizer
 from tfqc.analysis.ranges import observe_ranges
 from tfqc.analysis.weighted import runs_quantized, tib_weighted
+from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource
 from tfqc.passing import Context, Pass
@@ -47,11 +48,15 @@ class CalibrateFiniteSet(Pass):
         grid = Grid(self.bits, symmetric=False)
         found: dict[str, tuple[Tensor, Tensor]] = {}
         nodes = {n.name: n.all_input_nodes[0].name for n in tib_weighted(program)}
+        stepped = {n.name for n in tib_weighted(program) if has_rows(program, n.all_input_nodes[0])}
         run = tib_run(program, ctx)
         roles = binding_times(program)
 
         def observe(name: str, value: Tensor) -> None:
-            rows = value.detach().reshape(run.steps, -1)
+            rows = value.detach().reshape(run.steps if name in stepped else 1, -1)
+            if not bool(torch.isfinite(rows).all()):
+                where = program.at(program.node(name))
+                raise CalibrationError(f"The input of {where} is NaN or infinite: the model is broken there.")
             found[nodes[name]] = range_to_qparams(rows.amin(1), rows.amax(1), grid)
 
         with torch.no_grad():
@@ -59,10 +64,13 @@ class CalibrateFiniteSet(Pass):
         if self.scope == "all":
             others = [n for n in runs_quantized(program) if n.name not in nodes]
             nodes |= {n.name: n.all_input_nodes[0].name for n in others}
-            per_image = {n.all_input_nodes[0].name for n in others if roles[n.name] <= {Role.REQUEST}}
+            stepped = {
+                n.all_input_nodes[0].name
+                for n in others
+                if not roles[n.name] <= {Role.REQUEST} and has_rows(program, n.all_input_nodes[0])
+            }
             for value, ranges in observe_ranges(program, others, ctx, "min-max").items():
-                per_step = value not in per_image
-                found[value] = ranges.qparams(grid, "min-max", per_step, self.intervals)
+                found[value] = ranges.qparams(grid, "min-max", value in stepped, self.intervals)
         program.tables.setdefault(Quantizer.table, {})
         program.tables.setdefault(RowSource.table, {})
         for name, value in nodes.items():

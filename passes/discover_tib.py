@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from tfqc.analysis.binding import binding_times
+from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import BindingTime, Tib
@@ -30,12 +30,6 @@ class DiscoverTib(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Provide the tables `binding` and `tib`."""
         roles = binding_times(program)
-        inputs = {i.name for i in program.inputs}
-        binding = {
-            n.name: BindingTime(tuple(sorted(roles[n.name])))
-            for n in program.step.nodes
-            if n.op == "call_function" or n.name in inputs
-        }
         features = temporal_features(program, roles)
         if not features:
             time = program.input(Role.TIME)[0].name
@@ -50,7 +44,7 @@ class DiscoverTib(Pass):
                 if any(readers) if Role.TIME in roles[node.name] else all(readers):
                     tib[node.name] = Tib("body")
         order = [n.name for n in program.step.nodes if n.name in tib]
-        program.set_table(BindingTime, binding)
+        program.set_table(BindingTime, binding_table(program))
         program.set_table(Tib, {name: tib[name] for name in order})
         steps = sum(Role.REQUEST not in roles[n.name] for n in features)
         ctx.report.append(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from tfqc.analysis.weighted import LEFT_IN_FLOAT, weight_of
+from tfqc.analysis.weighted import LEFT_IN_FLOAT, WEIGHTED
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
 from tfqc.ir.rows import Quantizer, RowSource
@@ -30,7 +30,7 @@ class InsertQdq(Pass):
     needs: ClassVar[Stage] = Stage.FOLDED
     below: ClassVar[Stage | None] = Stage.LOWERED
     requires: ClassVar[frozenset[str]] = frozenset({"quantizer"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"rows", "schedule", "disturbance", "trajectory"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "rows", "schedule", "disturbance", "trajectory"})
     reaches: ClassVar[Stage] = Stage.LOWERED
     numerics: ClassVar[Numerics] = LOSSY
 
@@ -43,7 +43,7 @@ class InsertQdq(Pass):
             shared: dict[tuple[str, str], fx.Node] = {}
             for node in program.nodes(function):
                 if node.name not in quantizers:
-                    if weight_of(node) or (node.op == "call_function" and op_name(node.target) in LEFT_IN_FLOAT):
+                    if node.op == "call_function" and op_name(node.target) in WEIGHTED | LEFT_IN_FLOAT:
                         kind = op_name(node.target).split(".")[1]
                         left[kind] = left.get(kind, 0) + 1
                     continue
@@ -99,22 +99,16 @@ def _quantize_input(
 
 def _quantize_weight(program: Program, function: str, node: fx.Node, quantizer: Quantizer) -> None:
     codes = program.tensors[quantizer.codes]
-    scale, zero_point = (
-        program.tensor_node(n, function) for n in (quantizer.weight_scale, quantizer.weight_zero_point)
-    )
-    fits = quantizer.weight_bits < 4 or (
-        quantizer.weight_bits == 4 and (codes.is_meta or bool((codes.min() >= -8) & (codes.max() <= 7)))
-    )
-    if fits:
+    operands = [program.tensor_node(n, function) for n in (quantizer.weight_scale, quantizer.weight_zero_point)]
+    if quantizer.weight_bits <= 4:
         name = quantizer.codes.removesuffix("codes") + "packed"
         if name not in program.tensors:
             packed = torch.empty((codes.numel() + 1) // 2, dtype=torch.uint8, device="meta")
             program.tensors[name] = packed if codes.is_meta else pack_int4(codes)
-        packed_node = program.tensor_node(name, function)
-        args = (packed_node, scale, zero_point, quantizer.group, list(codes.shape))
+        args = (program.tensor_node(name, function), *operands, quantizer.group, list(codes.shape))
         target = ours.dequantize_weight_int4.default
     else:
-        args = (program.tensor_node(quantizer.codes, function), scale, zero_point, quantizer.group)
+        args = (program.tensor_node(quantizer.codes, function), *operands, quantizer.group)
         target = ours.dequantize_weight.default
     weight = program.insert(node, target, args, name=f"{node.name}_weight", function=function)
     node.update_arg(1, weight)

@@ -51,34 +51,30 @@ class ReconstructTib(Pass):
         run = tib_run(program, ctx)
         with torch.no_grad():
             exact = run()
-        nearest: dict[str, QuantizedWeight] = {}
+        weight_name = {node.name: weight_of(node) or "" for node in tib_weighted(program)}
+        nearest: dict[str, QuantizedWeight] = {}  # by weight: several nodes may read one
         for node in tib_weighted(program):
-            weight = program.tensors[weight_of(node) or ""]
+            weight = program.tensors[weight_name[node.name]]
             if not bool(torch.isfinite(weight).all()):
-                raise CalibrationError(f"Weight @{weight_of(node)} of {program.at(node)} holds NaN or infinity.")
-            nearest[node.name] = quantize_weight(weight, Grid(self.bits, symmetric=True), self.method)
+                where = f"@{weight_name[node.name]} of {program.at(node)}"
+                raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
+            nearest[weight_name[node.name]] = quantize_weight(weight, Grid(self.bits, symmetric=True), self.method)
         rows = {node.name: quantizer_of(program, node) for node in tib_weighted(program)}
         requests = next(iter(exact.values())).shape[1]
         inputs = {n: input_fake_quantizer(program, r, requests) for n, r in rows.items() if r.input_bits}
         roundings = {
-            node.name: SoftRounding(
-                program.tensors[weight_of(node) or ""],
-                nearest[node.name].scale,
-                nearest[node.name].zero_point,
-                nearest[node.name].grid,
-            )
-            for node in tib_weighted(program)
+            name: SoftRounding(program.tensors[name], q.scale, q.zero_point, q.grid) for name, q in nearest.items()
         }
 
         def loss_of(features: dict[str, Tensor]) -> Tensor:
             return torch.stack([(features[n] - exact[n]).square().sum() for n in exact]).sum()
 
         with torch.no_grad():
-            before = float(loss_of(run({n: q.dequantize() for n, q in nearest.items()}, inputs)))
+            before = float(loss_of(run({n: nearest[w].dequantize() for n, w in weight_name.items()}, inputs)))
         bar = ctx.progress.track(range(self.iterations), "reconstructing the TIB (TIAR)")
         after = reconstruct(
             list(roundings.values()),
-            lambda: loss_of(run({n: r.soft for n, r in roundings.items()}, inputs)),
+            lambda: loss_of(run({n: roundings[w].soft for n, w in weight_name.items()}, inputs)),
             iterations=self.iterations,
             lr=self.learning_rate,
             on_iteration=lambda _i, _loss: next(bar, None),
@@ -92,5 +88,6 @@ class ReconstructTib(Pass):
         )
         program.tables.setdefault(Quantizer.table, {})
         for node in tib_weighted(program):
-            quantized = roundings[node.name].hard() if better else nearest[node.name]
-            set_weight_quantizer(program, node, weight_of(node) or "", quantized, f"tiar {self.method}")
+            name = weight_name[node.name]
+            quantized = roundings[name].hard() if better else nearest[name]
+            set_weight_quantizer(program, node, name, quantized, f"tiar {self.method}")

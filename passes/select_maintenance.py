@@ -63,9 +63,8 @@ class SelectMaintenance(Pass):
             )
         measured = set(next(iter(disturbance.values())).cosine)
         if missing := [c for c in self.candidates if c not in measured]:
-            raise PassError(
-                f"Candidate {missing[0]!r} was not measured: measure-disturbance{{strategies={','.join(self.candidates)}}}."
-            )
+            wanted = ",".join(self.candidates)
+            raise PassError(f"Candidate {missing[0]!r} was not measured: measure-disturbance{{strategies={wanted}}}.")
 
         def errors(name: str, strategy: str) -> list[float]:
             row = disturbance[name]

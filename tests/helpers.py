@@ -47,7 +47,8 @@ def features(program: Program) -> list[fx.Node]:
 
 def roles_of(program: Program, node: fx.Node) -> set[Role]:
     """The binding time that discover-tib gave a node."""
-    return {Role(r) for r in program.table(BindingTime)[node.name].roles}
+    row = program.table(BindingTime).get(node.name)
+    return {Role.SAMPLE} if row is None else {Role(r) for r in row.roles}
 
 
 def evaluate_nodes(program: Program, nodes: list[fx.Node], inputs: Mapping[str, Any]) -> list[Tensor]:

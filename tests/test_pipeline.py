@@ -30,7 +30,7 @@ def add_tib(program: Program, ctx: Context) -> None:
 
 
 def add_binding(program: Program, ctx: Context) -> None:
-    program.set_table(BindingTime, {"silu": BindingTime(("time",))})
+    program.set_table(BindingTime, {"silu": BindingTime("step-static")})
 
 
 class Everything(Options, Pass):

@@ -114,19 +114,19 @@ def test_features_can_be_computed_without_the_sample(
 def test_membership_is_transitive(name: str, discovered: Callable[[str], Program]) -> None:
     """The TIB is what features are computed from that waits for the time, and what only it reads."""
     program = discovered(name)
-    tib, binding = program.table(Tib), program.table(BindingTime)
+    tib = program.table(Tib)
     flow = data_flow(program.step)
     above = set().union(*(nx.ancestors(flow, n.name) for n in features(program)))
     for node in program.step.nodes:
         if node.op != "call_function":
             continue
-        waits = "time" in binding[node.name].roles and node.name in above
-        constant = "time" not in binding[node.name].roles and all(u.name in tib for u in node.users)
+        waits = Role.TIME in roles_of(program, node) and node.name in above
+        constant = not roles_of(program, node) & {Role.TIME, Role.SAMPLE} and all(u.name in tib for u in node.users)
         is_feature = node.name in tib and tib[node.name].part == "feature"
         assert (node.name in tib) == (waits or constant or is_feature), node
         if is_feature:
-            assert "sample" not in binding[node.name].roles
-            assert any(u.op == "output" or "sample" in binding[u.name].roles for u in node.users)
+            assert Role.SAMPLE not in roles_of(program, node)
+            assert any(u.op == "output" or Role.SAMPLE in roles_of(program, u) for u in node.users)
 
 
 # -- names do not matter -------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_constants_that_others_read_are_not_part_of_it() -> None:
     (exp,), (cos,) = find(program, "exp."), find(program, "cos")
     assert exp.name not in program.table(Tib)
     assert program.table(Tib)[cos.name].part == "body"
-    assert program.table(BindingTime)[exp.name].roles == ()
+    assert program.table(BindingTime)[exp.name].time == "constant"
 
 
 def test_a_constant_read_by_dynamic_time_is_not_part_of_it() -> None:

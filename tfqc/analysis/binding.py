@@ -7,7 +7,7 @@ from torch import fx
 
 from tfqc.ir.ops import SHAPE_ONLY, op_name
 from tfqc.ir.program import STEP, Program, Role
-from tfqc.ir.rows import RowSource
+from tfqc.ir.rows import BINDING_TIMES, BindingTime, RowSource
 from tfqc.ir.types import symbols_of
 
 Roles = frozenset[Role]
@@ -48,6 +48,16 @@ def binding_times(program: Program, function: str = STEP) -> dict[str, Roles]:
         if needed or any(Role.SAMPLE in roles[n.name] for n in node.all_input_nodes):
             roles[node.name].add(Role.SAMPLE)
     return {name: frozenset(found) for name, found in roles.items()}
+
+
+def binding_table(program: Program) -> dict[str, BindingTime]:
+    """Rows of the table `binding` for all functions; dynamic values have none."""
+    found: dict[str, BindingTime] = {}
+    for function, graph in program.functions.items():
+        roles = binding_times(program, function)
+        named = {n.name: BINDING_TIMES.get(roles[n.name]) for n in graph.nodes if n.op in ("call_function", "placeholder")}
+        found |= {name: BindingTime(time) for name, time in named.items() if time is not None}
+    return found
 
 
 def symbols_without_sample(program: Program) -> set[str]:

@@ -11,17 +11,19 @@ from torch import Tensor, fx
 from tfqc.analysis.outline import outline
 from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weighted_nodes
+from tfqc.calibration import timestep_tensor
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role
 from tfqc.ir.rows import Tib
 from tfqc.passing import Context
 
 REQUESTS = 4  # request inputs tried with every timestep, where features depend on them
+LABELS = 16  # class labels tried with every timestep, where features depend on labels of a declared domain
 
 
 @dataclass(frozen=True)
 class TibRun:
-    """The TIB of a program as a graph, with inputs for all (step, request) pairs: T * requests rows, steps outermost."""
+    """The TIB as a graph, with inputs for all (step, request) pairs: T * requests rows, steps outermost."""
 
     program: Program
     graph: fx.Graph
@@ -55,13 +57,15 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
     roles = {Role.TIME, Role.REQUEST}
     graph = outline(program, features, roles)
     read = {n.name for n in graph.nodes if n.op == "placeholder" and n.users}
-    t = torch.tensor(ctx.schedule.timesteps)
-    if bool((t == t.round()).all()):
-        t = t.to(torch.int64)
+    t = timestep_tensor(program, ctx.schedule.timesteps)
     inputs: dict[str, Tensor] = {}
     wanted = [i for i in program.input(Role.REQUEST) if i.name in read]
     count = 1
-    if wanted:
+    if len(wanted) == 1 and wanted[0].domain and (wanted[0].domain <= LABELS or ctx.calibration is None):
+        count = min(LABELS, wanted[0].domain)
+        labels = torch.linspace(0, wanted[0].domain - 1, count).round().to(wanted[0].type.dtype)
+        inputs[wanted[0].name] = labels.repeat(len(t))
+    elif wanted:
         if ctx.calibration is None:
             raise CalibrationError(
                 f"The temporal features depend on {'.'.join(wanted[0].path)!r}, so calibration data are needed."

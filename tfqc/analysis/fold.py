@@ -18,8 +18,11 @@ def fold_bias(program: Program, node: fx.Node, features: Collection[str]) -> lis
     """conv(x, w, b) + e  ->  conv with bias rows b + e, where e [B, O, 1, 1] is a feature. Returns the new rows."""
     if not _is(node, "aten.add.Tensor") or node.kwargs:
         return []
-    for conv, feature in (node.args[:2], node.args[1::-1]):
+    for conv, feature in _either_way(node):
         if not (_only_read_by(conv, node) and _is(conv, "aten.conv2d.default") and _named(feature, features)):
+            continue
+        stride, padding, dilation, groups = (*conv.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(conv.args[3:]) :])
+        if conv.kwargs or not all(isinstance(v, list) for v in (stride, padding, dilation)):
             continue
         weight = program.tensor_type(conv.args[1])
         type_ = program.tensor_type(feature)
@@ -29,9 +32,6 @@ def fold_bias(program: Program, node: fx.Node, features: Collection[str]) -> lis
         bias = conv.args[2] if len(conv.args) > 2 else None
         if bias is not None:
             rows = program.insert(node, aten.add.Tensor, (bias, rows), like=feature)
-        stride, padding, dilation, groups = (*conv.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(conv.args[3:]) :])
-        if not all(isinstance(v, list) for v in (stride, padding, dilation)):
-            continue
         conv.target = ours.conv2d_rows.default
         conv.args = (conv.args[0], conv.args[1], rows, stride, padding, dilation, groups)
         node.prepend(conv)  # the rows are made between the convolution's old place and here
@@ -44,11 +44,11 @@ def fold_affine(program: Program, node: fx.Node, features: Collection[str]) -> l
     """norm(x) * m + a  ->  norm with affine rows γ·m and β·m + a, where m and a are features. Returns the new rows."""
     if not _is(node, "aten.add.Tensor") or node.kwargs:
         return []
-    for product, shift in (node.args[:2], node.args[1::-1]):
+    for product, shift in _either_way(node):
         if not (_only_read_by(product, node) and _is(product, "aten.mul.Tensor") and _named(shift, features)):
             continue
-        for norm, scale in (product.args[:2], product.args[1::-1]):
-            if not (_only_read_by(norm, product) and _named(scale, features)):
+        for norm, scale in _either_way(product):
+            if not (_only_read_by(norm, product) and _named(scale, features)) or norm.kwargs:
                 continue
             if made := _norm_rows(program, norm, product, node, scale, shift):
                 return made
@@ -63,13 +63,15 @@ def _norm_rows(
         return []
     if _is(norm, "aten.group_norm.default"):
         channels, spread = type_.shape[1], (1,) * (len(type_.shape) - 2)
-        x, groups, weight, bias, eps = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])[:5]
+        given: tuple[Any, ...] = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
+        x, groups, weight, bias, eps = given[:5]
         target, head = ours.group_norm_rows.default, (x, groups)
         expected = (channels, *spread)
     elif _is(norm, "aten.layer_norm.default") and len(type_.shape) == 3:
-        x, shape, weight, bias, eps = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])[:5]
+        given = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
+        x, shape, weight, bias, eps = given[:5]
         channels = type_.shape[2]
-        if list(shape) != [channels]:  # type: ignore[arg-type]
+        if list(shape) != [channels]:
             return []
         target, head = ours.layer_norm_rows.default, (x, shape)
         expected = (1, channels)
@@ -94,6 +96,12 @@ def _norm_rows(
     program.replace(node, norm)
     program.step.erase_node(product)
     return [gain, offset]
+
+
+def _either_way(node: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The two operands of a commutative operation, and the same exchanged."""
+    a, b = node.args[:2]
+    return (a, b), (b, a)
 
 
 def _is(value: Any, name: str) -> bool:

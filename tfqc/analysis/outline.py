@@ -78,7 +78,8 @@ def _shape(
 
 
 def _size(program: Program, graph: fx.Graph, node: fx.Node, symbol: str, given: dict[str, fx.Node]) -> fx.Node:
-    for item in program.inputs:
+    # Off the timesteps, if they are there: the other inputs need not be, where their values are not read.
+    for item in sorted(program.inputs, key=lambda i: i.role is not Role.TIME):
         parameter, type_, name = given.get(item.name), item.type, item.name
         if parameter is not None and symbol in type_.shape:
             made = graph.call_function(torch.ops.aten.sym_size.int, (parameter, type_.shape.index(symbol)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -20,18 +21,27 @@ def quantizer_of(program: Program, node: fx.Node) -> Quantizer:
 
 def set_weight_quantizer(program: Program, node: fx.Node, weight: str, quantized: QuantizedWeight, how: str) -> None:
     """Store a quantized weight's tensors beside `weight` and name them in the node's row."""
-    names = (f"{weight}.codes", f"{weight}.scale", f"{weight}.zero_point")
-    # Codes of the asymmetric 8-bit grid are stored shifted; so is then the zero point, and codes − zero stays.
-    zero_point = quantized.zero_point + quantized.grid.storage_shift
-    values = (quantized.q, quantized.scale, zero_point.to(torch.int32))
-    program.tensors.update(dict(zip(names, values, strict=True)))
+    grid = quantized.grid
+    # Codes of asymmetric grids are stored shifted, so that 8 bits fit int8 and 4 bits a signed nibble; so is then the
+    # zero point, and codes − zero stays.
+    shift = -8 if grid.bits == 4 and not grid.symmetric else grid.storage_shift
+    codes, scale, zero_point = _store(
+        program,
+        node,
+        weight,
+        {
+            "codes": (quantized.codes() + shift).to(torch.int8),
+            "scale": quantized.scale,
+            "zero_point": (quantized.zero_point + shift).to(torch.int32),
+        },
+    )
     columns = quantized.q[0].numel()
     program.tables.setdefault(Quantizer.table, {})[node.name] = dataclasses.replace(
         quantizer_of(program, node),
-        weight_bits=quantized.grid.bits,
-        codes=names[0],
-        weight_scale=names[1],
-        weight_zero_point=names[2],
+        weight_bits=grid.bits,
+        codes=codes,
+        weight_scale=scale,
+        weight_zero_point=zero_point,
         group=min(quantized.group or columns, columns),
         weight_how=how,
     )
@@ -42,11 +52,13 @@ def set_input_quantizer(
 ) -> None:
     """Store an input's parameters ([1] or [T]) under the input value's name, so that its readers share them."""
     value = node.all_input_nodes[0].name
-    names = (f"act.{value}.scale", f"act.{value}.zero_point")
-    program.tensors.update({names[0]: scale, names[1]: zero_point.to(torch.int32)})
-    if scale.numel() > 1:
-        sources = program.tables.setdefault(RowSource.table, {})
-        sources.update({name: RowSource("activation") for name in names})
+    parameters = {"scale": scale, "zero_point": zero_point.to(torch.int32)}
+    names = _store(program, node, f"act.{value}", parameters)
+    sources = program.tables.setdefault(RowSource.table, {})
+    for name in names:
+        sources.pop(name, None)
+        if scale.numel() > 1:
+            sources[name] = RowSource("activation")
     program.tables.setdefault(Quantizer.table, {})[node.name] = dataclasses.replace(
         quantizer_of(program, node),
         input_bits=bits,
@@ -54,6 +66,31 @@ def set_input_quantizer(
         input_zero_point=names[1],
         input_how=how,
     )
+
+
+def _store(program: Program, node: fx.Node, base: str, values: Mapping[str, Tensor]) -> list[str]:
+    """Keep tensors as `base.scale` and so on; under another base if other nodes use those names for other values."""
+
+    def free(stem: str) -> bool:
+        named = ((f"{stem}.{part}", value) for part, value in values.items())
+        taken = {n for n, v in named if n in program.tensors and not _same(program.tensors[n], v)}
+        others = (row for owner, row in program.table(Quantizer).items() if owner != node.name)
+        return not taken or not any(taken & set(row.tensors()) for row in others)
+
+    stems = (base if number == 0 else f"{base}.{number}" for number in itertools.count())
+    stem = next(filter(free, stems))
+    program.tensors.update({f"{stem}.{part}": value for part, value in values.items()})
+    return [f"{stem}.{part}" for part in values]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or b.is_meta or torch.equal(a, b))
+
+
+def has_rows(program: Program, value: fx.Node) -> bool:
+    """True for a value whose first dimension is the batch, so that each entry can have parameters of its own."""
+    type_ = program.tensor_type(value)
+    return type_ is not None and type_.shape[:1] == ("B",)
 
 
 def stored_weight(program: Program, row: Quantizer) -> Tensor:

@@ -76,7 +76,9 @@ def observe_ranges(
     batches = -(-len(ctx.calibration) // ctx.calibration.batch_size)
     calls = (call for batch in trajectories(program, ctx) for call in batch.calls(program))
     with torch.no_grad():
-        for step, inputs in ctx.progress.track(calls, "measuring activations", batches * len(ctx.schedule)):
+        for step, inputs in ctx.progress.track(  # noqa: B007  `observe` reads the step
+            calls, "measuring activations", batches * len(ctx.schedule)
+        ):
             seen.clear()
             run.call(inputs)
     return found

@@ -10,17 +10,19 @@ from torch import Tensor
 
 from tfqc.analysis.features import TibRun
 from tfqc.analysis.quantizers import input_fake_quantizer, quantizer_of, stored_weight
+from tfqc.analysis.tabulate import decode, encode
 from tfqc.analysis.weighted import tib_weighted, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program
 from tfqc.quant import Grid, fake_quantize, quantize_weight, range_to_qparams
-from tfqc.runtime import encode_row
 
 # tib: run the quantized block; cacheB: rows of B bits; table: fp rows; fold: fp, inside the next operation's constants.
 STRATEGIES = ("tib", "cache4", "cache8", "table", "fold")
 
 
-def disturbed(program: Program, run: TibRun, strategy: str, exact: Mapping[str, Tensor], bits: tuple[int, int]) -> dict[str, Tensor]:  # fmt: skip
+def disturbed(
+    program: Program, run: TibRun, strategy: str, exact: Mapping[str, Tensor], bits: tuple[int, int]
+) -> dict[str, Tensor]:
     """Features as a strategy keeps them, [T, requests, ...] by name.
 
     `tib` uses the quantizers that TIB nodes have already (from FSC, TIAR or a calibration), and for the others plain
@@ -30,7 +32,10 @@ def disturbed(program: Program, run: TibRun, strategy: str, exact: Mapping[str, 
         return dict(exact)
     if strategy.startswith("cache"):
         encoding = f"int{strategy.removeprefix('cache')}"
-        return {name: torch.stack([_round_trip(row, encoding) for row in value]) for name, value in exact.items()}
+        return {
+            name: decode(*encode(value.flatten(0, 1), encoding), encoding, value.shape[2:]).reshape(value.shape)
+            for name, value in exact.items()
+        }
     weights: dict[str, Tensor] = {}
     inputs: dict[str, Callable[[Tensor], Tensor]] = {}
     requests = next(iter(exact.values())).shape[1]
@@ -86,16 +91,3 @@ def _static(seen: Tensor, bits: int) -> Callable[[Tensor], Tensor]:
     scale, zero_point = range_to_qparams(seen.amin(), seen.amax(), grid)
     return lambda x: fake_quantize(x, scale, zero_point, grid)
 
-
-def _round_trip(rows: Tensor, encoding: str) -> Tensor:
-    """Every row [requests, ...] through a table of `encoding` and back."""
-    decoded: list[Tensor] = []
-    first = torch.zeros(1, dtype=torch.int64)
-    for row in rows:
-        codes, scale, zero_point = encode_row(row[None], encoding)
-        if encoding == "int8":
-            decoded.append(torch.ops.tfqc.table_decode(codes, scale, zero_point, first)[0])
-        else:
-            shape = list(row.shape)
-            decoded.append(torch.ops.tfqc.table_decode_int4(codes, scale, zero_point, first, shape)[0])
-    return torch.stack(decoded)

@@ -65,7 +65,8 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
 
     def denoiser(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         next(bar, None)
-        run.values = {name: value[position[float(t)]][None] for name, value in features.items()}
+        at = position[float(t)]
+        run.values = {name: value[at].expand(len(x), *value.shape[1:]) for name, value in features.items()}
         request = {paths[k]: v for k, v in conditions.items()}
         result = run.call({noisy: x, time: t.expand(len(x)), **request})
         return result[0] if isinstance(result, tuple) else result

@@ -12,11 +12,28 @@ from tfqc.ir.tables import Row, row_kind
 @row_kind
 @dataclass(frozen=True)
 class BindingTime(Row):
-    """Roles that a value depends on, by data flow (SPEC: {} constant, {time} step-static, ... , sample dynamic)."""
+    """When a value can be computed, by data flow (SPEC §1). Values without a row are dynamic: they wait for the sample.
+
+    constant: at compile time; step-static: at compile time, a row for each timestep; request-static: once per image;
+    request-step-static: once per image, a row for each timestep.
+    """
 
     table: ClassVar[str] = "binding"
     inline: ClassVar[bool] = True
-    roles: tuple[str, ...]
+    time: str
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of the inputs that the value depends on."""
+        return next(roles for roles, time in BINDING_TIMES.items() if time == self.time)
+
+
+BINDING_TIMES: dict[frozenset[str], str] = {
+    frozenset(): "constant",
+    frozenset({"time"}): "step-static",
+    frozenset({"request"}): "request-static",
+    frozenset({"time", "request"}): "request-step-static",
+}
 
 
 @row_kind

@@ -64,9 +64,7 @@ def test_deterministic_and_independent_of_batch_size(family: Any, prediction: st
     latents, cond, uncond = initial_noise(7, SHAPE, seed=1), shifts(7), {"shift": torch.zeros(7, 1, 1, 1)}
 
     def run(batch_size: int) -> Tensor:
-        return sample(
-            toy, scheduler, steps=6, latents=latents, cond=cond, uncond=uncond, batch_size=batch_size
-        )
+        return sample(toy, scheduler, steps=6, latents=latents, cond=cond, uncond=uncond, batch_size=batch_size)
 
     runs = [run(batch_size) for batch_size in (7, 7, 3, 1)]
     assert runs[0].isfinite().all() and runs[0].shape == latents.shape
@@ -117,9 +115,7 @@ def test_guidance_joins_both_halves_unconditional_first() -> None:
 def test_guidance_of_one_is_the_conditional_model() -> None:
     latents, cond = initial_noise(3, SHAPE, seed=5), shifts(3)
     plain = sample(toy, ddim(), steps=4, latents=latents, cond=cond)
-    guided = sample(
-        toy, ddim(), steps=4, latents=latents, cond=cond, uncond={"shift": -cond["shift"]}, guidance=1.0
-    )
+    guided = sample(toy, ddim(), steps=4, latents=latents, cond=cond, uncond={"shift": -cond["shift"]}, guidance=1.0)
     torch.testing.assert_close(guided, plain)
 
 

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tfqc.analysis.binding import binding_times
+from tfqc.analysis.binding import binding_times, edge_nodes
 from tfqc.analysis.quantizers import has_rows, quantizer_of, set_input_quantizer
 from tfqc.analysis.ranges import observe_ranges
 from tfqc.analysis.weighted import runs_quantized
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.ir.rows import Quantizer, RowSource, Tib
 from tfqc.passing import Context, Pass
 from tfqc.quant import Grid
 
@@ -22,12 +22,12 @@ class CalibrateActivations(Pass):
     """Quantize the inputs of linears and convolutions: static, one row for each step, or dynamic for each token.
 
     Options: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
-    for each step); skip (module path prefixes left in floating point). Per token is for linears; convolutions
+    for each step); edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal information block); skip (module path prefixes left in floating point). Per token is for linears; convolutions
     are static there. An input that another pass has calibrated already keeps its parameters.
     """
 
     name: ClassVar[str] = "calibrate-activations"
-    needs: ClassVar[Stage] = Stage.NORMALIZED
+    needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
     provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
@@ -37,11 +37,14 @@ class CalibrateActivations(Pass):
     mode: Literal["static", "per-step", "per-token"] = "static"
     method: Literal["min-max", "mse"] = "min-max"
     intervals: int = 0
+    edge_bits: int | None = None
+    scope: Literal["all", "tib"] = "all"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits} is out of range: activations have 2 to 8 bits")
+        for bits in (self.bits, self.edge_bits or self.bits):
+            if not 2 <= bits <= 8:
+                raise ValueError(f"bits={bits} is out of range: activations have 2 to 8 bits")
         if self.intervals < 0:
             raise ValueError(f"intervals={self.intervals} is negative")
 
@@ -54,23 +57,23 @@ class CalibrateActivations(Pass):
             node
             for node in runs_quantized(program)
             if not quantizer_of(program, node).input_bits
+            and (self.scope == "all" or node.name in program.table(Tib))
             and not any(program.origins[node.name].module.startswith(p) for p in self.skip)
         ]
-        dynamic = [
-            n for n in wanted if self.mode == "per-token" and op_name(n.target) == "aten.linear.default"
-        ]
+        dynamic = [n for n in wanted if self.mode == "per-token" and op_name(n.target) == "aten.linear.default"]
         for node in dynamic:
             row = quantizer_of(program, node)
             rows[node.name] = dataclasses.replace(row, input_bits=self.bits, input_how="per-token")
         static = [n for n in wanted if n not in dynamic]
+        edges = edge_nodes(program) if self.edge_bits is not None else []
         ranges = observe_ranges(program, static, ctx, self.method) if static else {}
         for node in static:
             value = node.all_input_nodes[0]
             # What waits for nothing but the request runs once per image, where there are no steps.
             waits = bool(roles[node.name] & {Role.SAMPLE, Role.TIME})
             per_step = self.mode == "per-step" and waits and has_rows(program, value)
-            scale, zero_point = ranges[value.name].qparams(
-                Grid(self.bits, symmetric=False), self.method, per_step, self.intervals
-            )
+            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
+            grid = Grid(bits, symmetric=False)
+            scale, zero_point = ranges[value.name].qparams(grid, self.method, per_step, self.intervals)
             how = f"{'per-step' if per_step else 'static'} {self.method}"
-            set_input_quantizer(program, node, self.bits, scale, zero_point, how)
+            set_input_quantizer(program, node, bits, scale, zero_point, how)

@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tfqc.analysis.binding import edge_nodes
 from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
 from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Quantizer
+from tfqc.ir.rows import Quantizer, Tib
 from tfqc.passing import Context, Pass
 from tfqc.quant import Grid, QuantizedWeight, quantize_weight
 
@@ -22,12 +23,12 @@ class CalibrateWeights(Pass):
     """Quantize weights per output channel or per group, with min-max or MSE ranges.
 
     Options: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric;
-    edge-bits (for the model's first and last layer; none = as the others); skip (module path prefixes left in
+    edge-bits (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal information block); skip (module path prefixes left in
     floating point). A weight that another pass has quantized already keeps its codes.
     """
 
     name: ClassVar[str] = "calibrate-weights"
-    needs: ClassVar[Stage] = Stage.NORMALIZED
+    needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
     provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
@@ -37,6 +38,7 @@ class CalibrateWeights(Pass):
     group: int | None = None
     symmetric: bool = True
     edge_bits: int | None = None
+    scope: Literal["all", "tib"] = "all"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,15 +49,16 @@ class CalibrateWeights(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
         program.tables.setdefault(Quantizer.table, {})
-        nodes = runs_quantized(program)
-        edges = {nodes[0].name, nodes[-1].name} if nodes else set[str]()
+        tib = program.table(Tib)
+        nodes = [n for n in runs_quantized(program) if self.scope == "all" or n.name in tib]
+        edges = edge_nodes(program) if self.edge_bits is not None else []
         for node in ctx.progress.track(nodes, "quantizing weights", len(nodes)):
             module = program.origins[node.name].module if node.name in program.origins else ""
             if quantizer_of(program, node).codes or any(module.startswith(prefix) for prefix in self.skip):
                 continue
             weight = weight_of(node)
             assert weight is not None
-            bits = self.edge_bits if self.edge_bits is not None and node.name in edges else self.bits
+            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
             quantized = self._quantize(program.tensors[weight], bits, f"@{weight} of {program.at(node)}")
             how = self.method + (f" group {self.group}" if self.group else "")
             set_weight_quantizer(program, node, weight, quantized, how + ("" if self.symmetric else " asymmetric"))

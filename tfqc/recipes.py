@@ -14,9 +14,9 @@ def quantization_pipeline(
     *,
     weights: int | None,
     activations: int | None,
-    mode: str = "static",
-    method: str = "mse",
+    mode: str = "per-step",
     group: int | None = None,
+    edges: int | None = 8,
     policy: str = "recompute",
 ) -> str:
     """Pipeline text from a captured program to explicit quantization.
@@ -25,7 +25,7 @@ def quantization_pipeline(
         strategy: one of `STRATEGIES`.
         weights, activations: bits, None = left in floating point.
         mode: of the activations, as `calibrate-activations` has it.
-        method: range search of the weights.
+        edges: bits of the first and the last layer, weights and activations, where that is more; None = as the others.
         group: columns of a weight that share a scale, None = per channel.
         policy: for timesteps that are not in the schedule, as `fold-cache` has it.
 
@@ -47,11 +47,20 @@ def quantization_pipeline(
     else:
         parts.append(f"select-maintenance{{strategy={strategy.split('+')[0]}}}")
     if weights:
-        grouped = f" group={group}" if group else ""
-        parts.append(f"calibrate-weights{{bits={weights} method={method}{grouped}}}")
+        shared = f"method=mse{f' group={group}' if group else ''}{_edge(edges, weights)}"
+        if weights < 8:
+            parts.append(f"reconstruct-weights{{bits={weights} {shared}}}")
+        parts.append(f"calibrate-weights{{bits={weights} {shared}}}")
     if activations:
-        parts.append(f"calibrate-activations{{bits={activations} mode={mode}}}")
+        if strategy.startswith("tib") and "fsc" not in tuned and mode == "per-step":
+            # Per-step rows inside the block are what FSC is: without it, the block has one range for all steps.
+            parts.append(f"calibrate-activations{{bits={activations} scope=tib}}")
+        parts.append(f"calibrate-activations{{bits={activations} mode={mode}{_edge(edges, activations)}}}")
     parts += [f"fold-cache{{policy={policy}}}", "hoist-request"]
     if weights or activations:
         parts.append("insert-qdq")
     return ",".join(parts)
+
+
+def _edge(edges: int | None, bits: int) -> str:
+    return f" edge-bits={edges}" if edges is not None and edges > bits else ""

@@ -25,6 +25,7 @@ PASSES = {
     "calibrate-activations": "tfqc.passes.calibrate_activations:CalibrateActivations",
     "calibrate-finite-set": "tfqc.passes.calibrate_finite_set:CalibrateFiniteSet",
     "reconstruct-tib": "tfqc.passes.reconstruct_tib:ReconstructTib",
+    "reconstruct-weights": "tfqc.passes.reconstruct_weights:ReconstructWeights",
     "fold-cache": "tfqc.passes.fold_cache:FoldCache",
     "hoist-request": "tfqc.passes.hoist_request:HoistRequest",
     "insert-qdq": "tfqc.passes.insert_qdq:InsertQdq",

@@ -25,17 +25,19 @@ class FakeQuantOptions:
     """Options of the target.
 
     weights, activations: bits, 2 to 8, or none for floating point. mode: of the activations. group: columns of a weight
-    that share a scale, none = per output channel. policy: for timesteps that are not in the schedule.
+    that share a scale, none = per output channel. edges: bits of the first and last layer, where that is more; none = as
+    the others. policy: for timesteps that are not in the schedule.
     """
 
     weights: int | None = 8
     activations: int | None = 8
-    mode: Literal["static", "per-step", "per-token"] = "static"
+    mode: Literal["static", "per-step", "per-token"] = "per-step"
     group: int | None = None
+    edges: int | None = 8
     policy: Literal["recompute", "nearest", "error"] = "recompute"
 
     def __post_init__(self) -> None:
-        for what, bits in (("weights", self.weights), ("activations", self.activations)):
+        for what, bits in (("weights", self.weights), ("activations", self.activations), ("edges", self.edges)):
             if bits is not None and not 2 <= bits <= 8:
                 raise ValueError(f"{what}={bits} is out of range: 2 to 8 bits, or none for floating point")
         if self.group is not None and self.group < 1:
@@ -63,6 +65,7 @@ class FakeQuantBackend(Backend):
             activations=options.activations,
             mode=options.mode,
             group=options.group,
+            edges=options.edges,
             policy=options.policy,
         )
 

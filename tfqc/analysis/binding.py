@@ -5,6 +5,7 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
+from tfqc.analysis.weighted import weighted_nodes
 from tfqc.ir.ops import SHAPE_ONLY, op_name
 from tfqc.ir.program import STEP, Program, Role
 from tfqc.ir.rows import BINDING_TIMES, BindingTime, RowSource
@@ -42,9 +43,7 @@ def binding_times(program: Program, function: str = STEP) -> dict[str, Roles]:
     for node in graph.nodes:  # topological, so one sweep carries the shape dependence on
         if node.op != "call_function" or op_name(node.target) in SHAPE_ONLY:
             continue
-        needed = {
-            s for n in node.all_input_nodes if _is_size(n) for s in symbols_of(program.types[n.name])
-        } - available
+        needed = {s for n in node.all_input_nodes if _is_size(n) for s in symbols_of(program.types[n.name])} - available
         if needed or any(Role.SAMPLE in roles[n.name] for n in node.all_input_nodes):
             roles[node.name].add(Role.SAMPLE)
     return {name: frozenset(found) for name, found in roles.items()}
@@ -55,15 +54,39 @@ def binding_table(program: Program) -> dict[str, BindingTime]:
     found: dict[str, BindingTime] = {}
     for function, graph in program.functions.items():
         roles = binding_times(program, function)
-        named = {n.name: BINDING_TIMES.get(roles[n.name]) for n in graph.nodes if n.op in ("call_function", "placeholder")}
+        named = {
+            n.name: BINDING_TIMES.get(roles[n.name]) for n in graph.nodes if n.op in ("call_function", "placeholder")
+        }
         found |= {name: BindingTime(time) for name, time in named.items() if time is not None}
     return found
 
 
+def edge_nodes(program: Program) -> list[fx.Node]:
+    """The model's first and last layer: of the weighted nodes that depend on the sample."""
+    roles = binding_times(program)
+    dynamic = [n for n in weighted_nodes(program) if Role.SAMPLE in roles[n.name]]
+    return dynamic[:1] + dynamic[1:][-1:]
+
+
 def symbols_without_sample(program: Program) -> set[str]:
     """Symbolic dimensions that the time and request inputs know."""
-    others = [i for i in program.inputs if i.role is not Role.SAMPLE]
-    return {s for i in others for s in symbols_of(i.type)}
+    return symbols_known(program, Role.TIME, Role.REQUEST)
+
+
+def symbols_known(program: Program, *roles: Role) -> set[str]:
+    """Symbolic dimensions of the inputs that have one of the roles."""
+    return {s for i in program.inputs if i.role in roles for s in symbols_of(i.type)}
+
+
+def needing_other_sizes(program: Program, known: set[str], function: str = STEP) -> set[str]:
+    """Nodes that cannot be made by who knows only the symbols `known`: they, or what they read, take other sizes."""
+    found: set[str] = set()
+    for node in program.functions[function].nodes:
+        sizes = (n for n in (node, *node.all_input_nodes) if _is_size(n))
+        unknown = any(symbols_of(program.types[n.name]) - known for n in sizes)
+        if unknown or any(n.name in found for n in node.all_input_nodes):
+            found.add(node.name)
+    return found
 
 
 def _is_size(node: fx.Node) -> bool:

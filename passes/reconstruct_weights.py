@@ -1,0 +1,70 @@
+"""reconstruct-weights: GPTQ, rounding that lets the rest of a layer's weights make up for each error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from tfqc.analysis.binding import edge_nodes
+from tfqc.analysis.moments import has_moments, observe_moments
+from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
+from tfqc.analysis.weighted import runs_quantized, weight_of
+from tfqc.errors import CalibrationError
+from tfqc.gptq import gptq
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.rows import Quantizer, Tib
+from tfqc.passing import Context, Pass
+from tfqc.quant import Grid, quantize_weight
+
+
+@dataclass(frozen=True)
+class ReconstructWeights(Pass):
+    """Round the weights outside the TIB by GPTQ on calibration data, with scales per channel or per group.
+
+    The TIB has a reconstruction of its own (reconstruct-tib), so strategies differ in nothing but the TIB. Grouped
+    convolutions are left to calibrate-weights. Options: bits; method of the range search; group; edge-bits (for the
+    model's first and last layer; none = as the others); steps of the schedule at which inputs are looked at.
+    """
+
+    name: ClassVar[str] = "reconstruct-weights"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.FOLDED
+    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule", "calibration"})
+
+    bits: int = 4
+    method: Literal["min-max", "mse"] = "mse"
+    group: int | None = None
+    edge_bits: int | None = None
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        for bits in (self.bits, self.edge_bits or self.bits):
+            if not 2 <= bits <= 8:
+                raise ValueError(f"bits={bits} is out of range: weights have 2 to 8 bits")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least 1")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
+        program.tables.setdefault(Quantizer.table, {})
+        nodes = [
+            n
+            for n in runs_quantized(program)
+            if n.name not in program.table(Tib) and has_moments(program, n) and not quantizer_of(program, n).codes
+        ]
+        edges = edge_nodes(program) if self.edge_bits is not None else []
+        moments = observe_moments(program, nodes, ctx, self.steps) if nodes else {}
+        for node in ctx.progress.track(nodes, "reconstructing weights (GPTQ)", len(nodes)):
+            name = weight_of(node)
+            assert name is not None
+            weight = program.tensors[name]
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"Weight @{name} of {program.at(node)} holds NaN or infinity.")
+            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
+            nearest = quantize_weight(weight, Grid(bits, symmetric=True), self.method, self.group)
+            how = f"gptq {self.method}" + (f" group {self.group}" if self.group else "")
+            set_weight_quantizer(program, node, name, gptq(weight, moments[node.name], nearest), how)

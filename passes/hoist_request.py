@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from tfqc.analysis.binding import binding_times
+from tfqc.analysis.binding import binding_times, needing_other_sizes, symbols_known
 from tfqc.analysis.outline import outline
 from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage
 from tfqc.ir.rows import RowSource
@@ -32,8 +32,12 @@ class HoistRequest(Pass):
         """Outline @begin; its outputs become parameters of @step under their own names."""
         sources = program.tables.setdefault(RowSource.table, {})
         roles = binding_times(program)
-        request = frozenset({Role.REQUEST})
-        waiting = {n for n in program.step.nodes if roles[n.name] == request and n.op == "call_function"}
+        late = needing_other_sizes(program, symbols_known(program, Role.REQUEST))
+        waiting = {
+            n
+            for n in program.step.nodes
+            if n.op == "call_function" and roles[n.name] == frozenset({Role.REQUEST}) and n.name not in late
+        }
         values = [n for n in waiting if program.tensor_type(n) and any(u not in waiting for u in n.users)]
         values = [n for n in program.step.nodes if n in values]
         if not values or BEGIN in program.functions:

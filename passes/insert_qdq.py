@@ -42,9 +42,10 @@ class InsertQdq(Pass):
         for function in [f for f in program.functions if f != TIME]:
             shared: dict[tuple[str, str], fx.Node] = {}
             for node in program.nodes(function):
-                if node.name not in quantizers:
-                    if node.op == "call_function" and op_name(node.target) in WEIGHTED | LEFT_IN_FLOAT:
-                        kind = op_name(node.target).split(".")[1]
+                name = op_name(node.target) if node.op == "call_function" else ""
+                if node.name not in quantizers or name not in WEIGHTED:  # a parameter may have a hoisted node's name
+                    if name in WEIGHTED | LEFT_IN_FLOAT:
+                        kind = name.split(".")[1]
                         left[kind] = left.get(kind, 0) + 1
                     continue
                 quantizer = quantizers[node.name]

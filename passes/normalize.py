@@ -54,9 +54,7 @@ class Normalize(Pass):
             if node.op == "call_function":
                 _create_by_size(program, node)
         program.prune()
-        program.origins = {
-            name: origin for name, origin in program.origins.items() if origin.module or origin.source
-        }
+        program.origins = {name: origin for name, origin in program.origins.items() if origin.module or origin.source}
 
 
 def _remove_identities(program: Program, only_aliases: bool) -> None:

@@ -80,9 +80,7 @@ class SelectMaintenance(Pass):
                 return {n: Maintenance((self._best(lambda s, n=n: sum(errors(n, s))),)) for n in features}
             case "feature-step":
                 table = {n: {s: errors(n, s) for s in self.candidates} for n in features}
-                return {
-                    n: _row([self._best(lambda s, t=t, n=n: table[n][s][t]) for t in steps]) for n in features
-                }
+                return {n: _row([self._best(lambda s, t=t, n=n: table[n][s][t]) for t in steps]) for n in features}
             case "step":
                 table = {n: {s: errors(n, s) for s in self.candidates} for n in features}
                 per_step = [self._best(lambda s, t=t: sum(table[n][s][t] for n in features)) for t in steps]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.models import MODELS, ROLES, Example
-from tfqc.capture import capture
+from tests.subjects import Subject, find_subject
+from tfqc.frontend import capture
 from tfqc.instruments import Instrument
 from tfqc.ir.program import Program
 from tfqc.ir.verify import verify
@@ -73,3 +74,9 @@ def _pipelines_end_valid(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(Pipeline, "run", checked)
+
+
+@pytest.fixture(scope="session")
+def subject(example: Callable[[str], Example], discovered: Programs) -> Callable[[str], Subject]:
+    """A model with its analysed program and calls to make, by its name in `tests.subjects.SUBJECTS`."""
+    return lambda name: find_subject(name, example, discovered)

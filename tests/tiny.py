@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfqc.capture import capture
+from tfqc.frontend import capture
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context, Pass
 

@@ -61,7 +61,11 @@ class Artifact:
             if directory.exists():
                 old = directory.with_name(f".{directory.name}.old{os.getpid()}")
                 os.replace(directory, old)
-                os.replace(beside, directory)
+                try:
+                    os.replace(beside, directory)
+                except BaseException:
+                    os.replace(old, directory)
+                    raise
                 shutil.rmtree(old)
             else:
                 os.replace(beside, directory)
@@ -107,9 +111,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise ArtifactError(f"{path} is no JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    if not ours or not isinstance(manifest.get("version"), int) or not isinstance(manifest.get("files"), dict):
         raise ArtifactError(f"{path} is no manifest of a tfqc artifact.")
-    if manifest.get("version", 0) > VERSION:
+    if manifest["version"] > VERSION:
         raise ArtifactError(
             f"{directory} has format version {manifest['version']}, newer than {VERSION}, which this tfqc reads: "
             "upgrade tfqc."

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Calibration:
     """What to sample for calibration.
 
     latents: unit normal noise [N, ...] f32. cond, uncond: request inputs by dotted name (`added_cond_kwargs.time_ids`),
-    [N, ...] each; `uncond` is None without classifier-free guidance. seed: what `latents` were drawn from, for the
-    record.
+    [N, ...] each; `uncond` is None without classifier-free guidance. shared: request inputs that have no row for each
+    image (rotary ids), as the model takes them. seed: what `latents` were drawn from, for the record.
 
     Raises:
         CalibrationError: no images, row counts that differ, NaN or infinity.
@@ -44,13 +44,20 @@ class Calibration:
     guidance: float = 2.0
     batch_size: int = 16
     seed: int = 0
+    shared: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __post_init__(self) -> None:
         if len(self.latents) == 0:
             raise CalibrationError("Calibration needs at least one image: latents has no rows.")
-        for name, tensor in [("latents", self.latents), *self.cond.items(), *(self.uncond or {}).items()]:
-            if len(tensor) != len(self.latents):
-                raise CalibrationError(f"Calibration: {name} has {len(tensor)} rows, latents {len(self.latents)}.")
+        per_image = [("latents", self.latents), *self.cond.items(), *(self.uncond or {}).items()]
+        for name, tensor in per_image:
+            if tensor.dim() == 0 or len(tensor) != len(self.latents):
+                rows = len(tensor) if tensor.dim() else "no"
+                raise CalibrationError(
+                    f"Calibration: {name} has {rows} rows, latents {len(self.latents)}; what all images share is given "
+                    "as shared={...}."
+                )
+        for name, tensor in [*per_image, *self.shared.items()]:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(f"Calibration: {name} holds NaN or infinity.")
 
@@ -61,6 +68,7 @@ class Calibration:
         """Write to a safetensors file."""
         tensors = {"latents": self.latents, **{f"cond.{k}": v for k, v in self.cond.items()}}
         tensors |= {f"uncond.{k}": v for k, v in (self.uncond or {}).items()}
+        tensors |= {f"shared.{k}": v for k, v in self.shared.items()}
         facts = {"guidance": repr(self.guidance), "batch_size": str(self.batch_size), "seed": str(self.seed)}
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, facts)
 
@@ -75,8 +83,10 @@ class Calibration:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
             tensors = load_file(path)
-            cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
-            uncond = {k.removeprefix("uncond."): v for k, v in tensors.items() if k.startswith("uncond.")}
+            cond, uncond, shared = (
+                {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+                for part in ("cond.", "uncond.", "shared.")
+            )
             return cls(
                 tensors["latents"],
                 cond,
@@ -84,6 +94,7 @@ class Calibration:
                 float(facts["guidance"]),
                 int(facts["batch_size"]),
                 int(facts["seed"]),
+                shared,
             )
         except (OSError, KeyError, SafetensorError) as error:
             raise CalibrationError(f"{path} holds no calibration data: {error}") from error
@@ -102,9 +113,14 @@ class TrajectoryBatch:
         time = program.input(Role.TIME)[0].name
         noisy = program.input(Role.SAMPLE)[0].name
         for step, t in enumerate(self.timesteps):
-            dtype = torch.int64 if t == int(t) else torch.float32
-            rows = torch.full((self.samples.shape[1],), t, dtype=dtype)
+            rows = timestep_tensor(program, [t]).expand(self.samples.shape[1])
             yield step, {noisy: self.samples[step], time: rows, **self.request}
+
+
+def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
+    """Timesteps [T] in the dtype with which the model was captured; float32 where that is integer and they are not."""
+    t, dtype = torch.tensor(timesteps, dtype=torch.float32), program.input(Role.TIME)[0].type.dtype
+    return t if not dtype.is_floating_point and bool((t != t.round()).any()) else t.to(dtype)
 
 
 def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
@@ -149,12 +165,14 @@ def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callab
 
     def denoiser(x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
         tick()
+        conditions |= calibration.shared
         if lacking := [n for n in names if n not in conditions]:
             raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
         request.update({names[k]: v for k, v in conditions.items() if k in names})
         seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
-        result = program(**nested({program.input(Role.SAMPLE)[0].path: x, program.input(Role.TIME)[0].path: t,
-                                   **{tuple(k.split(".")): v for k, v in conditions.items() if k in names}}))  # fmt: skip
+        given = {tuple(k.split(".")): v for k, v in conditions.items() if k in names}
+        noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
+        result = program(**nested({noisy: x, time: t, **given}))
         output = result[0] if isinstance(result, tuple) else result
         if not bool(torch.isfinite(output).all()):
             raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {float(t):g}.")
@@ -188,10 +206,14 @@ def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def _key(program: Program, calibration: Calibration, schedule: str) -> str:
-    """Identifies what would be sampled: the model's weights, the noise, the conditions, the schedule."""
+    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
     digest = hashlib.sha256(f"{schedule} {calibration.guidance} {calibration.batch_size}".encode())
+    digest.update(program.step.python_code("self").src.encode())
+    # What passes have added (codes, scales) is read by no operation yet: another pass finds the same trajectories.
+    read = sorted({str(n.target) for n in program.step.nodes if n.op == "get_attr"})
     own = [("latents", calibration.latents), *calibration.cond.items(), *(calibration.uncond or {}).items()]
-    for name, tensor in [*sorted(program.tensors.items()), *own]:
+    own += calibration.shared.items()
+    for name, tensor in [*((name, program.tensors[name]) for name in read), *own]:
         # Up to 4096 values of each tensor: weights that differ only elsewhere do not happen.
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, flat.numel() // 4096)].to(torch.float64).contiguous()

@@ -15,7 +15,7 @@ import tfqc
 from tfqc.artifact import Artifact, check_files
 from tfqc.backend import refusals
 from tfqc.calibration import Calibration
-from tfqc.capture import capture
+from tfqc.frontend import capture
 from tfqc.errors import TfqcError
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
@@ -70,7 +70,7 @@ def compile(
         pipeline = backend.pipeline(target.options, strategy)
     passes = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
     passes = passes + Pipeline(backend.legalize(target.options))
-    spec = None if isinstance(model, Program) else _spec(model, example_inputs)
+    spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles)
     if schedule is None and spec is not None:
         schedule = spec.scheduler
     context = Context(
@@ -117,13 +117,13 @@ def clean(workdir: Path) -> None:
     shutil.rmtree(workdir, ignore_errors=True)
 
 
-def _spec(model: Compilable, example: Mapping[str, Any] | None) -> ModelSpec:
+def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:
     if isinstance(model, ModelSpec):
         return model
     if isinstance(model, str):
         return find_model(model)
     if example is not None and isinstance(model, torch.nn.Module):
-        return ModelSpec(type(model).__name__, model, example)
+        return ModelSpec(type(model).__name__, model, example, roles=roles)
     return from_diffusers(model)
 
 

@@ -20,15 +20,18 @@ def plan_of(program: Program) -> Plan:
     schedule = program.table(Schedule).get("schedule")
     by_kind = {kind: {k: r for k, r in sources.items() if r.kind == kind} for kind in
                ("row", "begin", "time", "table", "activation")}  # fmt: skip
+    domain = {i.name: i.domain or 1 for i in program.inputs}
     return Plan(
         inputs=tuple((i.name, str(i.role), i.path) for i in program.inputs),
         positional=tuple(dict.fromkeys(i.path[0] for i in program.inputs)),
         time_is_float=program.input(Role.TIME)[0].type.dtype.is_floating_point,
         timesteps=schedule.timesteps if schedule else (),
         policy=schedule.policy if schedule else "recompute",
-        row=next(iter(by_kind["row"]), ""),
+        row=next((name for name, row in by_kind["row"].items() if not row.label), ""),
+        label_rows={k: (r.label, domain[r.label]) for k, r in sorted(by_kind["row"].items()) if r.label},
+        per_image=tuple(i.name for i in program.input(Role.REQUEST) if i.type.shape[:1] == ("B",)),
         tables=tuple(
-            Table(name, row.output, row.encoding, row.scale, row.zero_point)
+            Table(name, row.output, row.encoding, row.scale, row.zero_point, row.label, domain.get(row.label, 1))
             for name, row in sorted(by_kind["table"].items())
         ),
         activations=tuple(sorted(by_kind["activation"])),
@@ -94,7 +97,7 @@ def interpreter(program: Program) -> Interpreter:
     """An interpreter of the program as it is now; made anew only when the program has changed."""
     state = hash((
         *(g.python_code("self").src for g in program.functions.values()),
-        *((name, id(tensor), tensor._version) for name, tensor in program.tensors.items()),
+        *((name, id(t), 0 if t.is_inference() else t._version) for name, t in program.tensors.items()),
         repr(sorted(program.table(RowSource).items())),
         repr(program.table(Schedule)),
     ))  # fmt: skip

@@ -28,7 +28,8 @@ class ModelSpec:
     model: the denoiser. example_inputs: for the capture. scheduler: a diffusers scheduler, or None.
     conditions: (n, seed) -> (cond, uncond) request inputs by dotted name, n rows each; uncond None without guidance.
     decode: latents -> images [N, C, H, W] in 0..1, or None. labels: (n, seed) -> class labels [n], where images have
-    classes. metrics: name -> function of (images, labels). roles: of the inputs, where names do not tell.
+    classes; class_names: what they are called. metrics: name -> function of (images, labels). roles: of the inputs,
+    where names do not tell.
     """
 
     name: str
@@ -39,21 +40,30 @@ class ModelSpec:
     guidance: float = 1.0
     decode: Callable[[Tensor], Tensor] | None = None
     labels: Callable[[int, int], Tensor] | None = None
+    class_names: tuple[str, ...] = ()
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict[str, Any])
     roles: Mapping[str, str] | None = None
     note: str = ""
 
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one noisy sample, from the example inputs."""
+        return tuple(self._noisy().shape[1:])
+
+    def _noisy(self) -> Tensor:
         named = [v for k, v in self.example_inputs.items() if k in ("sample", "hidden_states")]
         by_role = [self.example_inputs[k] for k, r in (self.roles or {}).items() if r == "sample"]
-        return tuple((by_role + named)[0].shape[1:])
+        return (by_role + named)[0]
+
+    def _per_image(self, value: Tensor) -> bool:
+        """True for an example input that has a row for each image."""
+        return value.dim() > 0 and value.shape[0] == self._noisy().shape[0]
 
     def calibration(self, images: int = 16, seed: int = 0, batch_size: int = 16) -> Calibration:
         """Noise and request inputs of a few images; conditions are random numbers where the model has no others."""
         cond, uncond = (self.conditions or self._random_conditions)(images, seed)
         noise = initial_noise(images, self.sample_shape(), seed)
-        return Calibration(noise, cond, uncond, self.guidance, batch_size, seed)
+        shared = {k: v for k, v in self._requests().items() if k not in cond and not self._per_image(v)}
+        return Calibration(noise, cond, uncond, self.guidance, batch_size, seed, shared)
 
     @property
     def conditions_are_random(self) -> bool:
@@ -79,7 +89,8 @@ class ModelSpec:
     def _random_conditions(self, n: int, seed: int) -> tuple[dict[str, Tensor], None]:
         generator = torch.Generator().manual_seed(seed)
         cond: dict[str, Tensor] = {}
-        for name, example in self._requests().items():
+        per_image = {k: v for k, v in self._requests().items() if self._per_image(v)}
+        for name, example in per_image.items():
             shape = (n, *example.shape[1:])
             if example.is_floating_point():
                 cond[name] = torch.randn(shape, generator=generator).to(example.dtype)

@@ -15,13 +15,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Table:
-    """A tensor of rows over the schedule, made from one output of the time function."""
+    """A tensor of rows over the schedule, made from one output of the time function.
+
+    With a `label` (a request input of class labels) it has `classes` rows for each timestep, one for each label.
+    """
 
     tensor: str
     output: int
     encoding: str = "fp"
     scale: str = ""
     zero_point: str = ""
+    label: str = ""
+    classes: int = 1
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Plan:
     """How a call of the model becomes calls of its functions.
 
     `inputs` are (name, role, path in the call); `positional` the names of the model's positional arguments;
-    `time_dtype_is_float` whether the model was captured with floating point timesteps. The dictionaries map
-    parameters of the step function to outputs of `begin` and of `time`.
+    `time_is_float` whether the model was captured with floating point timesteps; `per_image` the request inputs that
+    have a row for each image. `label_rows` maps parameters of the step function to (input of class labels, how many
+    labels there are): the parameter is row * labels + label. The other dictionaries map parameters of the step
+    function to outputs of `begin` and of `time`.
     """
 
     inputs: tuple[tuple[str, str, tuple[str, ...]], ...]
@@ -39,6 +46,8 @@ class Plan:
     timesteps: tuple[float, ...] = ()
     policy: str = "recompute"
     row: str = ""
+    label_rows: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    per_image: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     activations: tuple[str, ...] = ()
     hoisted: Mapping[str, int] = field(default_factory=dict)
@@ -59,14 +68,21 @@ class _Request:
     """What was computed for one set of request inputs; holding the inputs keeps their identities from being reused."""
 
     inputs: dict[str, Tensor]
+    batch: int
     versions: tuple[int, ...]
     copies: dict[str, Tensor]
     hoisted: dict[str, Tensor]
     tables: dict[str, Tensor]
 
-    def serves(self, inputs: Mapping[str, Tensor]) -> bool:
-        """True if the inputs are the same tensors, unchanged. Inference tensors have no version: compare values."""
-        if any(self.inputs[k] is not v for k, v in inputs.items()) or self.versions != _versions(inputs):
+    def serves(self, inputs: Mapping[str, Tensor], batch: int) -> bool:
+        """True if the inputs are the same tensors, unchanged.
+
+        Versions miss what is written past torch (`.data`, numpy), and inference tensors have none. So values are
+        compared too, but for those on a device that would have to be waited for.
+        """
+        if batch != self.batch or any(self.inputs[k] is not v for k, v in inputs.items()):
+            return False
+        if self.versions != _versions(inputs):
             return False
         return all(torch.equal(copied, inputs[k]) for k, copied in self.copies.items())
 
@@ -92,10 +108,12 @@ class Stepper(torch.nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self._known = {t: i for i, t in enumerate(plan.timesteps)}
+        # Calls bring timesteps in float32 at best, so the schedule is known by what it is in float32.
+        self._schedule = torch.tensor(plan.timesteps, dtype=torch.float32).tolist()
+        self._known: dict[float, int] = {t: i for i, t in enumerate(self._schedule)}
         self._original: dict[str, Tensor] = {}
         self._requests: list[_Request] = []
-        self._row_tensors: dict[tuple[int, ...], Tensor] = {}
+        self._row_tensors: dict[tuple[int, torch.device], Tensor] = {}
 
     # -- what a subclass may override -------------------------------------------------------------------------------
 
@@ -113,15 +131,12 @@ class Stepper(torch.nn.Module):
         """The captured model's inputs in, its outputs out."""
         values = self.bind(args, kwargs)
         plan = self.plan
-        request = {name: values[name] for name, role, _ in plan.inputs if role == "request"}
-        steps = [(name, values[name]) for name, role, _ in plan.inputs if role == "time"]
-        if plan.row:
-            rows = tuple(self._row_of(float(t), values) for t in _distinct(steps[0][1]))
-            if rows not in self._row_tensors:
-                self._row_tensors[rows] = torch.tensor(rows, device=steps[0][1].device)
-            values[plan.row] = self._row_tensors[rows]
+        if plan.row or plan.label_rows:
+            rows = self._rows(values)
+            values |= {name: _with_label(rows, values[k], k, n) for name, (k, n) in plan.label_rows.items()}
+            values |= {plan.row: rows} if plan.row else {}
         if plan.hoisted or plan.request_tables:
-            entry = self._request(request, values)
+            entry = self._request(values)
             values |= entry.hoisted | entry.tables
         result = self.step(**values)
         return Output(result) if isinstance(result, tuple) else result
@@ -162,36 +177,47 @@ class Stepper(torch.nn.Module):
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
+    def _rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Row of each batch entry's timestep: [1] where they are all equal, else [B]."""
+        time = next(values[name] for name, role, _ in self.plan.inputs if role == "time")
+        timesteps = _distinct(time)
+        unknown = {t for t in timesteps if t not in self._known}
+        if len(self._known) - len(self._schedule) + len(unknown) > self.MAX_EXTRA_ROWS:
+            self._forget_extra_rows()  # before any row of this call is looked up
+        rows = [self._row_of(t, values) for t in timesteps]
+        if len(rows) > 1:
+            return torch.tensor(rows, device=time.device)
+        key = (rows[0], time.device)
+        if key not in self._row_tensors:
+            self._row_tensors[key] = torch.tensor(rows, device=time.device)
+        return self._row_tensors[key]
+
     def _row_of(self, t: float, values: Mapping[str, Tensor]) -> int:
         if t in self._known:
             return self._known[t]
         if self.plan.policy == "error":
             raise ValueError(
-                f"Timestep {t:g} is not in the schedule of {len(self.plan.timesteps)} steps that this model was "
+                f"Timestep {t:g} is not in the schedule of {len(self._schedule)} steps that this model was "
                 "compiled for, and its policy is 'error': compile it for this schedule, or with policy=recompute."
             )
-        nearest = min(range(len(self.plan.timesteps)), key=lambda i: abs(self.plan.timesteps[i] - t))
+        nearest = min(range(len(self._schedule)), key=lambda i: abs(self._schedule[i] - t))
         if self.plan.policy == "nearest":
             return nearest
         return self._add_row(t, nearest, values)
 
     def _add_row(self, t: float, nearest: int, values: Mapping[str, Tensor]) -> int:
         """Compute the rows of an unknown timestep in full precision, once, and append them to every table."""
-        if len(self._known) - len(self.plan.timesteps) >= self.MAX_EXTRA_ROWS:
-            for name, tensor in self._original.items():
-                self.set_tensor(name, tensor)
-            self._known = {t: i for i, t in enumerate(self.plan.timesteps)}
-            self._requests.clear()
-        features = self._features(t, values) if self.plan.tables else ()
+        calls: dict[str, tuple[Tensor, ...]] = {}  # what the time function gives, by the label that is enumerated
         for table in self.plan.tables:
-            row = features[table.output][:1]
+            if table.label not in calls:
+                calls[table.label] = self._features(t, values, table.label, table.classes)
+            rows = calls[table.label][table.output][: table.classes]
             if table.encoding == "fp":
-                self._append(table.tensor, row)
+                self._append(table.tensor, rows)
             else:
-                codes, scale, zero_point = encode_row(row, table.encoding)
-                self._append(table.tensor, codes)
-                self._append(table.scale, scale)
-                self._append(table.zero_point, zero_point)
+                parts = zip(*(encode_row(row[None], table.encoding) for row in rows), strict=True)
+                for name, part in zip((table.tensor, table.scale, table.zero_point), parts, strict=True):
+                    self._append(name, torch.cat(part))
         for name in self.plan.activations:
             self._append(name, self.get_tensor(name)[nearest : nearest + 1])
         self._known[t] = len(self._known)
@@ -202,28 +228,45 @@ class Stepper(torch.nn.Module):
         self._original.setdefault(name, tensor)
         self.set_tensor(name, torch.cat([tensor, row.to(tensor.dtype)]))
 
-    def _features(self, t: float, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Outputs of the time function at one timestep, for the whole batch."""
+    def _forget_extra_rows(self) -> None:
+        for name, tensor in self._original.items():
+            self.set_tensor(name, tensor.to(self.get_tensor(name).device))
+        self._original.clear()
+        self._known = {t: i for i, t in enumerate(self._schedule)}
+        self._requests.clear()
+
+    def _features(
+        self, t: float, values: Mapping[str, Tensor], label: str = "", classes: int = 1
+    ) -> tuple[Tensor, ...]:
+        """Outputs of the time function at one timestep: for the whole batch, or for every value of a label input."""
         if self.time is None:
             raise RuntimeError("This model holds no time function: compile it with policy=recompute.")
         inputs = {name: values[name] for name, role, _ in self.plan.inputs if role != "sample"}
+        if label:
+            everything = torch.arange(classes, dtype=inputs[label].dtype, device=inputs[label].device)
+            for name in self.plan.per_image:  # the first image's stand in for the others: rows wait for the label alone
+                inputs[name] = inputs[name][:1].expand(classes, *inputs[name].shape[1:])
+            inputs[label] = everything
         for name, role, _ in self.plan.inputs:
             if role == "time":
-                inputs[name] = torch.full_like(values[name], t, dtype=_time_dtype(values[name], t))
+                size = (classes,) if label else inputs[name].shape
+                inputs[name] = inputs[name].new_full(size, t, dtype=_time_dtype(inputs[name], t))
         return self.time(**inputs)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def _request(self, request: dict[str, Tensor], values: Mapping[str, Tensor]) -> _Request:
-        entry = next((e for e in self._requests if e.serves(request)), None)
+    def _request(self, values: Mapping[str, Tensor]) -> _Request:
+        request = {name: values[name] for name, role, _ in self.plan.inputs if role == "request"}
+        batch = next(len(values[name]) for name, role, _ in self.plan.inputs if role == "sample")
+        entry = next((e for e in self._requests if e.serves(request, batch)), None)
         if entry is None:
             hoisted: dict[str, Tensor] = {}
             if self.plan.hoisted:
                 assert self.begin is not None
                 outputs = self.begin(**request)
                 hoisted = {name: outputs[i] for name, i in self.plan.hoisted.items()}
-            copies = {k: v.clone() for k, v in request.items() if v.is_inference()}
-            entry = _Request(request, _versions(request), copies, hoisted, {})
+            copies = {k: v.clone() for k, v in request.items() if v.is_inference() or v.device.type == "cpu"}
+            entry = _Request(request, batch, _versions(request), copies, hoisted, {})
             self._requests = [entry, *self._requests[: self.MAX_REQUESTS - 1]]
         if self.plan.request_tables:
             done = len(next(iter(entry.tables.values()))) if entry.tables else 0
@@ -256,9 +299,16 @@ def encode_row(row: Tensor, encoding: str) -> tuple[Tensor, Tensor, Tensor]:
     return (flat[::2] | (flat[1::2] << 4))[None], scale.reshape(1), zero_point.to(torch.int32).reshape(1)
 
 
+def _with_label(rows: Tensor, labels: Tensor, name: str, classes: int) -> Tensor:
+    """Row of each batch entry in a table that has a row for each label at each timestep."""
+    if strange := [k for k in labels.tolist() if not 0 <= k < classes]:
+        raise ValueError(f"{name} holds {strange[0]}, but the model was captured for the labels 0 to {classes - 1}.")
+    return rows * classes + labels
+
+
 def _distinct(t: Tensor) -> list[float]:
     """One timestep if all are equal, else one for each batch entry."""
-    values = t.tolist()
+    values = t.to(torch.float32).tolist()
     return values[:1] if all(v == values[0] for v in values) else values
 
 

@@ -79,7 +79,7 @@ def sample(
             seen = solver.scale_model_input(x, t)
             with torch.no_grad():
                 seen = seen if uncond is None else torch.cat([seen, seen])
-                output = _tensor(denoiser(seen, _whole(t), **c))
+                output = _prediction(_tensor(denoiser(seen, _whole(t), **c)), x, solver)
             if uncond is not None:
                 u, output = output.chunk(2)
                 output = u + guidance * (output - u)
@@ -104,6 +104,12 @@ def _check_conditions(n: int, cond: Mapping[str, Tensor], uncond: Mapping[str, T
 def _whole(t: Tensor) -> Tensor:
     """int64 if nothing is lost by it: some schedulers keep whole timesteps as floats."""
     return t.long() if bool(t == t.long()) else t.float()
+
+
+def _prediction(output: Tensor, x: Tensor, solver: Any) -> Tensor:
+    """Without the variance that some models (DiT, PixArt) predict beside, unless the sampler wants it."""
+    learned = "learned" in str(getattr(solver.config, "variance_type", ""))
+    return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
 
 
 def _tensor(output: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Emission of `model.py`: the step as straight-line code, one line for each operation, sources of the run time above it."""
+"""Emission of `model.py`: the step as straight-line code, a line for each operation, below the run time's source."""
 
 from __future__ import annotations
 
@@ -136,8 +136,9 @@ def _function(program: Program, function: str) -> Iterator[str]:
     yield f"def {function}(self, {', '.join(f'{p}: Tensor' for p in parameters)}, **_: Tensor) -> Any:"
     yield f'    """{DOCS[function]}"""'
     if function == TIME and any(n.op == "get_attr" for n in graph.nodes):
-        yield f'    if not self.time_is_loaded and (self.directory / "{TIME_WEIGHTS}").exists():'
-        yield f'        for name, value in load_file(self.directory / "{TIME_WEIGHTS}").items():'
+        yield "    if not self.time_is_loaded:"
+        yield "        device = str(next(self.buffers()).device)"
+        yield f'        for name, value in load_file(self.directory / "{TIME_WEIGHTS}", device).items():'
         yield "            self.register_buffer(buffer_name(name), value, persistent=False)"
         yield "        self.time_is_loaded = True"
     last = _last_reads(graph)

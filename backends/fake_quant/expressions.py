@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import math
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx
 
 from tfqc.backends.fake_quant.support import is_fused_dequantize
+from tfqc.ir import ops
 from tfqc.ir.ops import op_name
 from tfqc.runtime import buffer_name
 
@@ -30,9 +32,14 @@ _INFIX = {
 }  # fmt: skip
 
 
+# What the generated functions call: a value of such a name would hide it from them.
+_CALLED = {"self", "torch", "aten", "F", "fake_quantize", *vars(ops), *vars(builtins)}
+
+
 def variable(node: fx.Node) -> str:
-    """The Python name of a node's value."""
-    return f"{node.name}_" if keyword.iskeyword(node.name) or node.name == "self" else node.name
+    """The Python name of a node's value. Parameters keep theirs, by which they are called."""
+    hides = keyword.iskeyword(node.name) or (node.op == "call_function" and node.name in _CALLED)
+    return f"{node.name}_value" if hides else node.name
 
 
 def expression(node: fx.Node) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.helpers import find, run_pass
 from tests.models import MODELS
-from tfqc.capture import capture
+from tfqc.frontend import capture
 from tfqc.errors import PassError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Stage

@@ -14,7 +14,7 @@ from tfqc.analysis.moments import observe_moments
 from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weight_of, weighted_nodes
 from tfqc.calibration import trajectories
-from tfqc.capture import capture
+from tfqc.frontend import capture
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer, Tib
@@ -95,14 +95,14 @@ def test_moments_are_those_of_the_unfolded_inputs(subject: Subjects, tmp_path: P
 
 def test_refused(subject: Subjects, tmp_path: Path) -> None:
     its = subject("unet2d")
-    with pytest.raises(PipelineError, match="needs a calibration"):
+    with pytest.raises(PipelineError, match=r"needs a calibration"):
         its.run(f"{TIB},reconstruct-weights")
-    with pytest.raises(SpecError, match="bits=9 is out of range"):
+    with pytest.raises(SpecError, match=r"bits=9 is out of range"):
         Pipeline.parse("reconstruct-weights{bits=9}")
     broken = its.program
     node = next(n for n in weighted_nodes(broken) if n.name not in broken.table(Tib))
     name = weight_of(node) or ""
     broken.tensors[name] = broken.tensors[name].clone().index_fill_(0, torch.tensor([0]), float("nan"))
     ctx = Context(SamplingSchedule.of(find_model("fashion-unet").scheduler, 2), calibration(its), workdir=tmp_path)
-    with pytest.raises(CalibrationError, match="NaN"):
+    with pytest.raises(CalibrationError, match=r"NaN"):
         its.run(f"{TIB},reconstruct-weights", ctx, broken)

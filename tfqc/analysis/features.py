@@ -40,9 +40,7 @@ class TibRun:
         """Features by name, [T, requests, ...]; the arguments quantize or watch nodes as in `Simulation`."""
         run = Simulation(self.program, self.graph, weights=weights, inputs=inputs, observe=observe)
         values = run.call(self.inputs)
-        return {
-            name: value.unflatten(0, (self.steps, -1)) for name, value in zip(self.names, values, strict=True)
-        }
+        return {name: value.unflatten(0, (self.steps, -1)) for name, value in zip(self.names, values, strict=True)}
 
 
 def tib_run(program: Program, ctx: Context) -> TibRun:
@@ -72,7 +70,13 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
             )
         count = min(REQUESTS, len(ctx.calibration))
         for item in wanted:
-            rows = ctx.calibration.cond[".".join(item.path)][:count]
+            path = ".".join(item.path)
+            if path in ctx.calibration.shared:
+                inputs[item.name] = ctx.calibration.shared[path]
+                continue
+            if path not in ctx.calibration.cond:
+                raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
+            rows = ctx.calibration.cond[path][:count]
             inputs[item.name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
     inputs[program.input(Role.TIME)[0].name] = t.repeat_interleave(count)
     for node in graph.nodes:

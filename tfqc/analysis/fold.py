@@ -16,24 +16,23 @@ aten, ours = torch.ops.aten, torch.ops.tfqc
 
 def fold_bias(program: Program, node: fx.Node, features: Collection[str]) -> list[fx.Node]:
     """conv(x, w, b) + e  ->  conv with bias rows b + e, where e [B, O, 1, 1] is a feature. Returns the new rows."""
-    if not _is(node, "aten.add.Tensor") or node.kwargs:
-        return []
-    for conv, feature in _either_way(node):
-        if not (_only_read_by(conv, node) and _is(conv, "aten.conv2d.default") and _named(feature, features)):
+    for conv, feature in _operands(node, "aten.add.Tensor"):
+        if not (_only_read_by(conv, node) and _is(conv, "aten.conv2d.default") and feature.name in features):
             continue
-        stride, padding, dilation, groups = (*conv.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(conv.args[3:]) :])
+        operands: tuple[Any, ...] = conv.args
+        x, weight_node, *given = operands
+        bias, stride, padding, dilation, groups = (*given, *(None, [1, 1], [0, 0], [1, 1], 1)[len(given) :])
         if conv.kwargs or not all(isinstance(v, list) for v in (stride, padding, dilation)):
             continue
-        weight = program.tensor_type(conv.args[1])
+        weight = program.tensor_type(weight_node)
         type_ = program.tensor_type(feature)
         if weight is None or type_ is None or type_.shape[1:] != (weight.shape[0], 1, 1):
             continue
         rows = program.insert(node, aten.reshape.default, (feature, [-1, weight.shape[0]]), like=feature)
-        bias = conv.args[2] if len(conv.args) > 2 else None
         if bias is not None:
             rows = program.insert(node, aten.add.Tensor, (bias, rows), like=feature)
         conv.target = ours.conv2d_rows.default
-        conv.args = (conv.args[0], conv.args[1], rows, stride, padding, dilation, groups)
+        conv.args = (x, weight_node, rows, stride, padding, dilation, groups)
         node.prepend(conv)  # the rows are made between the convolution's old place and here
         program.replace(node, conv)
         return [rows]
@@ -42,16 +41,14 @@ def fold_bias(program: Program, node: fx.Node, features: Collection[str]) -> lis
 
 def fold_affine(program: Program, node: fx.Node, features: Collection[str]) -> list[fx.Node]:
     """norm(x) * m + a  ->  norm with affine rows γ·m and β·m + a, where m and a are features. Returns the new rows."""
-    if not _is(node, "aten.add.Tensor") or node.kwargs:
-        return []
-    for product, shift in _either_way(node):
-        if not (_only_read_by(product, node) and _is(product, "aten.mul.Tensor") and _named(shift, features)):
+    for product, shift in _operands(node, "aten.add.Tensor"):
+        if not (_only_read_by(product, node) and shift.name in features):
             continue
-        for norm, scale in _either_way(product):
-            if not (_only_read_by(norm, product) and _named(scale, features)) or norm.kwargs:
-                continue
-            if made := _norm_rows(program, norm, product, node, scale, shift):
-                return made
+        for norm, scale in _operands(product, "aten.mul.Tensor"):
+            if _only_read_by(norm, product) and scale.name in features:
+                made = _norm_rows(program, norm, product, node, scale, shift)
+                if made:
+                    return made
     return []
 
 
@@ -59,7 +56,7 @@ def _norm_rows(
     program: Program, norm: fx.Node, product: fx.Node, node: fx.Node, scale: fx.Node, shift: fx.Node
 ) -> list[fx.Node]:
     type_ = program.tensor_type(norm)
-    if type_ is None:
+    if type_ is None or norm.kwargs:
         return []
     if _is(norm, "aten.group_norm.default"):
         channels, spread = type_.shape[1], (1,) * (len(type_.shape) - 2)
@@ -98,19 +95,19 @@ def _norm_rows(
     return [gain, offset]
 
 
-def _either_way(node: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """The two operands of a commutative operation, and the same exchanged."""
-    a, b = node.args[:2]
-    return (a, b), (b, a)
+def _operands(node: fx.Node, name: str) -> list[tuple[fx.Node, fx.Node]]:
+    """Both orders of the two operands of a commutative operation called `name`; nothing for any other node."""
+    if not _is(node, name) or node.kwargs or len(node.args) != 2:
+        return []
+    first, second = node.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):
+        return []
+    return [(first, second), (second, first)]
 
 
-def _is(value: Any, name: str) -> bool:
-    return isinstance(value, fx.Node) and value.op == "call_function" and op_name(value.target) == name
+def _is(node: fx.Node, name: str) -> bool:
+    return node.op == "call_function" and op_name(node.target) == name
 
 
-def _only_read_by(value: Any, reader: fx.Node) -> bool:
-    return isinstance(value, fx.Node) and list(value.users) == [reader]
-
-
-def _named(value: Any, features: Collection[str]) -> bool:
-    return isinstance(value, fx.Node) and value.name in features
+def _only_read_by(value: fx.Node, reader: fx.Node) -> bool:
+    return list(value.users) == [reader]

@@ -90,4 +90,3 @@ def _static(seen: Tensor, bits: int) -> Callable[[Tensor], Tensor]:
     grid = Grid(bits, symmetric=False)
     scale, zero_point = range_to_qparams(seen.amin(), seen.amax(), grid)
     return lambda x: fake_quantize(x, scale, zero_point, grid)
-

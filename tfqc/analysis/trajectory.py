@@ -19,9 +19,7 @@ from tfqc.passing import Context
 from tfqc.sampling import sample
 
 
-def tib_trajectory_deviation(
-    program: Program, ctx: Context, bits: tuple[int, int], images: int
-) -> tuple[float, ...]:
+def tib_trajectory_deviation(program: Program, ctx: Context, bits: tuple[int, int], images: int) -> tuple[float, ...]:
     """cos(x_t, x̂_t) before each step and of the final x_0, T + 1 values, mean over `images` calibration images.
 
     Raises:
@@ -67,7 +65,7 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
         next(bar, None)
         at = position[float(t)]
         run.values = {name: value[at].expand(len(x), *value.shape[1:]) for name, value in features.items()}
-        request = {paths[k]: v for k, v in conditions.items()}
+        request = {paths[k]: v for k, v in {**conditions, **data.shared}.items() if k in paths}
         result = run.call({noisy: x, time: t.expand(len(x)), **request})
         return result[0] if isinstance(result, tuple) else result
 

@@ -1,0 +1,112 @@
+"""`tfqc compile`: from a model to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfqc.cli import options
+from tfqc.cli.keeping import beside, kept_work
+from tfqc.cli.output import guarded, show
+
+if TYPE_CHECKING:
+    from tfqc.artifact import Artifact
+    from tfqc.instruments import Timing
+
+
+@guarded
+def compile_model(
+    model: Annotated[str, typer.Argument(help="A built-in name, a diffusers folder, or package.module:factory.")],
+    out: Annotated[Path, typer.Option(help="Directory of the artifact.")],
+    target: Annotated[str, typer.Option(help="Such as 'fake-quant{weights=4 activations=8}'.")] = "fake-quant",
+    pipeline: Annotated[str | None, typer.Option(help="Your own passes: text, or a file of text or YAML.")] = None,
+    strategy: Annotated[
+        str, typer.Option(help="How temporal features are kept: tib (naive), fold, cache8, select, ...")
+    ] = "fold",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler to compile for.")] = 50,
+    schedule: options.ScheduleFile = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="Images to draw for calibration.")] = 16,
+    calibration: options.CalibrationFile = None,
+    seed: options.Seed = 0,
+    dump_ir: options.DumpDir = None,
+    print_ir_after: options.PrintAfter = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compile a model for a target.
+
+    Calibration trajectories are kept in OUT.work until the artifact is written; a pass that fails leaves
+    OUT.reproducer.
+    """
+    import tfqc
+    from tfqc.artifact import check_output
+    from tfqc.cli.progress import StderrProgress
+    from tfqc.models import find_model
+
+    check_output(out)
+    watchers, timing = options.instruments(
+        verify=verify,
+        reproducer=beside(out, "reproducer"),
+        dump=dump_ir,
+        print_after=print_ir_after,
+        as_json=as_json,
+    )
+    data = calibration_images if calibration is None else tfqc.Calibration.load(calibration)
+    own_schedule = None if schedule is None else options.read_schedule(schedule)
+    text = None if pipeline is None else options.read_pipeline(pipeline)
+    parsed = tfqc.Target.parse(target)
+    with kept_work(beside(out, "work")) as work, StderrProgress() as progress:
+        spec = find_model(model)
+        artifact = tfqc.compile(
+            spec,
+            parsed,
+            schedule=own_schedule,
+            steps=steps if own_schedule or spec.scheduler else None,
+            calibration=data,
+            pipeline=text,
+            strategy=strategy,
+            seed=seed,
+            workdir=work,
+            instruments=watchers,
+            progress=progress,
+        )
+        artifact.save(out)
+    value = _result(artifact, out, timing, spec.model)
+    show(value, _text(value), as_json)
+
+
+def _result(artifact: Artifact, out: Path, timing: Timing, model: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from tfqc.artifact import read_manifest
+    from tfqc.cli.subjects import artifact_sizes
+
+    return {
+        "artifact": str(out),
+        "target": artifact.facts["target"],
+        "pipeline": artifact.facts["pipeline"],
+        "report": artifact.facts["report"],
+        "bytes": artifact_sizes(read_manifest(out)),
+        "model_bytes_fp32": sum(4 * p.numel() for p in model.parameters()),
+        "passes": [asdict(t) for t in timing.passes],
+    }
+
+
+def _text(value: dict[str, Any]) -> str:
+    from tfqc.report.tables import size
+
+    lines = [passes_table(value["passes"]), "", *value["report"], ""]
+    sizes = ", ".join(f"{name} {size(n)}" for name, n in value["bytes"].items() if name != "total")
+    lines.append(f"{value['artifact']}: {size(value['bytes']['total'])} ({sizes})")
+    lines.append(f"the model in fp32: {size(value['model_bytes_fp32'])}")
+    return "\n".join(lines)
+
+
+def passes_table(passes: list[dict[str, Any]]) -> str:
+    """Where the time went, from rows of `PassTiming`."""
+    from tfqc.report.tables import seconds, table
+
+    rows = [(t["number"], t["name"], seconds(t["seconds"]), f"{t['peak_mib']:.0f} MiB", t["nodes"]) for t in passes]
+    return table(("#", "pass", "time", "peak memory", "ops per step"), rows, right=(0, 2, 3, 4))

@@ -1,0 +1,256 @@
+"""`tfqc demo`: the built-in model at W4A8, with naive and with folded temporal features, beside full precision."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfqc.cli import options
+from tfqc.cli.keeping import beside, kept_work
+from tfqc.cli.output import guarded, show
+
+if TYPE_CHECKING:
+    from tfqc.instruments.timing import PassTiming
+    from tfqc.models import ModelSpec
+    from tfqc.passing import Progress
+    from tfqc.pipeline import Pipeline
+    from tfqc.report.disturbance import FeatureErrors
+    from tfqc.report.runs import Run
+
+MODEL, TARGET = "fashion-unet", "fake-quant{weights=4 activations=8}"
+FULL = "full precision"
+STRATEGIES = {"naive": "tib", "fold": "fold"}
+CALIBRATION_IMAGES = 16
+SHOWN = 20  # images in the picture; the numbers are of all
+_OURS = re.compile(r"(grid|disturbance|trajectory)\.png|results\.json|ir|naive|fold")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One of the two artifacts, and what was seen while it was made."""
+
+    directory: Path
+    bytes: dict[str, int]
+    passes: list[PassTiming]
+    seconds: float
+    errors: FeatureErrors | None
+
+
+@guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for what it leaves.")] = Path("demo-out"),
+    images: options.Images = 40,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the sampler.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the images; calibration has its own.")] = 1,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compile the built-in model to W4A8 twice, naively and with folded time, and compare images of the same seeds.
+
+    Leaves pictures, both artifacts, the IR after each pass, and results.json.
+    """
+    import tfqc
+    from tfqc.cli.progress import StderrProgress
+    from tfqc.instruments.base import claim
+    from tfqc.models import find_model
+    from tfqc.report.runs import draw
+
+    claim(out, _OURS, "result of the demo")
+    began = time.perf_counter()
+    spec = find_model(MODEL)
+    with StderrProgress() as progress:
+        with kept_work(beside(out, "work")) as work:
+            compiled = {
+                name: _compile(spec, strategy, out / name, out / "ir" / name, work, steps, progress)
+                for name, strategy in STRATEGIES.items()
+            }
+        denoisers = {FULL: spec.model, **{name: tfqc.load(c.directory) for name, c in compiled.items()}}
+        runs = {
+            name: draw(
+                denoiser,
+                spec,
+                spec.scheduler,
+                steps=steps,
+                images=images,
+                seed=seed,
+                progress=progress,
+                what=f"sampling {images} images, {name}",
+            )
+            for name, denoiser in denoisers.items()
+        }
+    value = _result(spec, compiled, runs)
+    value["seconds"] = round(time.perf_counter() - began, 1)
+    _pictures(out, spec, compiled["naive"], runs, value)
+    (out / "results.json").write_text(json.dumps(value, indent=1) + "\n")
+    show(value, _text(value, out), as_json)
+
+
+def _compile(
+    spec: ModelSpec, strategy: str, directory: Path, dumps: Path, work: Path, steps: int, progress: Progress
+) -> Compiled:
+    import tfqc
+    from tfqc.artifact import read_manifest
+    from tfqc.cli.subjects import artifact_sizes
+    from tfqc.instruments import DumpIR, Reproducer, Timing, VerifyEach
+    from tfqc.report.disturbance import WatchDisturbance
+
+    target = tfqc.Target.parse(TARGET)
+    pipeline = tfqc.Pipeline.parse(target.backend.pipeline(target.options, strategy))
+    watch, timing = WatchDisturbance(), Timing(dumps)
+    dumps.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    artifact = tfqc.compile(
+        spec,
+        target,
+        steps=steps,
+        calibration=CALIBRATION_IMAGES,
+        pipeline=_measured_as_compiled(pipeline),
+        workdir=work,
+        instruments=[VerifyEach(), Reproducer(beside(directory, "reproducer")), DumpIR(dumps), watch, timing],
+        progress=progress,
+    )
+    artifact.save(directory)
+    sizes = artifact_sizes(read_manifest(directory))
+    return Compiled(directory, sizes, timing.passes, time.perf_counter() - began, watch.found)
+
+
+def _measured_as_compiled(pipeline: Pipeline) -> Pipeline:
+    """The same passes, the disturbance measured behind the calibrations: on the quantizers that the artifact has."""
+    passes = list(pipeline.passes)
+    measured = next(p for p in passes if p.name == "measure-disturbance")
+    passes.remove(measured)
+    passes.insert(next(i for i, p in enumerate(passes) if p.name == "fold-cache"), measured)
+    return type(pipeline)(tuple(passes))
+
+
+def _result(spec: ModelSpec, compiled: dict[str, Compiled], runs: dict[str, Run]) -> dict[str, Any]:
+    from tfqc.cli.subjects import model_sizes
+    from tfqc.report import quality
+
+    reference = runs[FULL]
+    rows: dict[str, dict[str, Any]] = {}
+    few: list[str] = []
+    for name, run in runs.items():
+        metrics, few = quality.measure(spec.metrics, run)
+        rows[name] = {"metrics": metrics, "seconds_per_step": round(run.seconds_per_step, 4)}
+        if name in compiled:
+            made = compiled[name]
+            rows[name] |= {
+                "bytes": made.bytes,
+                "features": made.errors.summary(STRATEGIES[name]) if made.errors else None,
+                "psnr_images": quality.psnr_of_images(reference, run),
+                "psnr_by_step": quality.psnr_by_step(reference, run),
+                "compile_seconds": round(made.seconds, 2),
+                "operations_per_step": made.passes[-1].nodes,
+                "passes": [asdict(t) for t in made.passes],
+            }
+        else:
+            rows[name]["bytes"] = model_sizes(spec)
+    return {
+        "model": spec.name,
+        "target": TARGET,
+        "images": len(reference.latents[0]),
+        "timesteps": list(reference.timesteps),
+        "data_range": {"latents": quality.latent_range(reference), "images": 1.0},
+        "metrics_left_out": few,
+        "rows": rows,
+    }
+
+
+def _pictures(out: Path, spec: ModelSpec, naive: Compiled, runs: dict[str, Run], value: dict[str, Any]) -> None:
+    from tfqc.report import grids, plots
+
+    columns = len(spec.class_names)
+    count = min(SHOWN, value["images"])
+    images = {name: run.images for name, run in runs.items()}
+    strips = [
+        (name, drawn[first : min(first + columns, count)])
+        for first in range(0, count, columns)
+        for name, drawn in images.items()
+        if drawn is not None
+    ]
+    labels = runs[FULL].labels
+    assert labels is not None
+    picture = grids.image_grid(
+        [strip for _, strip in strips],
+        row_labels=[name for name, _ in strips],
+        column_labels=[spec.class_names[int(label)] for label in labels[:columns]],
+        block=len(images),
+    )
+    grids.save_picture(picture, out / "grid.png")
+    if naive.errors is not None:
+        title = f"{spec.name}, {TARGET}: disturbance of temporal features"
+        plots.plot_disturbance(naive.errors, out / "disturbance.png", title)
+    plots.plot_trajectories(
+        {name: row["psnr_by_step"] for name, row in value["rows"].items() if name in STRATEGIES},
+        value["timesteps"],
+        out / "trajectory.png",
+        f"{spec.name}, W4A8: distance to full precision along the sampler",
+    )
+
+
+def _text(value: dict[str, Any], out: Path) -> str:
+    from tfqc.report.tables import decibel, seconds, table
+
+    rows = value["rows"]
+    names = list(rows)
+
+    def line(what: str, of: Any) -> tuple[str, ...]:
+        return (what, *(of(rows[name]) for name in names))
+
+    def feature(key: str, form: str) -> Any:
+        return lambda row: format(row["features"][key], form) if row.get("features") else "-"
+
+    measures = [
+        line("size: model in fp32, whole artifact", lambda r: _size(r, "fp32", "total")),
+        line("size: in fp16, weights and tables", lambda r: _size(r, "fp16", "weights.safetensors")),
+        line("size: time path, read off schedule only", lambda r: _size(r, "time.safetensors")),
+        line("temporal features: mean 1 − cos", feature("mean_error", ".2g")),
+        line("temporal features: worst cos", feature("worst_cosine", ".6f")),
+        line("temporal features: mistaken for another step", feature("mismatch_share", ".1%")),
+        line("PSNR of images to full precision", lambda r: decibel(r.get("psnr_images"))),
+        *(line(metric, lambda r, m=metric: f"{r['metrics'][m]:.3g}") for metric in rows[FULL]["metrics"]),
+        line(f"time per step of {value['images']} images", lambda r: seconds(r["seconds_per_step"])),
+        line("operations per step", lambda r: str(r.get("operations_per_step", "-"))),
+    ]
+    spent = {name: _time_spent(row) for name, row in rows.items() if "passes" in row}
+    items = dict.fromkeys(item for passes in spent.values() for item in passes)
+    times = [(item, *(seconds(passes.get(item, 0)) for passes in spent.values())) for item in items]
+    lines = [
+        f"{value['model']}, {value['target']}, {len(value['timesteps'])} steps, {value['images']} images",
+        "",
+        table(("", *names), measures, right=range(1, len(names) + 1)),
+        *(f"{metric}: left out, too few images" for metric in value["metrics_left_out"]),
+        "",
+        table(("compile time", *spent), times, right=range(1, len(spent) + 1)),
+        "(the second compile finds the calibration trajectories of the first)",
+        "",
+        f"{out}/grid.png         the images side by side",
+        f"{out}/disturbance.png  temporal features, feature x timestep",
+        f"{out}/trajectory.png   distance to full precision along the sampler",
+        f"{out}/ir/              the program after each pass",
+        f"{out}/results.json     these numbers",
+        f"Done in {value['seconds']:.0f} s.",
+    ]
+    return "\n".join(lines)
+
+
+def _time_spent(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds by pass, of the rest, and together. A pass may have run twice."""
+    spent: dict[str, float] = {}
+    for timing in row["passes"]:
+        spent[timing["name"]] = spent.get(timing["name"], 0) + timing["seconds"]
+    rest = row["compile_seconds"] - sum(spent.values())
+    return {**spent, "capture, dumps, emission": rest, "together": row["compile_seconds"]}
+
+
+def _size(row: dict[str, Any], *names: str) -> str:
+    """Bytes of the first of the names that the row has."""
+    from tfqc.report.tables import size
+
+    return next((size(row["bytes"][name]) for name in names if name in row["bytes"]), "-")

@@ -1,0 +1,191 @@
+"""`tfqc inspect`: what a program or an artifact holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfqc.cli import options
+from tfqc.cli.output import guarded, show
+
+if TYPE_CHECKING:
+    from tfqc.ir import Program
+
+
+@guarded
+def inspect(
+    what: Annotated[Path, typer.Argument(metavar="PROGRAM_OR_ARTIFACT", help="A .ir file, or a directory.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what a program or an artifact holds; an artifact's files are checked against their hashes."""
+    from tfqc.errors import TfqcError
+    from tfqc.ir.store import load_program
+
+    if what.is_dir():
+        value = _artifact(what)
+        return show(value, _artifact_text(value), as_json)
+    if not what.exists():
+        raise TfqcError(f"There is no {what}: give a program (.ir) or an artifact's directory.")
+    value = {"program": str(what), **_program(load_program(what))}
+    return show(value, _program_text(value), as_json)
+
+
+def _program(program: Program) -> dict[str, Any]:
+    from tfqc.ir.ops import op_name
+    from tfqc.ir.rows import Maintenance, Tib
+    from tfqc.report.disturbance import label
+
+    maintenance = program.table(Maintenance)
+    features = [name for name, row in program.table(Tib).items() if row.part == "feature"]
+    return {
+        "model": program.model,
+        "stage": str(program.stage),
+        "inputs": [{"name": ".".join(i.path), "role": str(i.role), "type": str(i.type)} for i in program.inputs],
+        "functions": {
+            name: dict(Counter(op_name(n.target) for n in graph.nodes if n.op == "call_function").most_common())
+            for name, graph in program.functions.items()
+        },
+        "tables": {name: len(rows) for name, rows in sorted(program.tables.items())},
+        "features": [
+            {
+                "name": name,
+                "module": label(program, name),
+                "type": str(program.types[name]),
+                "maintenance": list(maintenance[name].strategy) if name in maintenance else None,
+            }
+            for name in features
+        ],
+        "has_weights": program.has_weights,
+        "tensors": len(program.tensors),
+        "bytes": sum(t.numel() * t.element_size() for t in program.tensors.values()),
+        "quantized": _quantized(program),
+    }
+
+
+def _quantized(program: Program) -> dict[str, Any]:
+    """Linears and convolutions by the bits of their weight and input as the graph has them now."""
+    from tfqc.analysis.weighted import WEIGHTED
+    from tfqc.ir.ops import op_name
+    from tfqc.ir.program import TIME
+
+    def producer(node: Any, place: int) -> Any:
+        value = node.args[place]
+        return op_name(value.target) if getattr(value, "op", "") == "call_function" else ""
+
+    weights: Counter[str] = Counter()
+    inputs: Counter[str] = Counter()
+    float_weights: list[str] = []
+    for function in (f for f in program.functions if f != TIME):
+        for node in program.nodes(function):
+            if node.op != "call_function" or op_name(node.target) not in WEIGHTED:
+                continue
+            weight, value = producer(node, 1), producer(node, 0)
+            if weight.startswith("tfqc.dequantize_weight"):
+                weights["4 bits or fewer, packed" if "int4" in weight else "8 bits"] += 1
+            else:
+                weights["floating point"] += 1
+                float_weights.append(program.at(node))
+            inputs[_input_bits(node, value)] += 1
+    return {"weights": dict(weights), "inputs": dict(inputs), "float_weights": float_weights}
+
+
+def _input_bits(node: Any, producer: str) -> str:
+    """Bits of the value that a quantized operation reads."""
+    if producer.startswith("tfqc.quantize_dynamic"):
+        return f"{node.args[0].args[1]} bits, per token"
+    if producer.startswith("tfqc.dequantize."):
+        codes = node.args[0].args[0]
+        return f"{(int(codes.args[5]) - int(codes.args[4]) + 1).bit_length() - 1} bits"
+    return "floating point"
+
+
+def _program_text(value: dict[str, Any]) -> str:
+    from tfqc.report.tables import facts, size, table
+
+    functions = {
+        f"@{name}": f"{sum(ops.values())} operations: "
+        + ", ".join(f"{count} {op.removesuffix('.default')}" for op, count in list(ops.items())[:6])
+        + (", ..." if len(ops) > 6 else "")
+        for name, ops in value["functions"].items()
+    }
+    blocks = [
+        facts(
+            {
+                "model": value["model"],
+                "stage": value["stage"],
+                "tensors": f"{value['tensors']}, {size(value['bytes'])}"
+                + ("" if value["has_weights"] else " (declared; without weights)"),
+                "tables": ", ".join(f"{name} ({n})" for name, n in value["tables"].items()),
+            }
+        ),
+        table(("input", "role", "type"), [(i["name"], i["role"], i["type"]) for i in value["inputs"]]),
+        facts(functions),
+    ]
+    if value["features"]:
+        rows = [
+            (f["module"], f["name"], f["type"], " ".join(dict.fromkeys(f["maintenance"] or [])))
+            for f in value["features"]
+        ]
+        blocks.append(table(("temporal feature", "node", "type", "maintenance"), rows))
+    if value["stage"] == "lowered":
+        blocks.append(_quantized_text(value["quantized"]))
+    return "\n\n".join(blocks)
+
+
+def _quantized_text(quantized: dict[str, Any]) -> str:
+    from tfqc.report.tables import facts
+
+    lines = facts(
+        {
+            "weights": ", ".join(f"{n} at {bits}" for bits, n in quantized["weights"].items()),
+            "inputs": ", ".join(f"{n} at {bits}" for bits, n in quantized["inputs"].items()),
+        }
+    )
+    left = [f"  {name}" for name in quantized["float_weights"]]
+    return "\n".join([lines, *(["weights left in floating point:", *left] if left else [])])
+
+
+def _artifact(directory: Path) -> dict[str, Any]:
+    from tfqc.artifact import check_files
+    from tfqc.ir.store import load_program
+
+    manifest = check_files(directory)
+    value: dict[str, Any] = {"artifact": str(directory), **manifest, "files_are_whole": True}
+    if "program.ir" in manifest["files"]:
+        program = load_program(directory / "program.ir")
+        value["program"] = {k: v for k, v in _program(program).items() if k not in ("has_weights", "bytes")}
+    return value
+
+
+def _artifact_text(value: dict[str, Any]) -> str:
+    from tfqc.report.tables import facts, size, table
+
+    schedule: dict[str, Any] = value["schedule"] or {"timesteps": [], "sampler": {}}
+    timesteps, calibration = schedule["timesteps"], value["calibration"]
+    files = [(name, size(entry["bytes"])) for name, entry in value["files"].items()]
+    files.append(("together", size(sum(entry["bytes"] for entry in value["files"].values()))))
+    blocks = [
+        facts(
+            {
+                "model": value["model"],
+                "target": value["target"],
+                "pipeline": value["pipeline"],
+                "schedule": f"{len(timesteps)} steps from {timesteps[0]:g} to {timesteps[-1]:g}, "
+                f"{schedule['sampler'].get('_class_name', 'no sampler')}"
+                if timesteps
+                else "",
+                "calibration": f"{calibration['images']} images, seed {calibration['seed']}" if calibration else "",
+                "versions": ", ".join(f"{name} {version}" for name, version in value["versions"].items()),
+            }
+        ),
+        table(("file", "size"), files, right=(1,)),
+        table(("input", "role", "type"), [(".".join(i["path"]), i["role"], i["type"]) for i in value["inputs"]]),
+    ]
+    if "program" in value:
+        blocks.append(_quantized_text(value["program"]["quantized"]))
+    blocks.append("\n".join(value["report"]))
+    blocks.append("All files have the hashes that the manifest says.")
+    return "\n\n".join(blocks)

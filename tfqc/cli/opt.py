@@ -1,0 +1,69 @@
+"""`tfqc opt`: passes over a program on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfqc.cli import options
+from tfqc.cli.compiling import passes_table
+from tfqc.cli.keeping import beside, kept_work
+from tfqc.cli.output import guarded, note, show
+
+
+@guarded
+def opt(
+    program: Annotated[Path, typer.Argument(help="IR text, with its .safetensors beside it if it has weights.")],
+    pipeline: Annotated[str, typer.Option("-p", "--pipeline", help="Passes: text, or a file of text or YAML.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where the result goes; stdout without it (IR alone).")
+    ] = None,
+    schedule: options.ScheduleFile = None,
+    calibration: options.CalibrationFile = None,
+    seed: options.Seed = 0,
+    dump_ir: options.DumpDir = None,
+    print_ir_after: options.PrintAfter = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run passes over a program, as written."""
+    from dataclasses import asdict
+
+    import tfqc
+    from tfqc.cli.progress import StderrProgress
+    from tfqc.ir import render
+    from tfqc.ir.store import load_program, save_program
+
+    passes = tfqc.Pipeline.parse(options.read_pipeline(pipeline))
+    context = tfqc.Context(
+        schedule=None if schedule is None else options.read_schedule(schedule),
+        calibration=None if calibration is None else tfqc.Calibration.load(calibration),
+        seed=seed,
+    )
+    watchers, timing = options.instruments(
+        verify=verify,
+        reproducer=None if out is None else beside(out, "reproducer"),
+        dump=dump_ir,
+        print_after=print_ir_after,
+        as_json=as_json,
+    )
+    loaded = load_program(program)
+    with kept_work(beside(out or program, "work")) as context.workdir, StderrProgress() as context.progress:
+        result = passes.run(loaded, context, watchers)
+    if out is not None:
+        save_program(result, out)
+    for line in context.report:
+        note(line)
+    timings = [asdict(t) for t in timing.passes]
+    value = {
+        "out": None if out is None else str(out),
+        "stage": str(result.stage),
+        "tables": sorted(result.tables),
+        "report": context.report,
+        "passes": timings,
+        **({"ir": render(result)} if out is None else {}),
+    }
+    text = render(result).rstrip("\n") if out is None else f"{passes_table(timings)}\n\n{out}: {result.stage}"
+    show(value, text, as_json)

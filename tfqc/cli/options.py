@@ -1,0 +1,86 @@
+"""Options that several commands have, and the reading of files that they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfqc.errors import CalibrationError, PipelineError
+
+if TYPE_CHECKING:
+    from tfqc.instruments import Instrument, Timing
+    from tfqc.schedule import SamplingSchedule
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Images = Annotated[int, typer.Option(min=1, help="How many images.")]
+DumpDir = Annotated[Path | None, typer.Option("--dump-ir", help="Write the IR here after each pass that changed it.")]
+PrintAfter = Annotated[
+    str | None, typer.Option("--print-ir-after", help="Print the IR after a pass, after `all`, or each `change`.")
+]
+ScheduleFile = Annotated[
+    Path | None, typer.Option("--schedule", help="JSON: a list of timesteps, or {timesteps, sampler}.")
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="Your own calibration data, as Calibration.save wrote them.")
+]
+
+
+def read_pipeline(text_or_file: str) -> str:
+    """Pipeline text, from a file if one of that name is there.
+
+    Raises:
+        PipelineError: what is given looks like a file's name, and there is none.
+    """
+    path = Path(text_or_file)
+    named = "\n" not in text_or_file and "{" not in text_or_file
+    if named and path.is_file():
+        return path.read_text()
+    if named and (path.suffix in (".txt", ".yaml", ".yml") or "/" in text_or_file):
+        raise PipelineError(f"There is no pipeline file {text_or_file}.")
+    return text_or_file
+
+
+def read_schedule(path: Path) -> SamplingSchedule:
+    """A schedule from JSON: a list of timesteps, or what `SamplingSchedule.to_json` writes.
+
+    Raises:
+        CalibrationError: no such file, no JSON, or no schedule.
+    """
+    from tfqc.schedule import SamplingSchedule
+
+    try:
+        value: Any = json.loads(path.read_text())
+        timesteps, sampler = (value, {}) if isinstance(value, list) else (value["timesteps"], value.get("sampler", {}))
+        return SamplingSchedule(tuple(float(t) for t in timesteps), sampler)
+    except OSError as error:
+        raise CalibrationError(f"The schedule {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CalibrationError(
+            f"{path} holds no schedule: give a list of timesteps, or {{timesteps, sampler}}, as JSON.", str(error)
+        ) from error
+
+
+def instruments(
+    *, verify: bool, reproducer: Path | None, dump: Path | None, print_after: str | None, as_json: bool
+) -> tuple[list[Instrument], Timing]:
+    """The instruments that options ask for, and `Timing`, the last of them.
+
+    Printed IR keeps off stdout where JSON stands.
+    """
+    import sys
+
+    from tfqc.instruments import DumpIR, PrintIR, Reproducer, Timing, VerifyEach
+
+    found: list[Instrument] = [VerifyEach()] if verify else []
+    if reproducer is not None:
+        found.append(Reproducer(reproducer))
+    if dump is not None:
+        found.append(DumpIR(dump))
+    if print_after is not None:
+        found.append(PrintIR(print_after, sys.stderr if as_json else sys.stdout))
+    timing = Timing(dump)
+    return [*found, timing], timing

@@ -1,0 +1,91 @@
+"""What a command samples from: a model by name, or a compiled artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfqc.artifact import MANIFEST
+from tfqc.errors import TfqcError
+from tfqc.models import ModelSpec, builtin_names, find_model
+from tfqc.schedule import SamplingSchedule
+
+STEPS = 50  # of a model that has no schedule of its own
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A denoiser and how to sample it.
+
+    steps: the number that it was compiled for, None for a model. sizes: bytes by what they are.
+    """
+
+    name: str
+    denoiser: Callable[..., Any]
+    spec: ModelSpec
+    scheduler: Any
+    steps: int | None
+    sizes: dict[str, int]
+
+
+def subject(name: str, model: str | None = None) -> Subject:
+    """An artifact's directory, or what `find_model` knows.
+
+    Args:
+        model: what the artifact was made from, where that is no built-in model.
+
+    Raises:
+        TfqcError: nothing is found, an artifact is not whole, or there is no scheduler to sample with.
+    """
+    found = _artifact(name, model) if is_artifact(name) else _model(name)
+    if found.scheduler is None:
+        raise TfqcError(
+            f"{name} has no scheduler to sample with: give a diffusers folder with one, or a factory that returns "
+            "a ModelSpec with a scheduler."
+        )
+    return found
+
+
+def is_artifact(name: str) -> bool:
+    """True for a directory with a manifest."""
+    return (Path(name) / MANIFEST).is_file()
+
+
+def model_sizes(spec: ModelSpec) -> dict[str, int]:
+    """Bytes of a model's parameters in fp32 and in fp16."""
+    count = sum(p.numel() for p in spec.model.parameters())
+    return {"fp32": 4 * count, "fp16": 2 * count}
+
+
+def artifact_sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of an artifact: `total`, and of each file."""
+    files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+    return {"total": sum(files.values()), **files}
+
+
+def _model(name: str) -> Subject:
+    spec = find_model(name)
+    steps = getattr(spec.scheduler, "num_inference_steps", None)
+    return Subject(name, spec.model, spec, spec.scheduler, steps, model_sizes(spec))
+
+
+def _artifact(name: str, model: str | None) -> Subject:
+    import tfqc
+    from tfqc.artifact import read_manifest
+
+    manifest = read_manifest(name)
+    made_from = str(manifest["model"])
+    if model is None and made_from not in builtin_names():
+        raise TfqcError(
+            f"{name} was made from {made_from!r}, which is no built-in model: say with --model where that model is, "
+            "so that its inputs and scheduler are known."
+        )
+    denoiser = tfqc.load(name)
+    spec = find_model(model or made_from)
+    schedule = manifest["schedule"] or {"sampler": {}}
+    if "_class_name" in schedule["sampler"]:
+        own = SamplingSchedule(tuple(schedule["timesteps"]), schedule["sampler"])
+        return Subject(name, denoiser, spec, own.scheduler(), own.sampler["_steps"], artifact_sizes(manifest))
+    return Subject(name, denoiser, spec, spec.scheduler, None, artifact_sizes(manifest))

@@ -1,0 +1,114 @@
+"""From torch.export's graph to a captured Program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from tfqc.errors import CaptureError
+from tfqc.frontend.export import call_tree, check_guards, inline_regions, origin_of
+from tfqc.frontend.symbols import Symbols
+from tfqc.ir.ops import op_by_name, op_name
+from tfqc.ir.program import STEP, Input, Program
+from tfqc.ir.types import TensorType
+
+
+def build_program(
+    model: torch.nn.Module,
+    exported: torch.export.ExportedProgram,
+    inputs: list[Input],
+    dims: Mapping[tuple[str, ...], dict[int, str]],
+    name: str,
+) -> Program:
+    root = exported.module(check_guards=True)
+    check_guards(root, exported, dims, type(model).__name__)
+    inline_regions(root)
+    tensors = _tensors_of(model)
+    by_path = {i.path: i for i in inputs}
+    program = Program({STEP: fx.Graph()}, {}, tuple(inputs), model=name)
+    naming = Symbols(program)
+    graph = program.step
+    mapping: dict[fx.Node, Any] = {}
+    parameters = [n for n in root.graph.nodes if n.op == "placeholder"]
+    leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, parameters))
+    for path, parameter in leaves:
+        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        value = parameter.meta.get("val")
+        if keys not in by_path:
+            mapping[parameter] = value
+            continue
+        if isinstance(value, Tensor):
+            naming.bind(value, dims[keys])
+        mapping[parameter] = graph.placeholder(by_path[keys].name)
+        type_ = naming.type(value)
+        assert isinstance(type_, TensorType)
+        by_path[keys] = dataclasses.replace(by_path[keys], type=type_)
+        program.types[by_path[keys].name] = type_
+    program.inputs = tuple(by_path.values())
+    for node in root.graph.nodes:
+        if node.op == "get_attr":
+            target = str(node.target)
+            tensor = tensors.get(target)
+            if tensor is None:  # a constant that the model's code made, lifted by torch.export
+                tensor = _attribute(root, target)
+                if not isinstance(tensor, Tensor):
+                    raise CaptureError(f"The model keeps {target!r}, a {type(tensor).__name__}: only tensors can be.")
+            if target not in program.tensors:
+                program.tensors[target] = tensor.detach()
+            mapping[node] = target
+        elif node.op == "call_module" and node.target != "_guards_fn":
+            raise CaptureError(f"torch.export left a call of submodule {node.target!r} in the graph.")
+    # Parameters must stand before tensors, and tensors before operations.
+    output = graph.output(None)
+    for node in root.graph.nodes:
+        if node.op == "get_attr":
+            mapping[node] = program.tensor_node(mapping[node])
+    graph.erase_node(output)
+    for node in root.graph.nodes:
+        if node.op == "call_function":
+            args = fx.map_arg(node.args, lambda n: mapping[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: mapping[n])
+            args, kwargs = map_aggregate((args, kwargs), _on_cpu)
+            target = _known(node)
+            new = graph.create_node("call_function", target, args, kwargs, name=node.name)
+            mapping[node] = new
+            program.types[new.name] = naming.type(node.meta.get("val"))
+            program.origins[new.name] = origin_of(node)
+        elif node.op == "output":
+            structure = pytree.tree_unflatten(
+                [mapping[n] if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(node.args[0])],
+                exported.call_spec.out_spec or pytree.tree_structure(node.args[0]),
+            )
+            graph.output(structure)
+    program.prune()
+    return program
+
+
+def _on_cpu(value: Any) -> Any:
+    """The device at capture (meta, say) means nothing to the program."""
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _attribute(root: torch.nn.Module, target: str) -> Any:
+    owner, _, leaf = target.rpartition(".")
+    return getattr(root.get_submodule(owner), leaf)
+
+
+def _known(node: fx.Node) -> Any:
+    """The node's target, if the IR can name it and find it again by that name."""
+    try:
+        name = op_name(node.target)
+        return op_by_name(name)
+    except Exception as error:
+        raise CaptureError(f"%{node.name} ({origin_of(node).source}) calls {node.target}: {error}") from error

@@ -1,0 +1,49 @@
+"""The front end: a torch module and example inputs become a captured Program, by torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tfqc.errors import CaptureError
+from tfqc.frontend.build import build_program
+from tfqc.frontend.export import export
+from tfqc.frontend.inputs import DynamicDims, Example, arguments_by_name, assign_roles, prepare, tensors_by_path
+from tfqc.ir.program import Program
+from tfqc.ir.types import SYMBOL
+
+
+def capture(
+    model: torch.nn.Module,
+    example_inputs: Example,
+    *,
+    roles: Mapping[str, str] | None = None,
+    domains: Mapping[str, int] | None = None,
+    dynamic: DynamicDims | None = None,
+    name: str | None = None,
+) -> Program:
+    """Capture a denoiser as a Program.
+
+    Args:
+        model: called as `model(**example_inputs)` (or positionally). Put in eval mode for the capture.
+        example_inputs: tensors of any device; the first dimension of the sample is the batch, and so is that of every
+            input with the same first dimension. Not-tensor values are captured as constants.
+        roles: input name (dotted for nested ones) -> `sample`, `time` or `request`. By default inputs are
+            recognised by the names that diffusers gives them.
+        domains: request inputs of integer class labels -> how many labels there are.
+        dynamic: further symbolic dimensions: `{"sample": {2: "H", 3: "W"}}`; symbols are capital letters.
+        name: what the IR calls the model; its class name by default.
+
+    Raises:
+        CaptureError: no input is the time or the sample, torch.export failed (the message names the line of the
+            model's source at which it did), or the model's code took a way that is right for some batches only.
+    """
+    arguments = arguments_by_name(model, example_inputs)
+    flat = tensors_by_path(arguments)
+    inputs = assign_roles(flat, dict(roles or {}), dict(domains or {}))
+    if strange := [s for d in (dynamic or {}).values() for s in d.values() if not SYMBOL.fullmatch(s)]:
+        raise CaptureError(f"{strange[0]!r} is no name for a dimension: use capital letters, such as 'H'.")
+    arguments, dims = prepare(arguments, inputs, flat, dict(dynamic or {}))
+    exported = export(model, arguments, dims)
+    return build_program(model, exported, inputs, dims, name or type(model).__name__)

@@ -1,0 +1,159 @@
+"""torch.export, and what has to be done to its result: guards checked, regions inlined."""
+
+from __future__ import annotations
+
+import operator
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from tfqc.errors import CaptureError
+from tfqc.ir.program import Origin
+
+
+def export(
+    model: torch.nn.Module, arguments: dict[str, Any], dims: Mapping[tuple[str, ...], dict[int, str]]
+) -> torch.export.ExportedProgram:
+    symbols = {s for d in dims.values() for s in d.values()}
+    auto = torch.export.Dim.AUTO
+
+    def shapes(value: Any, path: tuple[str, ...]) -> Any:
+        if path in dims:
+            return dict.fromkeys(dims[path], auto)
+        if isinstance(value, Mapping):
+            return {k: shapes(v, (*path, str(k))) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(shapes(v, (*path, str(i))) for i, v in enumerate(value))
+        return None
+
+    device = next(model.parameters(), torch.empty(0)).device
+    arguments = pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments)
+    training = model.training
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            dynamic_shapes = {k: shapes(v, (k,)) for k, v in arguments.items()}
+            return torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        where = _source_of(error)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"{type(model).__name__} could not be exported{f' at {where}' if where else ''}: {reason}",
+            f"symbolic dimensions: {sorted(symbols)}",
+        ) from error
+    finally:
+        model.train(training)
+
+
+def _source_of(error: BaseException) -> str:
+    """`file:line in function` of the last line of the model's own code in a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "/tfqc/" not in f.filename]
+    if not own:
+        return ""
+    return f"{_short(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}"
+
+
+def _short(path: str) -> str:
+    return "/".join(path.split("/site-packages/")[-1].split("/")[-4:])
+
+
+def check_guards(
+    root: fx.GraphModule,
+    exported: torch.export.ExportedProgram,
+    dims: Mapping[tuple[str, ...], dict[int, str]],
+    model: str,
+) -> None:
+    """Refuse a capture that holds for the example's sizes only, as after `if x.shape[0] % 2:` in the model's code.
+
+    torch.export remembers such decisions as guards. They must allow a batch of three, and for every other symbol its
+    double or its half.
+    """
+    guards = getattr(root, "_guards_fn", None)
+    if guards is None:
+        return
+    inputs = [n for n in root.graph.nodes if n.op == "placeholder"]
+    leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, inputs))
+    path_of = {n: tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, n in leaves}
+
+    def complaint(symbol: str, resize: Callable[[int], int]) -> str:
+        examples: list[Any] = []
+        for node in inputs:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                named = dims.get(path_of[node], {})
+                sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in value.shape]
+                sizes = [resize(s) if named.get(d) == symbol else s for d, s in enumerate(sizes)]
+                value = torch.empty(sizes, dtype=value.dtype, device="meta")
+            examples.append(value)
+        try:
+            guards(*examples)
+        except AssertionError as error:
+            return str(error).strip().splitlines()[0].removeprefix("Guard failed: ")
+        return ""
+
+    for symbol in sorted({s for d in dims.values() for s in d.values()}):
+        ways: list[Callable[[int], int]] = [lambda _: 3] if symbol == "B" else [lambda s: 2 * s, lambda s: s // 2]
+        if all(reasons := [complaint(symbol, way) for way in ways]):
+            raise CaptureError(
+                f"{model} cannot be captured for every {symbol}: its code depends on {reasons[0]}.",
+                "An `if` or an int(...) on a size fixes it; so does a view with that size as a number.",
+            )
+
+
+# Regions that change how operations are differentiated or cast, not what they are.
+_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
+
+
+def inline_regions(root: fx.GraphModule) -> None:
+    """Put the body of `with torch.no_grad():` and of a disabled autocast in the place of its call."""
+    for node in list(root.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in _REGIONS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        region, operands = node.args[at], node.args[at + 1 :]
+        body = getattr(root, str(region.target))
+        if target.name() == "wrap_with_autocast" and node.args[2]:
+            inside = next((origin_of(n).source for n in body.graph.nodes if n.op == "call_function"), "")
+            raise CaptureError(
+                f"The model turns autocast on around {inside or 'nothing'}: convert it to the dtype that it is to run "
+                "in, and capture it without autocast."
+            )
+        inline_regions(body)
+        parameters = [n for n in body.graph.nodes if n.op == "placeholder"]
+        mapping = dict(zip(parameters, operands, strict=True))
+        with root.graph.inserting_before(node):
+            results = root.graph.graph_copy(body.graph, mapping)
+        assert isinstance(results, (tuple, list))
+        for user in list(node.users):
+            assert user.target is operator.getitem and isinstance(user.args[1], int)  # it picks one of the results
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[arg-type]
+            root.graph.erase_node(user)
+        root.graph.erase_node(node)
+        if not region.users:
+            root.graph.erase_node(region)
+
+
+def call_tree(exported: torch.export.ExportedProgram, parameters: list[fx.Node]) -> dict[str, Any]:
+    assert exported.call_spec.in_spec is not None
+    _, kwargs = pytree.tree_unflatten(parameters, exported.call_spec.in_spec)
+    return kwargs
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """Module path and source line of a node of torch.export's graph."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    modules = [path for path, _ in stack if not path.startswith("_empty_nn_module_stack")]  # torch's placeholder
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    own = [(f, n) for f, n in frames if "/torch/" not in f] or frames
+    source = f"{_short(own[-1][0]).rpartition('/')[2]}:{own[-1][1]}" if own else ""
+    return Origin(modules[-1] if modules else "", source)

@@ -1,0 +1,1 @@
+"""What people look at: image grids, plots, tables, and the numbers behind them."""

@@ -26,8 +26,8 @@ from torch import Tensor, fx
 import tfqc
 from tfqc.analysis.disturbance import symptoms
 from tfqc.analysis.features import tib_run
-from tfqc.frontend import capture
 from tfqc.driver import load
+from tfqc.frontend import capture
 from tfqc.interpret import Interpreter
 from tfqc.ir import parse
 from tfqc.models import ModelSpec, find_model
@@ -173,7 +173,8 @@ class Bench:
             return None
         weights, activations = SETTINGS[setting]
         quantizers = PIPELINES[strategy].format(w=weights, a=activations)
-        return f"normalize,discover-tib,select-maintenance{{strategy=tib}},{quantizers},fold-cache,hoist-request,insert-qdq"
+        start = "normalize,discover-tib,select-maintenance{strategy=tib}"
+        return f"{start},{quantizers},fold-cache,hoist-request,insert-qdq"
 
     def _exact_features(self) -> dict[str, Tensor]:
         """Temporal features of the full-precision model, [T, 1, ...] by name."""

@@ -22,8 +22,9 @@ class CalibrateActivations(Pass):
     """Quantize the inputs of linears and convolutions: static, one row for each step, or dynamic for each token.
 
     Options: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
-    for each step); edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal information block); skip (module path prefixes left in floating point). Per token is for linears; convolutions
-    are static there. An input that another pass has calibrated already keeps its parameters.
+    for each step); edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only inside
+    the temporal information block); skip (module path prefixes left in floating point). Per token is for linears;
+    convolutions are static there. An input that another pass has calibrated already keeps its parameters.
     """
 
     name: ClassVar[str] = "calibrate-activations"

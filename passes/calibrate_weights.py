@@ -23,8 +23,9 @@ class CalibrateWeights(Pass):
     """Quantize weights per output channel or per group, with min-max or MSE ranges.
 
     Options: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric;
-    edge-bits (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal information block); skip (module path prefixes left in
-    floating point). A weight that another pass has quantized already keeps its codes.
+    edge-bits (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal
+    information block); skip (module path prefixes left in floating point). A weight that another pass has quantized
+    already keeps its codes.
     """
 
     name: ClassVar[str] = "calibrate-weights"

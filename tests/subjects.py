@@ -102,9 +102,7 @@ def of_example(name: str, make: Callable[[], Example]) -> Subject:
     return Subject(name, model, inputs, program)
 
 
-def find_subject(
-    name: str, example: Callable[[str], Example], discovered: Callable[[str], Program]
-) -> Subject:
+def find_subject(name: str, example: Callable[[str], Example], discovered: Callable[[str], Program]) -> Subject:
     """A subject by its name in `SUBJECTS`."""
     return _labelled(name) if name in LABELLED else Subject(name, *example(name), discovered(name))
 

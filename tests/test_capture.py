@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tests.helpers import find, first, with_batch
 from tests.models import MODELS, Example, timeless
-from tfqc.frontend import capture
 from tfqc.errors import CaptureError
+from tfqc.frontend import capture
 from tfqc.ir.program import Program, Role
 from tfqc.ir.types import TensorType, symbols_of
 

@@ -159,9 +159,7 @@ def test_a_pass_that_lies_about_its_numerics_is_caught() -> None:
     before = render(program)
     with pytest.raises(PassError) as error:
         run(scale(1.01, numerics=close(1e-3)), instrument=CheckNumerics(), program=program)
-    assert str(error.value) == (
-        "scale declares close numerics (≤ 0.001) but moved the outputs by 1.00e-02 relative."
-    )
+    assert str(error.value) == ("scale declares close numerics (≤ 0.001) but moved the outputs by 1.00e-02 relative.")
     assert render(program) == before
 
 

@@ -37,9 +37,7 @@ def imports(file: Path, source: str | None = None) -> Iterator[str]:
                 above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
                 base = ".".join([*above, *([module] if module else [])])
                 yield from (f"{base}.{alias.name}" for alias in names)
-            case ast.Call(
-                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module"), args=[first, *_]
-            ):
+            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="import_module"), args=[first, *_]):
                 if isinstance(first, ast.Constant):
                     yield str(first.value)
             case _:
@@ -111,7 +109,5 @@ def test_a_file_holds_one_pass_and_is_named_after_it(file: Path) -> None:
 def test_every_registered_name_has_its_file_or_folder() -> None:
     assert {p.partition(":")[0] for p in registry.PASSES.values()} == set(map(name_of, PASSES))
     folders = {f.relative_to(ROOT / "backends").parts[0] for f in BACKENDS} - {"__init__.py"}
-    assert {p.partition(":")[0] for p in registry.BACKENDS.values()} == {
-        f"tfqc.backends.{f}" for f in folders
-    }
+    assert {p.partition(":")[0] for p in registry.BACKENDS.values()} == {f"tfqc.backends.{f}" for f in folders}
     assert {name.replace("-", "_") for name in registry.BACKENDS} == folders

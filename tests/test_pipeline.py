@@ -123,22 +123,17 @@ def test_a_pass_that_comes_too_late_names_the_pass_that_it_must_precede(known: C
     early = make_pass("early", below=Stage.NORMALIZED)
     known(NORMALIZE, early)
     assert refused(Pipeline((NORMALIZE, early))) == (
-        "#2 early works below stage normalized but the program is normalized there: "
-        "put it before #1 normalize."
+        "#2 early works below stage normalized but the program is normalized there: put it before #1 normalize."
     )
     assert refused(Pipeline((early,)), Stage.FOLDED) == (
-        "#1 early works below stage normalized but the program is folded there: "
-        "start from an earlier program."
+        "#1 early works below stage normalized but the program is folded there: start from an earlier program."
     )
 
 
 def test_missing_data_is_named() -> None:
     pipeline = Pipeline((make_pass("calibrate", data=frozenset({"schedule"})),))
     assert pipeline.check() is Stage.CAPTURED  # without a context nothing is known about data
-    assert (
-        refused(pipeline, Stage.CAPTURED, (), Context())
-        == "#1 calibrate needs a schedule: give one (schedule=...)."
-    )
+    assert refused(pipeline, Stage.CAPTURED, (), Context()) == "#1 calibrate needs a schedule: give one (schedule=...)."
 
 
 def test_check_returns_the_final_stage() -> None:
@@ -225,9 +220,7 @@ def test_tables_that_are_not_preserved_are_dropped_and_dead_nodes_pruned() -> No
 def test_a_table_that_a_pass_provides_survives_though_not_preserved() -> None:
     program = tiny()
     add_tib(program, Context())
-    pipeline = Pipeline(
-        (make_pass("again", add_tib, preserves=frozenset[str](), provides=frozenset({"tib"})),)
-    )
+    pipeline = Pipeline((make_pass("again", add_tib, preserves=frozenset[str](), provides=frozenset({"tib"})),))
     assert set(pipeline.run(program).tables) == {"tib"}
 
 

@@ -201,9 +201,7 @@ def test_mse_gains_at_low_bits_and_at_any_magnitude():
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     for unit in (1.0, 1e-20, 1e20):
         plain, searched = (
-            (quantize_weight(w * unit, Grid(3, True), method).dequantize().double() / unit - w)
-            .square()
-            .mean()
+            (quantize_weight(w * unit, Grid(3, True), method).dequantize().double() / unit - w).square().mean()
             for method in ("min-max", "mse")
         )
         assert searched < 0.8 * plain
@@ -273,9 +271,7 @@ def test_range_stats_see_every_piece(sizes, capacity, seed):
 
 def test_the_sample_is_uniform_over_time_and_channels():
     stats = RangeStats(capacity=2048)
-    for step in range(
-        16
-    ):  # values tell step and channel; 64 channels would alias with any power-of-two stride
+    for step in range(16):  # values tell step and channel; 64 channels would alias with any power-of-two stride
         stats.update((step * 64 + torch.arange(64.0)).expand(32, 64))
     for share in (stats.values // 256, stats.values % 64 // 16):  # four quarters each, 512 samples expected
         counts = torch.bincount(share.int(), minlength=4)

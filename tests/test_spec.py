@@ -59,9 +59,7 @@ def test_text_and_yaml_lose_nothing(values: list[Options]) -> None:
 def test_only_what_differs_from_its_default_is_printed() -> None:
     assert to_text("fold", Options()) == "fold"
     value = Options(rate=1e-05, loud=True, title="two words", names=("x",), sizes=(1, 2), limit=None)
-    assert (
-        to_text("fold", value) == 'fold{rate=1e-05 loud=true title="two words" names=x sizes=1,2 limit=none}'
-    )
+    assert to_text("fold", value) == 'fold{rate=1e-05 loud=true title="two words" names=x sizes=1,2 limit=none}'
     assert to_text("fold", Options(names=(), title="")) == 'fold{title="" names=}'
 
 

@@ -49,9 +49,7 @@ def tiny() -> Program:
     return _captured().clone()
 
 
-def make_pass(
-    name: str, run: Callable[[Program, Context], None] = lambda program, ctx: None, **declared: Any
-) -> Pass:
+def make_pass(name: str, run: Callable[[Program, Context], None] = lambda program, ctx: None, **declared: Any) -> Pass:
     """A pass of no options that does `run` and declares `declared`."""
 
     class Made(Pass):

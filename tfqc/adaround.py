@@ -27,9 +27,7 @@ class SoftRounding(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(
-        self, w: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, group: int | None = None
-    ) -> None:
+    def __init__(self, w: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, group: int | None = None) -> None:
         super().__init__()
         self.grid = grid
         self.group = group

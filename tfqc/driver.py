@@ -15,8 +15,8 @@ import tfqc
 from tfqc.artifact import Artifact, check_files
 from tfqc.backend import refusals
 from tfqc.calibration import Calibration
-from tfqc.frontend import capture
 from tfqc.errors import TfqcError
+from tfqc.frontend import capture
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
 from tfqc.models import ModelSpec, find_model, from_diffusers

@@ -49,8 +49,7 @@ class Interpreter(Stepper):
             raise TfqcError("This program was captured without weights: it can be transformed, but not run.")
         self._modules_by_name = {name: _with_weights(program.module(name)) for name in program.functions}
         self._parameters_of = {
-            name: [n.name for n in graph.nodes if n.op == "placeholder"]
-            for name, graph in program.functions.items()
+            name: [n.name for n in graph.nodes if n.op == "placeholder"] for name, graph in program.functions.items()
         }
         self.time = self._time if TIME in program.functions else None
         self.begin = self._begin if BEGIN in program.functions else None

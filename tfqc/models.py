@@ -176,4 +176,6 @@ def _from_factory(name: str) -> ModelSpec:
         return made
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module):
         return ModelSpec(attribute, made[0], made[1])
-    raise CaptureError(f"Factory {name!r} returned a {type(made).__name__}, not a ModelSpec or (model, example inputs).")
+    raise CaptureError(
+        f"Factory {name!r} returned a {type(made).__name__}, not a ModelSpec or (model, example inputs)."
+    )

@@ -19,9 +19,7 @@ def pack_int4(q: Tensor, *, signed: bool = True) -> Tensor:
         raise TfqcError(f"pack_int4 takes int8 values, not {q.dtype}")
     low, high = (-8, 7) if signed else (0, 15)
     if not bool(((q >= low) & (q <= high)).all()):
-        raise TfqcError(
-            f"pack_int4(signed={signed}) takes values {low}..{high}, not {int(q.min())}..{int(q.max())}"
-        )
+        raise TfqcError(f"pack_int4(signed={signed}) takes values {low}..{high}, not {int(q.min())}..{int(q.max())}")
     nibbles = (q.flatten() & 0xF).to(torch.uint8)
     nibbles = torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2))
     return nibbles[0::2] | (nibbles[1::2] << 4)
@@ -41,8 +39,6 @@ def unpack_int4(packed: Tensor, shape: Sequence[int], *, signed: bool = True) ->
         )
     nibbles = torch.stack([packed & 0xF, packed >> 4], dim=1).flatten()
     if bool(nibbles[count:].any()):
-        raise TfqcError(
-            f"packed int4 values of shape {list(shape)} have a padding nibble that is not 0: wrong shape?"
-        )
+        raise TfqcError(f"packed int4 values of shape {list(shape)} have a padding nibble that is not 0: wrong shape?")
     values = nibbles[:count].to(torch.int8).reshape(torch.Size(shape))
     return (values ^ 8) - 8 if signed else values  # sign extension: flipping bit 3 adds 8 modulo 16

@@ -41,9 +41,7 @@ class Pipeline:
         """The same pipeline as YAML, one pass a line."""
         return to_yaml((item.name, item) for item in self.passes)
 
-    def check(
-        self, stage: Stage = Stage.CAPTURED, tables: Iterable[str] = (), ctx: Context | None = None
-    ) -> Stage:
+    def check(self, stage: Stage = Stage.CAPTURED, tables: Iterable[str] = (), ctx: Context | None = None) -> Stage:
         """Refuse an order that cannot work, before anything runs.
 
         Returns:
@@ -63,9 +61,7 @@ class Pipeline:
                     f"put {_reaching(item.needs)} before it."
                 )
             if item.below is not None and stage >= item.below:
-                advice = (
-                    f"put it before {raised[stage]}" if stage in raised else "start from an earlier program"
-                )
+                advice = f"put it before {raised[stage]}" if stage in raised else "start from an earlier program"
                 raise PipelineError(
                     f"{label} works below stage {item.below} but the program is {stage} there: {advice}."
                 )
@@ -162,9 +158,7 @@ def _run_one(
     item.run(program, ctx)
     for name, tensor in before.tensors.items():
         if _version(tensor) != versions[name]:
-            raise PassError(
-                f"{item.name} changed tensor @{name} in place: passes replace tensors, others hold them."
-            )
+            raise PassError(f"{item.name} changed tensor @{name} in place: passes replace tensors, others hold them.")
     _settle(program, before, item)
     for instrument in reversed(instruments):
         instrument.after(program, before, item, number)

@@ -162,9 +162,7 @@ def quantize_weight(
     The last group may be shorter. Raises TfqcError for vectors, empty weights, NaN and infinity.
     """
     if w.ndim < 2 or w.numel() == 0:
-        raise TfqcError(
-            f"a weight to quantize is at least two-dimensional and not empty, not {list(w.shape)}"
-        )
+        raise TfqcError(f"a weight to quantize is at least two-dimensional and not empty, not {list(w.shape)}")
     if group is not None and group < 1:
         raise TfqcError(f"a weight group has at least one column, not {group}")
     matrix = w.detach().float().flatten(1)
@@ -202,9 +200,7 @@ class RangeStats:
         flat = x.detach().flatten()
         lo, hi = (end.float().cpu() for end in torch.aminmax(flat))
         if not bool(torch.isfinite(lo) & torch.isfinite(hi)):
-            raise CalibrationError(
-                "calibration met NaN or infinity: the model or its inputs are broken there"
-            )
+            raise CalibrationError("calibration met NaN or infinity: the model or its inputs are broken there")
         self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
         if self.capacity:
             keys = torch.rand(flat.numel(), dtype=torch.float64, generator=self._generator)

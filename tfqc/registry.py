@@ -119,9 +119,7 @@ def entries(group: str) -> dict[str, Entry]:
 def _check_name(group: str, name: str, cls: type[Any]) -> None:
     """Text is made from a class's own name and read back by the registered one."""
     if (own := getattr(cls, "name", None)) != name:
-        raise SpecError(
-            f"The {_KINDS[group]} {name!r} is registered under that name, but calls itself {own!r}."
-        )
+        raise SpecError(f"The {_KINDS[group]} {name!r} is registered under that name, but calls itself {own!r}.")
 
 
 def _load(group: str, name: str) -> Any:

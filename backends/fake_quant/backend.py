@@ -25,8 +25,8 @@ class FakeQuantOptions:
     """Options of the target.
 
     weights, activations: bits, 2 to 8, or none for floating point. mode: of the activations. group: columns of a weight
-    that share a scale, none = per output channel. edges: bits of the first and last layer, where that is more; none = as
-    the others. policy: for timesteps that are not in the schedule.
+    that share a scale, none = per output channel. edges: bits of the first and last layer, where that is more; none =
+    as the others. policy: for timesteps that are not in the schedule.
     """
 
     weights: int | None = 8

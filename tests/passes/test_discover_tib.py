@@ -15,8 +15,8 @@ from tests.helpers import evaluate_nodes, features, find, roles_of, run_pass
 from tests.models import MODELS, Example
 from tfqc.analysis.binding import data_flow
 from tfqc.analysis.outline import outline
-from tfqc.frontend import capture
 from tfqc.errors import PassError, PipelineError
+from tfqc.frontend import capture
 from tfqc.ir.program import Input, Program, Role
 from tfqc.ir.render import render
 from tfqc.ir.rows import BindingTime, Tib

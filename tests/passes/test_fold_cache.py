@@ -57,7 +57,7 @@ def test_every_model_at_every_timestep(name: str, subject: Subjects) -> None:
     program = its.run(FOLD, numerics=True)
     errors = [relative_error(its.reference(call), first(program(**call))) for call in its.calls()]
     before = operations(its.program)
-    print(f"{name}: {before} -> {operations(program)} operations a step, relative error {max(errors):.1e}")  # pytest -rP
+    print(f"{name}: {before} -> {operations(program)} operations, error {max(errors):.1e}")  # shown by pytest -rP
     assert max(errors) <= 1e-5
     assert operations(program) < before
     plan = plan_of(program)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.helpers import find, run_pass
 from tests.models import MODELS
-from tfqc.frontend import capture
 from tfqc.errors import PassError
+from tfqc.frontend import capture
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render

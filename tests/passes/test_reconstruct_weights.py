@@ -14,8 +14,8 @@ from tfqc.analysis.moments import observe_moments
 from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weight_of, weighted_nodes
 from tfqc.calibration import trajectories
-from tfqc.frontend import capture
 from tfqc.errors import CalibrationError, PipelineError, SpecError
+from tfqc.frontend import capture
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer, Tib
 from tfqc.models import find_model

@@ -44,17 +44,18 @@ def observe_moments(program: Program, nodes: Iterable[fx.Node], ctx: Context, st
 
 def has_moments(program: Program, node: fx.Node) -> bool:
     """True for linears and ungrouped 2-d convolutions, whose inputs are rows of K values."""
-    weight = weight_of(node)
-    if op_name(node.target) == "aten.linear.default":
-        return weight is not None
-    return weight is not None and op_name(node.target) == "aten.conv2d.default" and (node.args[6:] or (1,))[0] == 1
+    if weight_of(node) is None:
+        return False
+    groups: tuple[Any, ...] = node.args[6:] or (1,)
+    name = op_name(node.target)
+    return name == "aten.linear.default" or (name == "aten.conv2d.default" and groups[0] == 1)
 
 
 def _rows(node: fx.Node, value: Tensor, shape: torch.Size) -> Tensor:
     """The layer's inputs as rows [N, K], in the order of the flattened weight."""
     if op_name(node.target) == "aten.linear.default":
         return value.reshape(-1, value.shape[-1])
-    given: tuple[Any, ...] = node.args[3:]
-    stride, padding, dilation = (*given[:3], *([1, 1], [0, 0], [1, 1])[len(given[:3]) :])
+    given: list[Any] = [*node.args[3:6]]
+    stride, padding, dilation = given + [[1, 1], [0, 0], [1, 1]][len(given) :]
     columns = F.unfold(value, shape[2:], dilation, padding, stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])

@@ -59,9 +59,7 @@ class PrintIR(Instrument):
     def start(self, program: Program, pipeline: Pipeline) -> None:
         names = ["all", "change", *dict.fromkeys(p.name for p in pipeline.passes)]
         if self.which not in names:
-            raise TfqcError(
-                f"--print-ir-after={self.which}: no such pass in the pipeline.{suggest(self.which, names)}"
-            )
+            raise TfqcError(f"--print-ir-after={self.which}: no such pass in the pipeline.{suggest(self.which, names)}")
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
         text = render(program)

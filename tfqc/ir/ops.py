@@ -141,9 +141,7 @@ def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group: i
 
 
 @_define("dequantize_weight_int4(Tensor packed, Tensor scale, Tensor zero_point, int group, int[] shape) -> Tensor")
-def dequantize_weight_int4(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, group: int, shape: list[int]
-) -> Tensor:
+def dequantize_weight_int4(packed: Tensor, scale: Tensor, zero_point: Tensor, group: int, shape: list[int]) -> Tensor:
     """As `dequantize_weight`, from flat u8 with two signed 4-bit codes a byte, low nibble first."""
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten().to(torch.int8)
     size = 1

@@ -91,6 +91,8 @@ class Bench:
         self.work = Path(tempfile.mkdtemp(prefix="tfqc-bench-"))
         self.reference: Tensor | None = None
         self.schedule = SamplingSchedule.of(self.spec.scheduler, options.steps)
+        self.calibration = self.spec.calibration(options.calibration_images)
+        self.programs: dict[str, tfqc.Program] = {}
         self.exact = self._exact_features()
         self.config = {k: getattr(options, k) for k in ("images", "steps", "seed", "calibration_images")}
         self.rows: dict[str, dict[str, Any]] = {}
@@ -142,13 +144,15 @@ class Bench:
 
     def _compile(self, setting: str, label: str, strategy: str) -> tuple[torch.nn.Module, dict[str, Any]]:
         weights, activations = SETTINGS[setting]
+        target = tfqc.Target.parse(f"fake-quant{{weights={weights} activations={activations}}}")
+        text = self._pipeline(setting, strategy) or target.backend.pipeline(target.options, strategy)
+        start, rest = self._shared(setting, text)
         artifact = tfqc.compile(
-            self.spec,
-            f"fake-quant{{weights={weights} activations={activations}}}",
-            steps=self.options.steps,
-            calibration=self.options.calibration_images,
-            strategy="tib" if strategy in PIPELINES else strategy,
-            pipeline=self._pipeline(setting, strategy),
+            start,
+            target,
+            schedule=self.schedule,
+            calibration=self.calibration,
+            pipeline=rest,
             workdir=self.work / "trajectories",
         )
         directory = artifact.save(self.work / f"{setting}-{label}")
@@ -166,6 +170,20 @@ class Bench:
         if strategy == "select":
             facts["selected"] = next(line for line in artifact.facts["report"] if "maintenance" in line)
         return load(directory), facts
+
+    def _shared(self, setting: str, text: str) -> tuple[tfqc.Program, str]:
+        """The program after the passes that all strategies of a setting have in common, and the rest of a pipeline.
+
+        GPTQ does not touch the TIB, so it may run first, and once.
+        """
+        passes = [str(p) for p in Pipeline.parse(text).passes]
+        common = [p for p in passes if p.split("{")[0] in ("normalize", "discover-tib", "reconstruct-weights")]
+        key = ",".join(common)
+        if key not in self.programs:
+            program = capture(self.spec.model, self.spec.example_inputs, name=self.spec.name)
+            context = Context(self.schedule, self.calibration, workdir=self.work / "trajectories")
+            self.programs[key] = Pipeline.parse(key).run(program, context)
+        return self.programs[key], ",".join(p for p in passes if p not in common)
 
     def _pipeline(self, setting: str, strategy: str) -> str | None:
         """The pipeline of a row that is no strategy's."""

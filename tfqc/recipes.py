@@ -48,8 +48,7 @@ def quantization_pipeline(
         parts.append(f"select-maintenance{{strategy={strategy.split('+')[0]}}}")
     if weights:
         shared = f"method=mse{f' group={group}' if group else ''}{_edge(edges, weights)}"
-        if weights < 8:
-            parts.append(f"reconstruct-weights{{bits={weights} {shared}}}")
+        parts.append(f"reconstruct-weights{{bits={weights} {shared}}}")
         parts.append(f"calibrate-weights{{bits={weights} {shared}}}")
     if activations:
         if strategy.startswith("tib") and "fsc" not in tuned and mode == "per-step":

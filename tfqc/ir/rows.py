@@ -129,9 +129,9 @@ class Quantizer(Row):
 class RowSource(Row):
     """Where a parameter of @step, or a tensor that is a table over the schedule, gets its rows.
 
-    kind: `row` (the parameter is the row index; with a `label`, row * labels + label), `begin` / `time` (the parameter is output number `output` of that
-    function; of `time`, stacked over the schedule), `table` (a tensor of compile-time rows of @time's output),
-    `activation` (a tensor of quantizer parameters: an unknown timestep uses the nearest row).
+    kind: `row` (the parameter is the row index; with a `label`, row * labels + label), `begin` / `time` (the parameter
+    is output number `output` of that function; of `time`, stacked over the schedule), `table` (a tensor of compile-time
+    rows of @time's output), `activation` (a tensor of quantizer parameters: an unknown timestep uses the nearest row).
     `encoding` of a table is `fp`, `int8` or `int4`; `scale` and `zero_point` name its tensors. `label` names the input
     of class labels for which a table has a row at every timestep, one for each value of the input's domain.
     """

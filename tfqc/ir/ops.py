@@ -29,7 +29,7 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _rows(parameter: Tensor, row: Tensor | None, rank: int) -> Tensor:
-    """Parameters [T] at `row` [R], shaped to broadcast against a tensor of `rank` dimensions that begins with R or B."""
+    """Parameters [T] at `row` [R], shaped to broadcast against a tensor of `rank` dimensions, the first R or B."""
     picked = parameter if row is None else parameter[row]
     return picked.reshape(-1, *[1] * (rank - 1)) if picked.numel() > 1 else picked.reshape(())
 

@@ -10,11 +10,12 @@ import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
 from tests.subjects import Subject, Subjects, calibration
-from tfqc.calibration import Calibration, timestep_tensor, trajectories
+from tfqc.calibration import Calibration
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program
 from tfqc.passing import Context, Progress
 from tfqc.schedule import SamplingSchedule
+from tfqc.trajectories import timestep_tensor, trajectories
 
 
 def context(its: Subject, workdir: Path | None, sampler: Any = DDIMScheduler, **others: Any) -> Context:

@@ -5,18 +5,15 @@ A pass declares what it needs and gives; the pass manager (`tfqc.pipeline`) hold
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+from tfqc.calibration import Calibration
 from tfqc.ir.program import Program, Stage
+from tfqc.schedule import SamplingSchedule
 from tfqc.spec import to_text
-
-if TYPE_CHECKING:
-    from tfqc.calibration import Calibration
-    from tfqc.schedule import SamplingSchedule
 
 ALL_TABLES = frozenset({"*"})
 
@@ -115,14 +112,4 @@ class Context:
 
     def has(self, what: str) -> bool:
         """True if the data that a pass declares is at hand."""
-        return getattr(self, what) is not None
-
-
-def summary(cls: type[Pass]) -> str:
-    """First line of a pass's documentation."""
-    return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
-
-
-def is_options_only(cls: type[Pass]) -> bool:
-    """True if the class is a frozen dataclass, as passes must be (their text form needs it)."""
-    return dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        return getattr(self, what, None) is not None

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 
 from tests.subjects import Subject, Subjects, assert_text_round_trip, calibration
 from tfqc.analysis.weighted import weighted_nodes
-from tfqc.calibration import trajectories
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
@@ -20,6 +19,7 @@ from tfqc.passing import Context
 from tfqc.pipeline import Pipeline
 from tfqc.quant import Grid, fake_quantize, range_to_qparams
 from tfqc.schedule import SamplingSchedule
+from tfqc.trajectories import trajectories
 
 
 def context(its: Subject, workdir: Path, steps: int = 4, **others: Any) -> Context:

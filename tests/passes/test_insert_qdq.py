@@ -11,7 +11,6 @@ from tests.helpers import evaluate_nodes, find, first
 from tests.passes.test_calibrate_activations import context
 from tests.subjects import Subjects, assert_text_round_trip
 from tfqc.analysis.quantizers import stored_weight
-from tfqc.calibration import trajectories
 from tfqc.errors import PipelineError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME
@@ -20,6 +19,7 @@ from tfqc.ir.rows import Quantizer
 from tfqc.packing import unpack_int4
 from tfqc.pipeline import Pipeline
 from tfqc.quant import Grid, dequantize, quantize
+from tfqc.trajectories import trajectories
 
 CALIBRATED = "select-maintenance,calibrate-weights{{{w}}},calibrate-activations{{{a}}},fold-cache,hoist-request"
 

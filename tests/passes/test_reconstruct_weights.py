@@ -13,7 +13,6 @@ from tests.subjects import Subjects, assert_text_round_trip, calibration
 from tfqc.analysis.moments import observe_moments
 from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weight_of, weighted_nodes
-from tfqc.calibration import trajectories
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.frontend import capture
 from tfqc.ir.render import render
@@ -22,6 +21,7 @@ from tfqc.models import find_model
 from tfqc.passing import Context
 from tfqc.pipeline import Pipeline
 from tfqc.schedule import SamplingSchedule
+from tfqc.trajectories import trajectories
 
 TIB = "select-maintenance{strategy=tib}"
 

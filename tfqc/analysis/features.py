@@ -11,11 +11,11 @@ from torch import Tensor, fx
 from tfqc.analysis.outline import outline
 from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weighted_nodes
-from tfqc.calibration import timestep_tensor
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role
 from tfqc.ir.rows import Tib
 from tfqc.passing import Context
+from tfqc.trajectories import timestep_tensor
 
 REQUESTS = 4  # request inputs tried with every timestep, where features depend on them
 LABELS = 16  # class labels tried with every timestep, where features depend on labels of a declared domain

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weight_of
-from tfqc.calibration import trajectories
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Context
+from tfqc.trajectories import trajectories
 
 
 def observe_moments(program: Program, nodes: Iterable[fx.Node], ctx: Context, steps: int) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from tfqc.analysis.simulate import Simulation
-from tfqc.calibration import trajectories
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program
 from tfqc.passing import Context
 from tfqc.quant import Grid, RangeMethod, RangeStats, activation_range, range_to_qparams
+from tfqc.trajectories import trajectories
 
 SAMPLES = 4096  # values kept of each activation and step, where ranges are searched and not just min-max
 

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from tfqc.analysis.binding import data_flow
 from tfqc.analysis.outline import outline
-from tfqc.calibration import timestep_tensor
 from tfqc.ir.program import STEP, Input, Program, Role
 from tfqc.runtime import encode_row
+from tfqc.trajectories import timestep_tensor
 
 
 def label_of(program: Program, nodes: Iterable[fx.Node]) -> dict[str, Input | None]:

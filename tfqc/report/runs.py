@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfqc.calibration import nested
 from tfqc.errors import TfqcError
 from tfqc.frontend.inputs import SAMPLE_NAMES, TIME_NAMES
 from tfqc.models import ModelSpec
 from tfqc.passing import Progress
 from tfqc.sampling import sample
+from tfqc.trajectories import nested
 
 
 @dataclass(frozen=True)

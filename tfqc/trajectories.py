@@ -1,0 +1,148 @@
+"""Full-precision trajectories of the calibration images: what the network is called with at every step.
+
+Each image is sampled once: T network calls, whatever the number of passes that read the data. Trajectories are kept on
+disk, a batch at a time, so memory does not grow with the number of images and an interrupted run goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tfqc.calibration import Calibration
+from tfqc.errors import CalibrationError
+from tfqc.ir.program import Program, Role
+from tfqc.passing import Context
+from tfqc.sampling import sample
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """What the network was called with for a batch of images: `samples` [T, rows, ...], request inputs [rows, ...]."""
+
+    timesteps: tuple[float, ...]
+    samples: Tensor
+    request: Mapping[str, Tensor]
+
+    def calls(self, program: Program) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(position in the schedule, inputs of @step by name) of each network call."""
+        time = program.input(Role.TIME)[0].name
+        noisy = program.input(Role.SAMPLE)[0].name
+        for step, t in enumerate(self.timesteps):
+            rows = timestep_tensor(program, [t]).expand(self.samples.shape[1])
+            yield step, {noisy: self.samples[step], time: rows, **self.request}
+
+
+def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
+    """Timesteps [T] in the dtype with which the model was captured; float32 where that is integer and they are not."""
+    t, dtype = torch.tensor(timesteps, dtype=torch.float32), program.input(Role.TIME)[0].type.dtype
+    return t if not dtype.is_floating_point and bool((t != t.round()).any()) else t.to(dtype)
+
+
+def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
+    """Full-precision trajectories of the calibration images, batch by batch, sampled once and kept on disk.
+
+    Args:
+        program: not quantized yet: it is what is sampled from.
+
+    Raises:
+        CalibrationError: no calibration data or schedule, or the model's output became NaN (at which step).
+    """
+    calibration, schedule = ctx.calibration, ctx.schedule
+    if calibration is None or schedule is None:
+        raise CalibrationError("Trajectories need calibration data and a schedule.")
+    directory = ctx.workdir or Path(tempfile.gettempdir()) / "tfqc-trajectories"
+    directory.mkdir(parents=True, exist_ok=True)
+    key = _key(program, calibration, schedule.to_json())
+    starts = range(0, len(calibration), calibration.batch_size)
+    paths = [directory / f"trajectory-{key}-{number:04d}.safetensors" for number in range(len(starts))]
+    missing = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
+    if missing:
+        steps = len(schedule.scheduler().timesteps)
+        ticks = ctx.progress.track(range(len(missing) * steps), "sampling calibration images in full precision")
+        next(ticks, None)
+        for start, path in missing:
+            _sample(program, ctx, start, path, lambda: next(ticks, None))
+        for _ in ticks:
+            pass
+    for path in paths:
+        tensors = load_file(path)
+        samples = tensors.pop("samples")
+        yield TrajectoryBatch(schedule.timesteps, samples, tensors)
+
+
+def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callable[[], Any]) -> None:
+    calibration, schedule = ctx.calibration, ctx.schedule
+    assert calibration is not None and schedule is not None
+    rows = slice(start, start + calibration.batch_size)
+    seen: dict[float, Tensor] = {}
+    names = {".".join(i.path): i.name for i in program.input(Role.REQUEST)}
+    request: dict[str, Tensor] = {}
+
+    def denoiser(x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
+        tick()
+        conditions |= calibration.shared
+        if lacking := [n for n in names if n not in conditions]:
+            raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
+        request.update({names[k]: v for k, v in conditions.items() if k in names})
+        seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
+        given = {tuple(k.split(".")): v for k, v in conditions.items() if k in names}
+        noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
+        result = program(**nested({noisy: x, time: t, **given}))
+        output = result[0] if isinstance(result, tuple) else result
+        if not bool(torch.isfinite(output).all()):
+            raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {float(t):g}.")
+        return output
+
+    sample(
+        denoiser,
+        schedule.scheduler(),
+        steps=schedule.sampler["_steps"],
+        latents=calibration.latents[rows],
+        cond={k: v[rows] for k, v in calibration.cond.items()},
+        uncond={k: v[rows] for k, v in calibration.uncond.items()} if calibration.uncond is not None else None,
+        guidance=calibration.guidance,
+        batch_size=calibration.batch_size,
+    )
+    tensors = {"samples": torch.stack([seen[t] for t in schedule.timesteps]), **request}
+    beside = path.with_suffix(f".part{os.getpid()}")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Keyword arguments of a model from values by path: `("a", "b") -> x` becomes `{"a": {"b": x}}`."""
+    call: dict[str, Any] = {}
+    for path, value in values.items():
+        target = call
+        for key in path[:-1]:
+            target = target.setdefault(key, {})
+        target[path[-1]] = value
+    return call
+
+
+def _key(program: Program, calibration: Calibration, schedule: str) -> str:
+    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
+    digest = hashlib.sha256(f"{schedule} {calibration.guidance} {calibration.batch_size}".encode())
+    digest.update(program.step.python_code("self").src.encode())
+    # What passes have added (codes, scales) is read by no operation yet: another pass finds the same trajectories.
+    read = sorted({str(n.target) for n in program.step.nodes if n.op == "get_attr"})
+    own = [("latents", calibration.latents), *calibration.cond.items(), *(calibration.uncond or {}).items()]
+    own += calibration.shared.items()
+    for name, tensor in [*((name, program.tensors[name]) for name in read), *own]:
+        # Up to 4096 values of each tensor: weights that differ only elsewhere do not happen.
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // 4096)].to(torch.float64).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()[:16]

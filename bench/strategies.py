@@ -1,6 +1,6 @@
 """What each maintenance strategy keeps: the built-in model at W8A8, W4A8 and W4A4, one row a strategy.
 
-    python bench/strategies.py                 # 500 images, 50 DDIM steps; results in bench/strategies.json
+    python bench/strategies.py                 # 500 images, 50 DDIM steps; results in bench/results/strategies-500.json
     python bench/strategies.py --images 50     # a quick look
 
 Every row samples the same seeds as the full-precision row. PSNR is between decoded images in 0..1, per image, averaged
@@ -67,8 +67,9 @@ def main() -> None:
     parser.add_argument("--calibration-images", type=int, default=16)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES))
-    parser.add_argument("--out", type=Path, default=HERE / "strategies.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/strategies-IMAGES.json")
     options = parser.parse_args()
+    options.out = options.out or HERE / "results" / f"strategies-{options.images}.json"
     torch.set_grad_enabled(False)
     bench = Bench(options)
     bench.row("fp32", "-", None)
@@ -248,7 +249,11 @@ class Bench:
         """The rows as GitHub markdown."""
         head = ["", "strategy", "1 − cos, mean", "cos, worst", "δ ≠ 0", "PSNR dB", "class acc. %", "FD", "MB", "+ TIB"]
         lines: list[list[str]] = []
-        for row in self.rows.values():
+        order = ["fp32", *SETTINGS]
+        for row in sorted(
+            self.rows.values(),
+            key=lambda r: (order.index(r["setting"]), ["-", *STRATEGIES].index(r["strategy"])),
+        ):
             lines.append([
                 row["setting"],
                 row["strategy"],

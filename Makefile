@@ -30,7 +30,7 @@ lint: $(READY)  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(READY)  ## the table of strategies (an hour on two cores); see bench/README.md
+bench: $(READY)  ## the table of strategies (two hours on two cores, goes on where it stopped); see bench/README.md
 	$(BIN)/python bench/strategies.py
 
 clean:  ## remove the virtual environment and what the targets made

@@ -13,7 +13,7 @@ from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
 from tfqc.backends.fake_quant.emit import emit
 from tfqc.backends.fake_quant.legalize import legalize
-from tfqc.backends.fake_quant.runtime import load
+from tfqc.importing import load_model
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
@@ -79,4 +79,4 @@ class FakeQuantBackend(Backend):
 
     def load(self, directory: Path) -> torch.nn.Module:
         """The model of `model.py`."""
-        return load(directory)
+        return load_model(directory)

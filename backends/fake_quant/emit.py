@@ -11,9 +11,9 @@ from types import ModuleType
 from torch import fx
 
 import tfqc.runtime
+from tfqc import fused
 from tfqc.artifact import Artifact
-from tfqc.backends.fake_quant import support
-from tfqc.backends.fake_quant.expressions import expression, variable
+from tfqc.expressions import expression, variable
 from tfqc.interpret import plan_of
 from tfqc.ir import ops
 from tfqc.ir.ops import op_name
@@ -104,7 +104,7 @@ def _operations(program: Program) -> Iterator[str]:
         used.add("dequantize_weight")
     names = [n for n in ("quantize", "dequantize") if n in used]
     for name in ["_rows"] * bool(names) + sorted(used):
-        function = getattr(ops, name, None) or getattr(support, name)
+        function = getattr(ops, name, None) or getattr(fused, name)
         source = inspect.getsource(function)
         yield source[source.index("def ") :]
         yield ""
@@ -125,7 +125,7 @@ def _init(program: Program, only_time: set[str]) -> Iterator[str]:
     if folded:
         yield "    # Weights are kept as integers on disk and turned into fp32 once."
     for _, node in folded:
-        yield f'    self.register_buffer("{variable(node)}", {expression(node)}, persistent=False)'
+        yield f'    self.register_buffer("{variable(node)}", {expression(node, _stored)}, persistent=False)'
     if only_time:
         yield "    self.time_is_loaded = False"
 
@@ -145,7 +145,7 @@ def _function(program: Program, function: str) -> Iterator[str]:
     module = ""
     for node in graph.nodes:
         if node.op == "output":
-            yield f"    return {expression(node)}"
+            yield f"    return {expression(node, _stored)}"
         if node.op != "call_function" or _is_silent(node):
             continue
         origin = program.origins.get(node.name)
@@ -153,8 +153,16 @@ def _function(program: Program, function: str) -> Iterator[str]:
             module = origin.module
             yield f"    # {module}"
         free = [variable(n) for n in last.get(node, []) if n.op == "call_function" and not _is_silent(n)]
-        line = f"    {variable(node)} = {expression(node)}"
+        line = f"    {variable(node)} = {expression(node, _stored)}"
         yield line + (f"; del {', '.join(free)}" if free else "")
+
+
+def _stored(node: fx.Node) -> str | None:
+    """Tensors are the module's buffers, weights too, which are dequantized in __init__."""
+    if node.op == "get_attr":
+        return f"self.{buffer_name(str(node.target))}"
+    is_weight = node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight")
+    return f"self.{variable(node)}" if is_weight else None
 
 
 DOCS = {
@@ -168,7 +176,7 @@ def _is_silent(node: fx.Node) -> bool:
     """Nodes that have no line of their own: weights are dequantized in __init__, pairs of quantize and dequantize are
     one fake_quantize."""
     name = op_name(node.target)
-    return name.startswith("tfqc.dequantize_weight") or support.is_fused_quantize(node)
+    return name.startswith("tfqc.dequantize_weight") or fused.is_fused_quantize(node)
 
 
 def _last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -185,9 +193,9 @@ def _last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 def _reads(node: fx.Node) -> list[fx.Node]:
     """Operands of the line that a node becomes."""
-    if support.is_fused_dequantize(node):
+    if fused.is_fused_dequantize(node):
         return list(node.all_input_nodes[0].all_input_nodes)
-    return [] if support.is_fused_quantize(node) else list(node.all_input_nodes)
+    return [] if fused.is_fused_quantize(node) else list(node.all_input_nodes)
 
 
 __all__ = ["buffer_name", "emit"]

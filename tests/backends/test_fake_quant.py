@@ -11,9 +11,9 @@ import torch
 from tests.backends.conformance import Conformance, compile_for, pytest_generate_tests, quantization_error
 from tests.helpers import first
 from tests.subjects import Subjects
-from tfqc.backends.fake_quant.support import fake_quantize
 from tfqc.driver import load
 from tfqc.errors import SpecError
+from tfqc.fused import fake_quantize
 from tfqc.ir import ops
 from tfqc.target import Target
 

@@ -1,4 +1,4 @@
-"""Loading an emitted `model.py`."""
+"""Loading an emitted `model.py`, whichever backend wrote it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tfqc.errors import ArtifactError
 
 
-def load(directory: Path) -> torch.nn.Module:
+def load_model(directory: Path) -> torch.nn.Module:
     """Import `model.py` under a name of its own and build its model from the tensors beside it.
 
     Raises:

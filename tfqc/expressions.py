@@ -1,19 +1,24 @@
-"""Operations as the Python that a person would write for them."""
+"""Operations as the Python that a person would write for them; emitters of `model.py` share it.
+
+`stored` says how a value that is not computed here is written: the text for a node, or None for a variable.
+"""
 
 from __future__ import annotations
 
 import builtins
 import keyword
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from tfqc.backends.fake_quant.support import is_fused_dequantize
+from tfqc.fused import is_fused_dequantize
 from tfqc.ir import ops
 from tfqc.ir.ops import op_name
-from tfqc.runtime import buffer_name
+
+Stored = Callable[[fx.Node], str | None]
 
 _FUNCTIONS = {
     "aten.linear.default": "F.linear", "aten.conv2d.default": "F.conv2d", "aten.silu.default": "F.silu",
@@ -42,56 +47,53 @@ def variable(node: fx.Node) -> str:
     return f"{node.name}_value" if hides else node.name
 
 
-def expression(node: fx.Node) -> str:
+def expression(node: fx.Node, stored: Stored) -> str:
     """The right-hand side of a node's line."""
     if node.op == "output":
-        return value(node.args[0])
+        return value(node.args[0], stored)
     name = op_name(node.target)
     if is_fused_dequantize(node):
         assert isinstance(node.args[0], fx.Node)
-        return f"fake_quantize({_arguments(node.args[0])})"
+        return f"fake_quantize({arguments(node.args[0], stored)})"
     if name == "operator.getitem":
-        return f"{value(node.args[0])}[{value(node.args[1])}]"
+        return f"{value(node.args[0], stored)}[{value(node.args[1], stored)}]"
     if name == "aten.sym_size.int":
-        return f"{value(node.args[0])}.shape[{value(node.args[1])}]"
+        return f"{value(node.args[0], stored)}.shape[{value(node.args[1], stored)}]"
     if name in _INFIX and len(node.args) == 2 and not node.kwargs:
-        return f"{value(node.args[0])} {_INFIX[name]} {value(node.args[1])}"
+        return f"{value(node.args[0], stored)} {_INFIX[name]} {value(node.args[1], stored)}"
     if name == "aten.group_norm.default" and not node.kwargs:
         # The last argument, cudnn_enabled, is no argument of F.group_norm.
-        return f"F.group_norm({', '.join(value(a) for a in node.args[:5])})"
+        return f"F.group_norm({', '.join(value(a, stored) for a in node.args[:5])})"
     if name == "aten.layer_norm.default" and not node.kwargs:
-        return f"F.layer_norm({', '.join(value(a) for a in node.args[:5])})"
+        return f"F.layer_norm({', '.join(value(a, stored) for a in node.args[:5])})"
     if name in _METHODS and not node.kwargs:
-        return f"{value(node.args[0])}.{_METHODS[name]}({', '.join(value(a) for a in node.args[1:])})"
+        return f"{value(node.args[0], stored)}.{_METHODS[name]}({', '.join(value(a, stored) for a in node.args[1:])})"
     if name.startswith("tfqc."):
-        return f"{name.split('.')[1]}({_arguments(node)})"
-    return f"{_FUNCTIONS.get(name, name)}({_arguments(node)})"
+        return f"{name.split('.')[1]}({arguments(node, stored)})"
+    return f"{_FUNCTIONS.get(name, name)}({arguments(node, stored)})"
 
 
-def _arguments(node: fx.Node) -> str:
-    named = [f"{key}={value(item)}" for key, item in node.kwargs.items()]
-    return ", ".join([*(value(a) for a in node.args), *named])
+def arguments(node: fx.Node, stored: Stored) -> str:
+    named = [f"{key}={value(item, stored)}" for key, item in node.kwargs.items()]
+    return ", ".join([*(value(a, stored) for a in node.args), *named])
 
 
-def value(item: Any) -> str:
+def value(item: Any, stored: Stored) -> str:
     """A literal, a variable, or a buffer of the module, as Python."""
     match item:
-        case fx.Node(op="get_attr"):
-            return f"self.{buffer_name(str(item.target))}"
         case fx.Node():
-            is_weight = item.op == "call_function" and op_name(item.target).startswith("tfqc.dequantize_weight")
-            return f"self.{variable(item)}" if is_weight else variable(item)
+            return stored(item) or variable(item)
         case list():
-            return f"[{', '.join(map(value, item))}]"
+            return f"[{', '.join(value(i, stored) for i in item)}]"
         case tuple():
-            return f"({', '.join(map(value, item))}{',' if len(item) == 1 else ''})"
+            return f"({', '.join(value(i, stored) for i in item)}{',' if len(item) == 1 else ''})"
         case dict():
-            return f"{{{', '.join(f'{k!r}: {value(v)}' for k, v in item.items())}}}"
+            return f"{{{', '.join(f'{k!r}: {value(v, stored)}' for k, v in item.items())}}}"
         case float() if not math.isfinite(item):
             return f'float("{item}")'
         case torch.device():
             return f'torch.device("{item}")'
         case slice():
-            return f"slice({value(item.start)}, {value(item.stop)}, {value(item.step)})"
+            return f"slice({value(item.start, stored)}, {value(item.stop, stored)}, {value(item.step, stored)})"
         case _:
             return repr(item)

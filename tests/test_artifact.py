@@ -109,15 +109,12 @@ def test_a_failure_leaves_the_old_one(fails: int, tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match=r"no"):
         make(2).save(out)
     monkeypatch.undo()
-    write = Path.write_bytes
 
-    def full(self: Path, data: bytes) -> int:
-        if self.name == "weights.safetensors":
-            write(self, data[:10])
-            raise OSError("disk full")
-        return write(self, data)
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"0123456789")
+        raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("tfqc.artifact.save_file", full)
     with pytest.raises(OSError, match=r"disk full"):
         make(2).save(out)
     monkeypatch.undo()

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tfqc.errors import ArtifactError
+from tfqc.storage import apart
 
 FORMAT = "tfqc-artifact"
 VERSION = 1
@@ -30,17 +32,22 @@ class Artifact:
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def files(self) -> dict[str, bytes]:
-        """Every file's bytes, the manifest last; the same bytes for the same artifact."""
-        files = {name: text.encode() for name, text in sorted(self.texts.items())}
-        for name, tensors in sorted(self.tensors.items()):
-            plain = {k: v.detach().contiguous().clone() for k, v in sorted(tensors.items())}
-            files[name] = save(plain)
+        """Every file's bytes; the same bytes for the same artifact."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self._write(Path(scratch))
+            return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+
+    def _write(self, directory: Path) -> None:
+        """Write the files, tensors one by one: large models are not copied in memory."""
+        for name, text in self.texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        for name, tensors in self.tensors.items():
+            save_file(apart(dict(sorted(tensors.items()))), directory / name)
         listing = {
-            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+            path.name: {"sha256": _hash(path), "bytes": path.stat().st_size} for path in sorted(directory.iterdir())
         }
         manifest = {"format": FORMAT, "version": VERSION, **self.facts, "files": listing}
-        files[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
-        return files
+        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def save(self, directory: str | Path) -> Path:
         """Write the directory: beside it first, then renamed, so that an interrupted save leaves what was there.
@@ -50,14 +57,12 @@ class Artifact:
         """
         directory = Path(directory)
         check_output(directory)
-        files = self.files()
         directory.parent.mkdir(parents=True, exist_ok=True)
         beside = directory.with_name(f".{directory.name}.part{os.getpid()}")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:
-            for name, data in files.items():
-                (beside / name).write_bytes(data)
+            self._write(beside)
             if directory.exists():
                 old = directory.with_name(f".{directory.name}.old{os.getpid()}")
                 os.replace(directory, old)
@@ -134,8 +139,11 @@ def check_files(directory: str | Path) -> dict[str, Any]:
         path = directory / name
         if not path.is_file():
             raise ArtifactError(f"{directory} is not whole: {name!r} is missing. Compile the model again.")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry["sha256"]:
+        if _hash(path) != entry["sha256"]:
             raise ArtifactError(f"{path} has been changed since it was written: compile the model again.")
     return manifest
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

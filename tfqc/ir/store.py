@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +13,7 @@ from tfqc.errors import IRError
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
+from tfqc.storage import apart
 
 
 def save_program(program: Program, path: Path) -> None:
@@ -25,7 +25,7 @@ def save_program(program: Program, path: Path) -> None:
     weights, part = path.with_suffix(".safetensors"), path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     if program.has_weights:
-        save_file(_apart(program.tensors), part)
+        save_file(apart(program.tensors), part)
         os.replace(part, weights)
     else:
         weights.unlink(missing_ok=True)
@@ -52,16 +52,3 @@ def load_program(path: Path) -> Program:
         return parse(path.read_text(encoding="utf-8"), tensors)
     except UnicodeDecodeError as error:
         raise IRError(f"{path} is no text: {error}") from error
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no storage, as safetensors wants them; copied only where they do."""
-    found: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        found[name] = tensor
-    return found

@@ -6,6 +6,7 @@ Writing an artifact is apart from building and running it, so code generation is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,10 @@ from tfqc.passing import Pass
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a backend runs a node; `because` says why not. Data and no exception, so all refusals can be listed."""
+    """Whether a backend runs a node. Data and no exception, so all refusals can be listed.
+
+    `because` says why not; or, for a node that runs, why not as the target promises (in floating point, say).
+    """
 
     ok: bool
     because: str = ""
@@ -64,11 +68,16 @@ class Backend(ABC):
 
 def refusals(backend: Backend, program: Program, options: Any) -> list[str]:
     """One sentence for each node that a backend does not run."""
-    found: list[str] = []
+    return [f"{program.at(n)}: {s.because}" for n, s in _answers(backend, program, options) if not s.ok]
+
+
+def compromises(backend: Backend, program: Program, options: Any) -> list[str]:
+    """One sentence for each node that a backend runs in another way than the target promises."""
+    return [f"{program.at(n)}: {s.because}" for n, s in _answers(backend, program, options) if s.ok and s.because]
+
+
+def _answers(backend: Backend, program: Program, options: Any) -> Iterator[tuple[fx.Node, Support]]:
     for function in program.functions:
         for node in program.nodes(function):
             if node.op == "call_function":
-                support = backend.supports(program, node, options)
-                if not support.ok:
-                    found.append(f"{program.at(node)}: {support.because}")
-    return found
+                yield node, backend.supports(program, node, options)

@@ -13,7 +13,7 @@ import torch
 
 import tfqc
 from tfqc.artifact import Artifact, check_files
-from tfqc.backend import refusals
+from tfqc.backend import compromises, refusals
 from tfqc.calibration import Calibration
 from tfqc.errors import TfqcError
 from tfqc.frontend import capture
@@ -44,6 +44,7 @@ def compile(
     workdir: Path | None = None,
     instruments: Sequence[Instrument] | None = None,
     progress: Progress | None = None,
+    require_real: bool = False,
 ) -> Artifact:
     """Compile a denoiser for a target.
 
@@ -60,6 +61,7 @@ def compile(
         workdir: where calibration trajectories are kept; they are used again if the same compile is interrupted.
         instruments: watch the passes; the verifier by default.
         progress: told what is done, how far, how long.
+        require_real: refuse, before anything is emitted, what the target would run in another way than it promises.
 
     Raises:
         TfqcError: what, where, and what to do.
@@ -96,6 +98,10 @@ def compile(
     passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
     if refused := refusals(backend, program, target.options):
         raise TfqcError(f"{target.name} does not run {len(refused)} operations of {program.model}.", *refused)
+    if found := compromises(backend, program, target.options):
+        if require_real:
+            raise TfqcError(f"{target.name} has no kernel for {len(found)} operations of {program.model}.", *found)
+        context.report += found
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact

@@ -18,6 +18,7 @@ def quantization_pipeline(
     group: int | None = None,
     edges: int | None = 8,
     policy: str = "recompute",
+    reconstruct: bool = True,
 ) -> str:
     """Pipeline text from a captured program to explicit quantization.
 
@@ -28,6 +29,7 @@ def quantization_pipeline(
         edges: bits of the first and the last layer, weights and activations, where that is more; None = as the others.
         group: columns of a weight that share a scale, None = per channel.
         policy: for timesteps that are not in the schedule, as `fold-cache` has it.
+        reconstruct: search for good scales and codes (MSE, GPTQ); False takes min-max ranges, for which 8 bits do.
 
     Raises:
         SpecError: an unknown strategy.
@@ -47,8 +49,11 @@ def quantization_pipeline(
     else:
         parts.append(f"select-maintenance{{strategy={strategy.split('+')[0]}}}")
     if weights:
-        shared = f"method=mse{f' group={group}' if group else ''}{_edge(edges, weights)}"
-        parts.append(f"reconstruct-weights{{bits={weights} {shared}}}")
+        shared = (
+            f"method={'mse' if reconstruct else 'min-max'}{f' group={group}' if group else ''}{_edge(edges, weights)}"
+        )
+        if reconstruct:
+            parts.append(f"reconstruct-weights{{bits={weights} {shared}}}")
         parts.append(f"calibrate-weights{{bits={weights} {shared}}}")
     if activations:
         if strategy.startswith("tib") and "fsc" not in tuned and mode == "per-step":

@@ -123,7 +123,8 @@ def test_a_broken_plugin_is_listed_with_its_reason(tfqc: Tfqc, monkeypatch: pyte
 
 def test_demo_in_small(tfqc: Tfqc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tfqc.cli.demo.CALIBRATION_IMAGES", 2)
-    monkeypatch.setattr("tfqc.cli.demo.TARGET", "fake-quant{weights=8 activations=8}")  # no reconstruction
+    quick = "cpu-int8"  # no reconstruction
+    monkeypatch.setattr("tfqc.cli.demo.COMPILED", {"naive": (quick, "tib"), "fold": (quick, "fold")})
     out = tmp_path / "demo"
     out.mkdir()
     (out / "results.json").write_text("of an earlier run")

@@ -33,6 +33,9 @@ def compile_model(
     dump_ir: options.DumpDir = None,
     print_ir_after: options.PrintAfter = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    require_real: Annotated[
+        bool, typer.Option("--require-real", help="Refuse operations for which the target has no kernel.")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Compile a model for a target.
@@ -71,6 +74,7 @@ def compile_model(
             workdir=work,
             instruments=watchers,
             progress=progress,
+            require_real=require_real,
         )
         artifact.save(out)
     value = _result(artifact, out, timing, spec.model)

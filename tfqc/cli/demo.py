@@ -1,4 +1,5 @@
-"""`tfqc demo`: the built-in model at W4A8, with naive and with folded temporal features, beside full precision."""
+"""`tfqc demo`: the built-in model at W4A8, with naive and with folded temporal features, and in real 8-bit integers,
+beside full precision."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 MODEL, TARGET = "fashion-unet", "fake-quant{weights=4 activations=8}"
 FULL = "full precision"
-STRATEGIES = {"naive": "tib", "fold": "fold"}
+COMPILED = {"naive": (TARGET, "tib"), "fold": (TARGET, "fold"), "int8": ("cpu-int8", "fold")}  # target, strategy
 CALIBRATION_IMAGES = 16
 SHOWN = 20  # images in the picture; the numbers are of all
-_OURS = re.compile(r"(grid|disturbance|trajectory)\.png|results\.json|ir|naive|fold")
+_OURS = re.compile(r"(grid|disturbance|trajectory)\.png|results\.json|ir|naive|fold|int8")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One of the two artifacts, and what was seen while it was made."""
+    """One of the artifacts, and what was seen while it was made."""
 
     directory: Path
     bytes: dict[str, int]
@@ -50,7 +51,8 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the images; calibration has its own.")] = 1,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compile the built-in model to W4A8 twice, naively and with folded time, and compare images of the same seeds.
+    """Compile the built-in model and compare images of the same seeds: to W4A8, naively and with folded time, and to
+    8-bit integers for this CPU.
 
     Leaves pictures, both artifacts, the IR after each pass, and results.json.
     """
@@ -66,8 +68,8 @@ def demo(
     with StderrProgress() as progress:
         with kept_work(beside(out, "work")) as work:
             compiled = {
-                name: _compile(spec, strategy, out / name, out / "ir" / name, work, steps, progress)
-                for name, strategy in STRATEGIES.items()
+                name: _compile(spec, target, strategy, out / name, out / "ir" / name, work, steps, progress)
+                for name, (target, strategy) in COMPILED.items()
             }
         denoisers = {FULL: spec.model, **{name: tfqc.load(c.directory) for name, c in compiled.items()}}
         runs = {
@@ -91,7 +93,7 @@ def demo(
 
 
 def _compile(
-    spec: ModelSpec, strategy: str, directory: Path, dumps: Path, work: Path, steps: int, progress: Progress
+    spec: ModelSpec, text: str, strategy: str, directory: Path, dumps: Path, work: Path, steps: int, progress: Progress
 ) -> Compiled:
     import tfqc
     from tfqc.artifact import read_manifest
@@ -99,7 +101,7 @@ def _compile(
     from tfqc.instruments import DumpIR, Reproducer, Timing, VerifyEach
     from tfqc.report.disturbance import WatchDisturbance
 
-    target = tfqc.Target.parse(TARGET)
+    target = tfqc.Target.parse(text)
     pipeline = tfqc.Pipeline.parse(target.backend.pipeline(target.options, strategy))
     watch, timing = WatchDisturbance(), Timing(dumps)
     dumps.parent.mkdir(parents=True, exist_ok=True)
@@ -137,12 +139,14 @@ def _result(spec: ModelSpec, compiled: dict[str, Compiled], runs: dict[str, Run]
     few: list[str] = []
     for name, run in runs.items():
         metrics, few = quality.measure(spec.metrics, run)
-        rows[name] = {"metrics": metrics, "seconds_per_step": round(run.seconds_per_step, 4)}
+        rows[name] = {"metrics": metrics, "seconds_per_step": round(run.seconds_per_step, 6)}
         if name in compiled:
             made = compiled[name]
             rows[name] |= {
+                "target": COMPILED[name][0],
+                "speed_up": reference.seconds / run.seconds,
                 "bytes": made.bytes,
-                "features": made.errors.summary(STRATEGIES[name]) if made.errors else None,
+                "features": made.errors.summary(COMPILED[name][1]) if made.errors else None,
                 "psnr_images": quality.psnr_of_images(reference, run),
                 "psnr_by_step": quality.psnr_by_step(reference, run),
                 "compile_seconds": round(made.seconds, 2),
@@ -153,7 +157,6 @@ def _result(spec: ModelSpec, compiled: dict[str, Compiled], runs: dict[str, Run]
             rows[name]["bytes"] = model_sizes(spec)
     return {
         "model": spec.name,
-        "target": TARGET,
         "images": len(reference.latents[0]),
         "timesteps": list(reference.timesteps),
         "data_range": {"latents": quality.latent_range(reference), "images": 1.0},
@@ -187,10 +190,10 @@ def _pictures(out: Path, spec: ModelSpec, naive: Compiled, runs: dict[str, Run],
         title = f"{spec.name}, {TARGET}: disturbance of temporal features"
         plots.plot_disturbance(naive.errors, out / "disturbance.png", title)
     plots.plot_trajectories(
-        {name: row["psnr_by_step"] for name, row in value["rows"].items() if name in STRATEGIES},
+        {name: row["psnr_by_step"] for name, row in value["rows"].items() if name in COMPILED},
         value["timesteps"],
         out / "trajectory.png",
-        f"{spec.name}, W4A8: distance to full precision along the sampler",
+        f"{spec.name}: distance to full precision along the sampler",
     )
 
 
@@ -216,19 +219,21 @@ def _text(value: dict[str, Any], out: Path) -> str:
         line("PSNR of images to full precision", lambda r: decibel(r.get("psnr_images"))),
         *(line(metric, lambda r, m=metric: f"{r['metrics'][m]:.3g}") for metric in rows[FULL]["metrics"]),
         line(f"time per step of {value['images']} images", lambda r: seconds(r["seconds_per_step"])),
+        line("times as fast as full precision", lambda r: f"{r['speed_up']:.1f}" if "speed_up" in r else "-"),
         line("operations per step", lambda r: str(r.get("operations_per_step", "-"))),
     ]
     spent = {name: _time_spent(row) for name, row in rows.items() if "passes" in row}
     items = dict.fromkeys(item for passes in spent.values() for item in passes)
     times = [(item, *(seconds(passes.get(item, 0)) for passes in spent.values())) for item in items]
     lines = [
-        f"{value['model']}, {value['target']}, {len(value['timesteps'])} steps, {value['images']} images",
+        f"{value['model']}, {len(value['timesteps'])} steps, {value['images']} images",
+        *(f"{name}: {row['target']}" for name, row in rows.items() if "target" in row),
         "",
         table(("", *names), measures, right=range(1, len(names) + 1)),
         *(f"{metric}: left out, too few images" for metric in value["metrics_left_out"]),
         "",
         table(("compile time", *spent), times, right=range(1, len(spent) + 1)),
-        "(the second compile finds the calibration trajectories of the first)",
+        "(later compiles find the calibration trajectories of the first)",
         "",
         f"{out}/grid.png         the images side by side",
         f"{out}/disturbance.png  temporal features, feature x timestep",

@@ -1,5 +1,6 @@
 """The intermediate representation: programs, their types and side tables, their text, their invariants."""
 
+from tfqc.ir import kernel_ops  # registers its operations
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.parse import parse
 from tfqc.ir.program import BEGIN, STEP, TIME, Input, Origin, Program, Role, Stage
@@ -9,6 +10,25 @@ from tfqc.ir.types import Dim, ScalarType, TensorType, TupleType, Type
 from tfqc.ir.verify import verify
 
 __all__ = [
-    "BEGIN", "STEP", "TIME", "Dim", "Input", "Origin", "Program", "Role", "Row", "ScalarType", "Stage", "TensorType",
-    "TupleType", "Type", "op_by_name", "op_name", "parse", "render", "row_kind", "verify",
+    "BEGIN",
+    "STEP",
+    "TIME",
+    "Dim",
+    "Input",
+    "Origin",
+    "Program",
+    "Role",
+    "Row",
+    "ScalarType",
+    "Stage",
+    "TensorType",
+    "TupleType",
+    "Type",
+    "kernel_ops",
+    "op_by_name",
+    "op_name",
+    "parse",
+    "render",
+    "row_kind",
+    "verify",
 ]  # fmt: skip

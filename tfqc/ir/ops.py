@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from tfqc.errors import IRError
 
@@ -162,6 +162,20 @@ SHAPE_ONLY = {
 def works_in_place(target: Any) -> bool:
     """True for an operation that changes an operand, so that it matters even if nothing reads its result."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+# Views that ATen may also answer with a copy; behind kernels they never need one.
+_VIEWS = {"aten.reshape.default", "aten.flatten.using_ints", "operator.getitem"}
+
+
+def is_view(node: fx.Node) -> bool:
+    """True for an operation whose result lies in the memory of its first operand."""
+    if node.op != "call_function" or op_name(node.target) in _VIEWS:
+        return node.op == "call_function"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def op_name(target: Any) -> str:

@@ -160,3 +160,15 @@ class Schedule(Row):
     timesteps: tuple[float, ...]
     policy: str = "recompute"
     sampler: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@row_kind
+@dataclass(frozen=True)
+class Memory(Row):
+    """The buffer that a kernel writes a value to, and the positions in @step between which the value is needed."""
+
+    table: ClassVar[str] = "memory"
+    inline: ClassVar[bool] = True
+    buffer: int
+    first: int
+    last: int

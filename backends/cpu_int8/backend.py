@@ -1,0 +1,79 @@
+"""The cpu-int8 backend: integer products and what lies between them as C++ kernels, everything else as torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from tfqc.artifact import Artifact
+from tfqc.backend import YES, Backend, Support
+from tfqc.backends.cpu_int8.emit import emit
+from tfqc.backends.cpu_int8.legalize import legalize
+from tfqc.backends.cpu_int8.support import why_not_real
+from tfqc.importing import load_model
+from tfqc.ir.program import Program
+from tfqc.passing import Pass
+from tfqc.recipes import quantization_pipeline
+
+
+@dataclass(frozen=True)
+class CpuInt8Options:
+    """Options of the target.
+
+    isa: instructions of the kernels; auto = the best that the CPU has when the artifact is loaded. residual: how
+    floating point values are stored between kernels. attention: what its products are computed in. activations: their
+    ranges, fixed, a row for each step, or of each token at run time. weights: bits that are stored, 8 or 4; products
+    are 8-bit ones. policy: for timesteps that are not in the schedule.
+    """
+
+    isa: Literal["auto", "amx", "avx512_vnni", "avx2"] = "auto"
+    residual: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["int8", "bf16", "fp32"] = "int8"
+    activations: Literal["static", "per-step", "per-token"] = "per-step"
+    weights: int = 8
+    policy: Literal["recompute", "nearest", "error"] = "recompute"
+
+    def __post_init__(self) -> None:
+        if self.weights not in (4, 8):
+            raise ValueError(f"weights={self.weights} is out of range: 4 or 8 bits are stored")
+
+
+class CpuInt8Backend(Backend):
+    """Runs quantized models in 8-bit integers on x86 CPUs."""
+
+    name: ClassVar[str] = "cpu-int8"
+    options: ClassVar[type[Any]] = CpuInt8Options
+
+    def supports(self, program: Program, node: fx.Node, options: CpuInt8Options) -> Support:
+        """Everything runs; what runs in torch says why."""
+        if node.graph is not program.step:
+            return YES
+        reason = why_not_real(program, node)
+        return Support(True, f"runs in torch: {reason}") if reason else YES
+
+    def pipeline(self, options: CpuInt8Options, strategy: str) -> str:
+        """The recipe of a strategy with 8-bit activations."""
+        return quantization_pipeline(
+            strategy,
+            weights=options.weights,
+            activations=8,
+            mode=options.activations,
+            policy=options.policy,
+            reconstruct=options.weights < 8,
+        )
+
+    def legalize(self, options: CpuInt8Options) -> tuple[Pass, ...]:
+        """Integer products, fusions, memory."""
+        return legalize(options)
+
+    def emit(self, program: Program, options: CpuInt8Options) -> Artifact:
+        """`model.py` with the schedule of a step, `kernels.cpp`, the program's text, and its tensors."""
+        return emit(program, options.isa)
+
+    def load(self, directory: Path) -> torch.nn.Module:
+        """The model of `model.py`; builds the kernels, unless that was done before."""
+        return load_model(directory)

@@ -1,0 +1,191 @@
+"""The run time of a compiled model: schedules by the shapes of the inputs, and their execution."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tfqc.backends.cpu_int8 import abi
+from tfqc.backends.cpu_int8.arena import pack
+from tfqc.backends.cpu_int8.build import BuildError, best_isa, build, runs_here
+from tfqc.backends.cpu_int8.eager import Eager
+from tfqc.backends.cpu_int8.schedule import Line, Recorder
+from tfqc.backends.cpu_int8.tiles import Tiles
+from tfqc.runtime import Plan, Stepper
+
+SCRATCH = 8 << 20  # bytes for each thread
+SHARED = 64 << 20
+
+
+class Engine(Stepper):
+    """A compiled model, called like the one that was captured. Not safe for use from several threads at once.
+
+    memory: value -> (buffer, first, last). tiles: tensor of packed weights -> (shape, groups, paired, bits).
+    isa: `auto`, or one of `build.ISAS`. Without a compiler, or on another CPU, it computes with torch, and says so.
+    """
+
+    MAX_SCHEDULES = 8
+
+    lines: Callable[..., Any]
+    """The model's step: `lines(k, w, t, **inputs)` with kernels k, tensors w, packed weights t."""
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: Plan,
+        memory: Mapping[str, tuple[int, int, int]],
+        tiles: Mapping[str, tuple[tuple[int, ...], int, bool, int]],
+        isa: str,
+    ) -> None:
+        super().__init__(plan)
+        self.directory, self.memory = directory, memory
+        self._tensors = load_file(directory / "weights.safetensors")
+        taken = self._tensors.pop
+        self._tiles = {name: Tiles.of(taken(name), taken(f"{name}.sums"), *its) for name, its in tiles.items()}
+        self._schedules: dict[Any, Schedule] = {}
+        self.isa, self._library = _kernels(directory / "kernels.cpp", isa)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor of the program; those of the time function are read when it is first called."""
+        if name not in self._tensors:
+            self._tensors |= load_file(self.directory / "time.safetensors")
+        return self._tensors[name]
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Replace a table. Schedules point into the old one."""
+        self._tensors[name] = value
+        self._schedules.clear()
+
+    def step(self, **values: Any) -> Any:
+        """One timestep."""
+        if self._library is None:
+            return self.lines(Eager(), self.get_tensor, self._tiles.__getitem__, **values)
+        with torch.no_grad():
+            return self.schedule(values).run(values)
+
+    def schedule(self, values: Mapping[str, Tensor]) -> Schedule:
+        """The schedule for inputs of these shapes; made on their first call."""
+        assert self._library is not None
+        key = (torch.get_num_threads(), *((k, v.shape, v.dtype) for k, v in sorted(values.items())))
+        found = self._schedules.pop(key, None) or self._record(values)
+        self._schedules[key] = found  # the last used is the last
+        if len(self._schedules) > self.MAX_SCHEDULES:
+            del self._schedules[next(iter(self._schedules))]
+        return found
+
+    def _record(self, values: Mapping[str, Tensor]) -> Schedule:
+        nowhere = Recorder(self.memory)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            shapes = {k: mode.from_tensor(v) for k, v in values.items()}
+            self.lines(nowhere, self.get_tensor, self._tiles.__getitem__, **shapes)
+        offsets, size = pack(nowhere.sizes, nowhere.spans)
+        inputs = {k: torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v) for k, v in values.items()}
+        recorder = Recorder(self.memory, torch.zeros(size, dtype=torch.uint8), offsets)
+        outputs = self.lines(recorder, self.get_tensor, self._tiles.__getitem__, **inputs)
+        fixed = {*self.plan.hoisted, *self.plan.request_tables}
+        rows = inputs[self.plan.row] if self.plan.row else None
+        return Schedule(self._library, recorder, inputs, outputs, fixed, rows, self.plan)
+
+
+class Schedule:
+    """Commands for kernels, and calls of torch between them."""
+
+    def __init__(
+        self, library: Any, recorder: Recorder, inputs: dict[str, Tensor], outputs: Any, fixed: set[str],
+        rows: Tensor | None, plan: Plan,
+    ) -> None:  # fmt: skip
+        sample = next(name for name, role, _ in plan.inputs if role == "sample")
+        self.inputs, self.outputs, self.lines = inputs, outputs, recorder.lines
+        self.arena_bytes = 0 if recorder.arena is None else recorder.arena.numel()
+        self.reorders = recorder.reorders
+        self._kept = (recorder.kept, recorder.arena)
+        self._given: dict[str, Tensor] = {}
+        self._fixed, self._row_input = fixed, rows
+        self._rows = torch.zeros(inputs[sample].shape[0], dtype=torch.int64)
+        self._threads = torch.get_num_threads()
+        self._scratch = torch.empty(self._threads * SCRATCH + 64, dtype=torch.uint8)
+        self._shared = torch.empty(SHARED + 64, dtype=torch.uint8)
+        self._library = library
+        self._segments = list(self._group(recorder.lines))
+
+    def _group(self, lines: list[Line]) -> Any:
+        batch: list[Line] = []
+        for line in [*lines, None]:
+            if line is not None and line.args is not None:
+                batch.append(line)
+                continue
+            if batch:
+                yield self._commands(batch)
+                batch = []
+            if line is not None:
+                yield line.call
+
+    def _commands(self, lines: list[Line]) -> Callable[[], None]:
+        commands = (abi.Command * len(lines))()
+        for command, line in zip(commands, lines, strict=True):
+            command.run = ctypes.cast(self._library[f"tfqc_{line.kernel}"], ctypes.c_void_p).value
+            command.args = ctypes.addressof(line.args)  # type: ignore[arg-type]
+        pointer, count = ctypes.byref(commands), ctypes.c_int64(len(lines))
+        rows, threads = ctypes.c_void_p(self._rows.data_ptr()), ctypes.c_int32(self._threads)
+        scratch, scratch_size = ctypes.c_void_p(_aligned(self._scratch)), ctypes.c_int64(SCRATCH)
+        shared, shared_size = ctypes.c_void_p(_aligned(self._shared)), ctypes.c_int64(SHARED)
+        run = self._library.tfqc_run
+        return lambda: run(pointer, count, rows, threads, scratch, scratch_size, shared, shared_size)
+
+    def run(self, values: Mapping[str, Tensor]) -> Any:
+        """The outputs for inputs of the shapes that this was recorded for."""
+        self._take(values)
+        for segment in self._segments:
+            segment()
+        if isinstance(self.outputs, Tensor):
+            return self.outputs.clone()
+        return tuple(t.clone() for t in self.outputs)
+
+    def _take(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if name in self._fixed and self._given.get(name) is value:
+                continue
+            self.inputs[name].copy_(value)
+            self._given[name] = value
+        if self._row_input is not None:
+            self._rows.copy_(self._row_input.expand_as(self._rows))
+
+    def profile(self, values: Mapping[str, Tensor], rounds: int = 5) -> list[tuple[Line, float]]:
+        """Each line and its time in seconds, the median of several rounds."""
+        self._take(values)
+        steps = [(line, line.call or self._commands([line])) for line in self.lines]
+        times: list[list[float]] = [[] for _ in steps]
+        for _ in range(rounds):
+            for taken, (_, step) in zip(times, steps, strict=True):
+                began = time.perf_counter()
+                step()
+                taken.append(time.perf_counter() - began)
+        return [(line, sorted(taken)[len(taken) // 2]) for (line, _), taken in zip(steps, times, strict=True)]
+
+
+def _aligned(memory: Tensor) -> int:
+    return -(-memory.data_ptr() // 64) * 64
+
+
+def _kernels(source: Path, isa: str) -> tuple[str, Any]:
+    """The instruction set that is used, and the built kernels; ("torch", None) where there can be none."""
+    wanted = os.environ.get("TFQC_ISA", isa)
+    chosen = best_isa() if wanted == "auto" else wanted
+    try:
+        if chosen is None or not runs_here(chosen):
+            raise BuildError(f"This CPU has not the instructions that the kernels need ({wanted}).")
+        library = build(source.read_text(), chosen)
+        return chosen, library
+    except BuildError as error:
+        warnings.warn(f"{error} The model runs with torch instead, slowly.", stacklevel=3)
+        return "torch", None

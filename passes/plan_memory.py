@@ -1,0 +1,87 @@
+"""plan-memory: which values share a buffer, and how long each buffer is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from tfqc.analysis.rewrite import name_of
+from tfqc.ir.ops import is_view
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.rows import Memory
+from tfqc.passing import EXACT, Context, Numerics, Pass
+
+# Operations whose result kernels write, and the argument that the result may overwrite: each element is read where,
+# and just before, it is written.
+KERNELS: dict[str, int | None] = {
+    "tfqc.qlinear.default": 9, "tfqc.qconv.default": 12, "tfqc.gated_add.default": 2, "tfqc.norm.default": None,
+    "tfqc.map.default": None, "tfqc.attention.default": None, "aten.cat.default": None,
+    "aten.upsample_nearest2d.vec": None, "tfqc.channels_last.default": None, "tfqc.plain.default": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanMemory(Pass):
+    """Give each value that a kernel writes a buffer and say when it lives; views live in their source's buffer.
+
+    A residual sum overwrites what it adds to, where nothing reads that later. Offsets follow when sizes are known.
+    """
+
+    name: ClassVar[str] = "plan-memory"
+    needs: ClassVar[Stage] = Stage.LOWERED
+    provides: ClassVar[frozenset[str]] = frozenset({"memory"})
+    numerics: ClassVar[Numerics] = EXACT
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Fill the `memory` table for @step."""
+        order = {node: i for i, node in enumerate(program.step.nodes)}
+        owner: dict[fx.Node, fx.Node] = {}  # of a value: the node whose buffer it lies in
+        last: dict[fx.Node, int] = {}
+        for node in program.step.nodes:
+            for operand in node.all_input_nodes:
+                if operand in owner:
+                    last[owner[operand]] = order[node]
+            if is_view(node) and node.all_input_nodes and node.all_input_nodes[0] in owner:
+                owner[node] = owner[node.all_input_nodes[0]]
+            elif name_of(node) in KERNELS:
+                owner[node] = node
+                last[node] = order[node]
+        buffer: dict[fx.Node, int] = {}
+        rows: dict[str, Memory] = {}
+        for node in [n for n in program.step.nodes if owner.get(n) is n]:
+            victim = _overwritten(program, node, owner)
+            if victim is not None and last[victim] == order[node]:
+                buffer[node] = buffer[victim]
+            else:
+                buffer[node] = len(set(buffer.values()))
+            rows[node.name] = Memory(buffer[node], order[node], last[node])
+        program.set_table(Memory, rows)
+        if rows:
+            shared = len(rows) - len(set(buffer.values()))
+            ctx.report.append(f"memory: {len(rows)} values, {shared} of them in place of what they add to")
+
+
+def _overwritten(program: Program, node: fx.Node, owner: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The node whose buffer the result may take."""
+    place = KERNELS[name_of(node)]
+    operand = node.args[place] if place is not None else None
+    if not isinstance(operand, fx.Node) or operand not in owner:
+        return None
+    mine, its = program.tensor_type(node), program.tensor_type(operand)
+    if mine is None or its is None or mine.dtype is not its.dtype or mine.shape != its.shape:
+        return None
+    whole = program.tensor_type(owner[operand])
+    reads = [n for n in node.all_input_nodes if n is not operand and owner.get(n) is owner[operand]]
+    return owner[operand] if whole is not None and not reads and _same_size(whole.shape, its.shape) else None
+
+
+def _same_size(a: tuple[int | str, ...], b: tuple[int | str, ...]) -> bool:
+    def size(shape: tuple[int | str, ...]) -> tuple[int, list[str]]:
+        product = 1
+        for dim in shape:
+            product *= dim if isinstance(dim, int) else 1
+        return product, sorted(d for d in shape if isinstance(d, str))
+
+    return size(a) == size(b)

@@ -1,0 +1,68 @@
+"""prepack-weights: weight codes are stored in the order in which kernels read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tfqc.analysis.rewrite import name_of
+from tfqc.ir.program import Program, Stage
+from tfqc.packing import pack_int4
+from tfqc.passing import EXACT, Context, Numerics, Pass
+from tfqc.tiles import pack, sums, tiles_shape
+
+_PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
+
+
+@dataclass(frozen=True)
+class PrepackWeights(Pass):
+    """Store codes in tiles (`tfqc.tiles`), two a byte where 4 bits hold them and `bits` is 4.
+
+    bits: of what is stored; products are 8-bit ones in any case.
+    """
+
+    name: ClassVar[str] = "prepack-weights"
+    needs: ClassVar[Stage] = Stage.LOWERED
+    numerics: ClassVar[Numerics] = EXACT
+
+    bits: int = 8
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Rewrite @step."""
+        products = [n for n in program.nodes() if name_of(n) in _PRODUCTS]
+        for node in ctx.progress.track(products, "packing weights"):
+            weight = node.args[4]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                node.update_arg(4, _packed(program, node, str(weight.target), self.bits))
+        program.prune()
+
+
+def _packed(program: Program, node: fx.Node, stored: str, bits: int) -> fx.Node:
+    codes = program.tensors[stored]
+    groups = node.args[9] if name_of(node) == "tfqc.qconv.default" else 1
+    paired = name_of(node) == "tfqc.qlinear.default" and node.args[7] == "geglu"
+    assert isinstance(groups, int)
+    narrow = bits == 4 and (codes.is_meta or bool(((codes >= -8) & (codes <= 7)).all()))
+    name = stored.removesuffix("codes") + ("tiles4" if narrow else "tiles")
+    if name not in program.tensors:
+        if codes.is_meta:
+            tiles = torch.empty(tiles_shape(codes.shape, groups), dtype=torch.int8, device="meta")
+            count = (tiles.numel() + 1) // 2
+            tiles = torch.empty(count, dtype=torch.uint8, device="meta") if narrow else tiles
+        else:
+            tiles = pack(codes, groups, paired)
+            tiles = pack_int4(tiles) if narrow else tiles
+        program.tensors[name] = tiles
+        program.tensors[f"{name}.sums"] = sums(codes, groups, paired)
+    args = (
+        program.tensor_node(name),
+        program.tensor_node(f"{name}.sums"),
+        list(codes.shape),
+        groups,
+        paired,
+        4 if narrow else 8,
+    )
+    return program.insert(node, torch.ops.tfqc.unpack_tiles.default, args, name=f"{node.name}_weight")

@@ -1,0 +1,58 @@
+"""Small steps that rewriting passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+from tfqc.ir.infer import infer_type
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program
+
+# Give the same elements in another shape or order: what is done to each element may be done before or behind them.
+MOVES = {
+    "aten.reshape.default", "aten.view.default", "aten.transpose.int", "aten.permute.default",
+    "aten.flatten.using_ints", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.contiguous.default",
+    "aten.clone.default", "aten.unflatten.int", "aten.upsample_nearest2d.vec", "aten._unsafe_view.default",
+}  # fmt: skip
+
+
+def become(program: Program, node: fx.Node, target: Any, args: Iterable[Any]) -> None:
+    """Let a node compute its value in another way: it keeps its name, its readers, its place."""
+    node.target, node.args, node.kwargs = target, tuple(args), {}
+    program.types[node.name] = infer_type(program, node)
+
+
+def retype(program: Program, node: fx.Node) -> None:
+    """Infer the type of a node whose operands have changed theirs."""
+    program.types[node.name] = infer_type(program, node)
+
+
+def name_of(node: Any) -> str:
+    """The operation of a node; empty for whatever is none."""
+    return op_name(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else ""
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The one operation that reads a value, if it reads it once."""
+    if len(node.users) != 1:
+        return None
+    reader = next(iter(node.users))
+    once = sum(operand is node for operand in _flat([*reader.args, *reader.kwargs.values()])) == 1
+    return reader if once and reader.op == "call_function" else None
+
+
+def _flat(items: Iterable[Any]) -> Iterable[Any]:
+    for item in items:
+        if isinstance(item, (list, tuple)):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def keeps_batch(program: Program, node: fx.Node) -> bool:
+    """True if the first dimension is the batch, so that rows of the schedule belong to its entries."""
+    type_ = program.tensor_type(node)
+    return type_ is not None and type_.shape[:1] == ("B",)

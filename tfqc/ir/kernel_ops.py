@@ -1,0 +1,257 @@
+"""Operations of lowered programs that real kernels run: integer products with what follows them, norms, maps.
+
+Each is defined here as a composition in torch: that is what the reference interpretation runs, what kernels are tested
+against, and what runs where kernels cannot be built. Integer products are exact (computed in f64, |acc| < 2^53).
+
+Fused operations share an ending. With y the value so far:
+
+    y = act(y); y = y * gate; y = y + residual; stored as `out`: f32, bf16, or u8 = quantize(y, out_scale, out_zero)
+
+Scales and zero points are [1], or [T] rows of the schedule that `row` [R] picks; bias, gate, norm weights are [C], or
+[R, C] with a row for the whole batch or one for each entry.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfqc.ir.ops import _define, quantize
+
+ENDING = "str act, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scale, Tensor? out_zero_point, str out"
+_INPUT = "Tensor codes, Tensor scale, Tensor zero_point, Tensor? row_in"
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
+
+
+@_define("unpack_tiles(Tensor packed, Tensor sums, int[] shape, int groups, bool paired, int bits) -> Tensor")
+def unpack_tiles(packed: Tensor, sums: Tensor, shape: list[int], groups: int, paired: bool, bits: int) -> Tensor:
+    """Weight codes int8 of `shape` [N, K] or [N, C, kh, kw] from the tiles of `tfqc.tiles`; bits = 4: two a byte.
+
+    sums i32, of each output's codes in the order of the tiles: kernels take zero points off with them.
+    """
+    from tfqc.tiles import unpack  # which needs no operation
+
+    return unpack(packed, shape, groups, paired, bits)
+
+
+@_define(f"qlinear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, {ENDING}) -> Tensor")
+def qlinear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    row_in: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """codes u8 [B, ..., K], weight int8 [N, K], weight_scale f32 [N]: [B, ..., N], N halved by act = geglu.
+
+    y = float(acc) * (scale * weight_scale) + bias with acc = sum_k (codes - zero_point) * weight.
+    """
+    rank = codes.dim()
+    centred = codes.to(torch.float64) - picked(zero_point, row_in, rank)
+    acc = F.linear(centred, weight.to(torch.float64)).to(torch.float32)
+    y = acc * (picked(scale, row_in, rank) * weight_scale)
+    if bias is not None:
+        y = y + along(bias, rank, rank - 1)
+    return ending(y, rank - 1, act, gate, residual, row, out_scale, out_zero_point, out)
+
+
+@_define(
+    f"qconv({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, int stride, int padding, int groups, {ENDING})"
+    " -> Tensor"
+)
+def qconv(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    row_in: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    groups: int,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """codes u8 [B, C, H, W], weight int8 [N, C / groups, kh, kw]; else as `qlinear`. Padding is the zero point."""
+    centred = codes.to(torch.float64) - picked(zero_point, row_in, 4)
+    acc = F.conv2d(centred, weight.to(torch.float64), None, stride, padding, 1, groups).to(torch.float32)
+    y = acc * (picked(scale, row_in, 4) * weight_scale[:, None, None])
+    if bias is not None:
+        y = y + along(bias, 4, 1)
+    return ending(y, 1, act, gate, residual, row, out_scale, out_zero_point, out)
+
+
+@_define(
+    "norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, str act, Tensor? row, Tensor? out_scale,"
+    " Tensor? out_zero_point, str out) -> Tensor"
+)
+def norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """Group norm of [B, C, ...], or with groups = 0 layer norm over the last dimension; then the ending."""
+    x = x.to(torch.float32)
+    channel = 1 if groups else x.dim() - 1
+    y = F.group_norm(x, groups, None, None, eps) if groups else F.layer_norm(x, x.shape[-1:], None, None, eps)
+    if weight is not None:
+        y = y * along(weight, x.dim(), channel)
+    if bias is not None:
+        y = y + along(bias, x.dim(), channel)
+    return ending(y, channel, act, None, None, row, out_scale, out_zero_point, out)
+
+
+@_define(
+    "map(Tensor x, str act, Tensor? row, Tensor? out_scale, Tensor? out_zero_point, str out) -> Tensor",
+)
+def map(
+    x: Tensor,
+    act: str,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """An activation over the last dimension (geglu halves it), then the ending."""
+    y = x.to(torch.float32)
+    return ending(y, x.dim() - 1, act, None, None, row, out_scale, out_zero_point, out)
+
+
+@_define(
+    "gated_add(Tensor x, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scale, Tensor? out_zero_point,"
+    " str out) -> Tensor"
+)
+def gated_add(
+    x: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """x * gate + residual, channels last; then the ending."""
+    y = x.to(torch.float32)
+    return ending(y, x.dim() - 1, "none", gate, residual, row, out_scale, out_zero_point, out)
+
+
+@_define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str mode, Tensor? row, Tensor? out_scale,"
+    " Tensor? out_zero_point, str out) -> Tensor"
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    mode: str,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """softmax(q k^T * scale + mask) v for q [B, H, S, D], k and v [B, H, S', D]; f32 here, in every mode."""
+    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, scale=scale)
+    return ending(y, 3, "none", None, None, row, out_scale, out_zero_point, out)
+
+
+@_define("quantize_tokens(Tensor x) -> (Tensor, Tensor, Tensor)")
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes u8 of x [..., C], scale f32 and zero point i32 [...] of each token: asymmetric, found at run time."""
+    low = x.amin(-1).clamp(max=0)
+    high = x.amax(-1).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
+    zero_point = torch.round(-low / scale)
+    codes = torch.clamp(torch.round(x * (1.0 / scale)[..., None]) + zero_point[..., None], 0, 255)
+    return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+
+@_define("channels_last(Tensor x) -> Tensor")
+def channels_last(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with its channels next to each other in memory."""
+    return x.clone(memory_format=torch.channels_last)
+
+
+@_define("plain(Tensor x) -> Tensor")
+def plain(x: Tensor) -> Tensor:
+    """x in f32 and in the order of its dimensions, as callers of the model want it."""
+    return x.to(torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def picked(parameter: Tensor, row: Tensor | None, rank: int) -> Tensor:
+    """Parameters [1] or [T], or one for each token, shaped to broadcast against a tensor of `rank` dimensions."""
+    if parameter.dim() == rank - 1 and rank > 2:  # of each token
+        return parameter[..., None]
+    chosen = parameter if row is None or parameter.shape[0] == 1 else parameter[row]
+    return chosen.reshape(-1, *[1] * (rank - 1)) if chosen.numel() > 1 else chosen.reshape(())
+
+
+def along(parameter: Tensor, rank: int, channel: int) -> Tensor:
+    """Parameters [C] or [R, ..., C], shaped to broadcast along dimension `channel` of a tensor of `rank` dimensions."""
+    shape = [1] * rank
+    shape[0] = parameter.shape[0] if parameter.dim() > 1 else 1
+    shape[channel] = parameter.shape[-1]
+    return parameter.reshape(shape)
+
+
+def ending(
+    y: Tensor,
+    channel: int,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+) -> Tensor:
+    """What follows a fused operation's own result (see above)."""
+    y = activate(y, act)
+    if gate is not None:
+        y = y * along(gate, y.dim(), channel)
+    if residual is not None:
+        y = y + residual.to(torch.float32)
+    if out == "u8":
+        assert out_scale is not None and out_zero_point is not None
+        return quantize(y, out_scale, out_zero_point, row if out_scale.shape[0] > 1 else None, 0, 255)
+    return y.to(torch.bfloat16) if out == "bf16" else y
+
+
+def activate(y: Tensor, act: str) -> Tensor:
+    """One of `ACTIVATIONS`; geglu takes values and gates side by side in the last dimension."""
+    match act:
+        case "silu":
+            return F.silu(y)
+        case "gelu":
+            return F.gelu(y)
+        case "gelu_tanh":
+            return F.gelu(y, approximate="tanh")
+        case "geglu":
+            value, gate = y.chunk(2, -1)
+            return value * F.gelu(gate)
+        case _:
+            return y

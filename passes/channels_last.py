@@ -13,6 +13,8 @@ from tfqc.ir.program import Program, Role, Stage
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
 _REORDERS = {"aten.contiguous.default", "aten.clone.default"}
+# Refuse what lies in memory in another order than their shape says; reshape does not.
+_VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class ChannelsLast(Pass):
         for node in program.nodes():
             if name_of(node) in _REORDERS and isinstance(node.args[0], fx.Node):
                 program.replace(node, node.args[0])
+            elif name_of(node) in _VIEWS:
+                node.target = torch.ops.aten.reshape.default
         for item in program.input(Role.SAMPLE):
             if len(item.type.shape) == 4:
                 sample = program.node(item.name)

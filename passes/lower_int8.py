@@ -33,23 +33,26 @@ class LowerInt8(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
         lowered = 0
+        tokens: dict[fx.Node, list[fx.Node]] = {}
         for node in program.nodes():
             if name_of(node) not in WEIGHTED:
                 continue
             if not why_not_integer(program, node):
-                _lower(program, node)
+                _lower(program, node, tokens)
                 lowered += 1
         program.prune()
         if lowered:
             ctx.report.append(f"lowered to int8: {lowered} linears and convolutions")
 
 
-def _lower(program: Program, node: fx.Node) -> None:
+def _lower(program: Program, node: fx.Node, tokens: dict[fx.Node, list[fx.Node]]) -> None:
     read, weight = node.args[:2]
     assert isinstance(read, fx.Node) and isinstance(weight, fx.Node)
     if name_of(read) == "tfqc.quantize_dynamic.default":
-        found = program.insert(read, ours.quantize_tokens.default, read.args[:1], like=read)
-        codes, scale, zero = (program.insert(node, operator.getitem, (found, i), like=read) for i in range(3))
+        if read not in tokens:  # once for all that read it
+            found = program.insert(read, ours.quantize_tokens.default, read.args[:1], like=read)
+            tokens[read] = [program.insert(read, operator.getitem, (found, i), like=read) for i in range(3)]
+        codes, scale, zero = tokens[read]
         row = None
     else:
         codes, scale, zero, row = read.args

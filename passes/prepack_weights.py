@@ -46,7 +46,7 @@ def _packed(program: Program, node: fx.Node, stored: str, bits: int) -> fx.Node:
     paired = name_of(node) == "tfqc.qlinear.default" and node.args[7] == "geglu"
     assert isinstance(groups, int)
     narrow = bits == 4 and (codes.is_meta or bool(((codes >= -8) & (codes <= 7)).all()))
-    name = stored.removesuffix("codes") + ("tiles4" if narrow else "tiles")
+    name = stored.removesuffix("codes") + ("pairs" if paired else "tiles") + ("4" if narrow else "")
     if name not in program.tensors:
         if codes.is_meta:
             tiles = torch.empty(tiles_shape(codes.shape, groups), dtype=torch.int8, device="meta")

@@ -43,6 +43,7 @@ class Artifact:
             (directory / name).write_text(text, encoding="utf-8")
         for name, tensors in self.tensors.items():
             save_file(apart(dict(sorted(tensors.items()))), directory / name)
+            (directory / name).chmod(directory.stat().st_mode & 0o666)  # safetensors keeps others from reading
         listing = {
             path.name: {"sha256": _hash(path), "bytes": path.stat().st_size} for path in sorted(directory.iterdir())
         }

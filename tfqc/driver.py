@@ -17,6 +17,7 @@ from tfqc.backend import compromises, refusals
 from tfqc.calibration import Calibration
 from tfqc.errors import TfqcError
 from tfqc.frontend import capture
+from tfqc.frontend.inputs import DynamicDims
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
 from tfqc.models import ModelSpec, find_model, from_diffusers
@@ -40,6 +41,7 @@ def compile(
     strategy: str = "fold",
     example_inputs: Mapping[str, Any] | None = None,
     roles: Mapping[str, str] | None = None,
+    dynamic: DynamicDims | None = None,
     seed: int = 0,
     workdir: Path | None = None,
     instruments: Sequence[Instrument] | None = None,
@@ -57,6 +59,7 @@ def compile(
         pipeline: your own, instead of the target's default for `strategy`.
         strategy: how temporal features are kept (`tfqc.recipes.STRATEGIES`).
         example_inputs, roles: for `capture`, where the model's class does not tell.
+        dynamic: dimensions that may differ from call to call, beside the batch: `{"sample": {2: "H", 3: "W"}}`.
         seed: of the calibration images and of everything drawn.
         workdir: where calibration trajectories are kept; they are used again if the same compile is interrupted.
         instruments: watch the passes; the verifier by default.
@@ -90,7 +93,9 @@ def compile(
     if start is None:
         assert spec is not None
         context.progress.say(f"capturing {spec.name}")
-        program = capture(spec.model, spec.example_inputs, roles=roles or spec.roles, name=spec.name)
+        program = capture(
+            spec.model, spec.example_inputs, roles=roles or spec.roles, name=spec.name, dynamic=dynamic or spec.dynamic
+        )
     else:
         program = start.clone()
     if not program.has_weights:

@@ -29,7 +29,7 @@ class ModelSpec:
     conditions: (n, seed) -> (cond, uncond) request inputs by dotted name, n rows each; uncond None without guidance.
     decode: latents -> images [N, C, H, W] in 0..1, or None. labels: (n, seed) -> class labels [n], where images have
     classes; class_names: what they are called. metrics: name -> function of (images, labels). roles: of the inputs,
-    where names do not tell.
+    where names do not tell. dynamic: further symbolic dimensions, as `capture` has them.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ModelSpec:
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict[str, Any])
     roles: Mapping[str, str] | None = None
     note: str = ""
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
 
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one noisy sample, from the example inputs."""

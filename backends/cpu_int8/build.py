@@ -48,7 +48,7 @@ def best_isa() -> str | None:
 
 def runs_here(isa: str) -> bool:
     """True if this CPU has the instruction set."""
-    return _NEEDS[isa] <= cpu_flags()
+    return isa in ISAS and _NEEDS[isa] <= cpu_flags()
 
 
 def build(source: str, isa: str) -> ctypes.CDLL:

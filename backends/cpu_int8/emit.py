@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pprint
 from collections.abc import Iterator
+from itertools import count
 
 from torch import fx
 
@@ -11,7 +12,7 @@ from tfqc.analysis.rewrite import name_of
 from tfqc.artifact import Artifact
 from tfqc.backends.cpu_int8.build import source_of
 from tfqc.backends.cpu_int8.support import KERNELS, is_concat, is_row, upsampling
-from tfqc.expressions import arguments, expression, value, variable
+from tfqc.expressions import Stored, arguments, expression, value, variable
 from tfqc.fused import is_fused_quantize
 from tfqc.interpret import plan_of
 from tfqc.ir.ops import is_view, op_name
@@ -20,15 +21,11 @@ from tfqc.ir.render import render
 from tfqc.ir.rows import Memory
 
 WEIGHTS, TIME_WEIGHTS = "weights.safetensors", "time.safetensors"
-# Files of kernels, by the kernels that they hold; the schedule's own comes first.
+# Which file holds the kernel of an operation.
 SOURCES = {
-    "linear.cpp": {"linear"},
-    "conv.cpp": {"conv"},
-    "norm.cpp": {"norm"},
-    "map.cpp": {"map", "add", "quantize_tokens"},
-    "shape.cpp": {"concat", "upsample"},
-    "attention.cpp": {"attention"},
-}
+    "qlinear": "linear.cpp", "qconv": "conv.cpp", "norm": "norm.cpp", "map": "map.cpp", "gated_add": "map.cpp",
+    "quantize_tokens": "map.cpp", "concat": "shape.cpp", "upsample": "shape.cpp", "attention": "attention.cpp",
+}  # fmt: skip
 
 
 def emit(program: Program, isa: str) -> Artifact:
@@ -39,12 +36,31 @@ def emit(program: Program, isa: str) -> Artifact:
     tensors = {WEIGHTS: {n: t for n, t in program.tensors.items() if n not in only_time}}
     if only_time:
         tensors[TIME_WEIGHTS] = {n: program.tensors[n] for n in only_time}
+    kernels = _kernels(program)
+    extra = {"linear.cpp"} if "qconv" in kernels.values() else set[str]()  # what a convolution of one by one is
     texts = {
         "model.py": "\n".join(_model(program, isa)) + "\n",
-        "kernels.cpp": source_of("schedule.cpp", *SOURCES),
+        "kernels.cpp": source_of("schedule.cpp", *sorted({SOURCES[kernel] for kernel in kernels.values()} | extra)),
         "program.ir": render(program),
     }
-    return Artifact(texts, dict(tensors))
+    return Artifact(texts, dict(tensors), {"kernels": kernels})
+
+
+def _kernels(program: Program) -> dict[str, str]:
+    """The kernel of each value that one computes."""
+    found = {n.name: _method(program, n) for n in program.step.nodes}
+    return {name: kernel for name, kernel in found.items() if kernel in SOURCES}
+
+
+def _method(program: Program, node: fx.Node) -> str:
+    """The recorder's method for an operation."""
+    if name_of(node) in KERNELS or is_row(node):
+        return op_name(node.target).split(".")[1]
+    if is_concat(program, node):
+        return "concat"
+    if upsampling(node):
+        return "upsample"
+    return "view" if is_view(node) else "torch"
 
 
 def _model(program: Program, isa: str) -> Iterator[str]:
@@ -125,58 +141,73 @@ def _tiles(program: Program) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def _stored(node: fx.Node) -> str | None:
-    if node.op == "get_attr":
-        return f'w("{node.target}")'
-    if name_of(node) == "tfqc.unpack_tiles.default":
-        return f't("{node.args[0].target}")'  # type: ignore[union-attr]
-    return None
+def _helpers(graph: fx.Graph) -> tuple[str, str, str]:
+    """How kernels, tensors and packed weights are called: k, w and t, but where a value has that name."""
+    taken = {variable(n) for n in graph.nodes}
+    k, w, t = (next(n for i in count() if (n := letter + "_" * i) not in taken) for letter in "kwt")
+    return k, w, t
+
+
+def _stored(w: str, t: str = "") -> Stored:
+    def stored(node: fx.Node) -> str | None:
+        if node.op == "get_attr":
+            return f'{w}("{node.target}")'
+        if name_of(node) == "tfqc.unpack_tiles.default":
+            return f'{t}("{node.args[0].target}")'  # type: ignore[union-attr]
+        return None
+
+    return stored
 
 
 def _step(program: Program) -> Iterator[str]:
     graph = program.step
-    yield f"def step(k: Any, w: Any, t: Any, {_parameters(graph)}) -> Any:"
+    k, w, t = _helpers(graph)
+    stored = _stored(w, t)
+    yield f"def step({k}: Any, {w}: Any, {t}: Any, /, {_parameters(graph)}) -> Any:"
     yield f'    """{DOCS[STEP]}"""'
     module = ""
     for node in graph.nodes:
         if node.op == "output":
-            yield f"    return {expression(node, _stored)}"
+            yield f"    return {expression(node, stored)}"
         if node.op != "call_function" or name_of(node) == "tfqc.unpack_tiles.default":
             continue
         origin = program.origins.get(node.name)
         if origin and origin.module and origin.module != module:
             module = origin.module
             yield f"    # {module}"
-        yield f"    {variable(node)} = {_line(program, node)}"
+        yield f"    {variable(node)} = {_line(program, node, k, stored)}"
 
 
-def _line(program: Program, node: fx.Node) -> str:
+def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
     """One operation of a step: a kernel, a view, a call of torch, or plain arithmetic on sizes."""
-    name, operation = f'"{node.name}"', op_name(node.target)
-    if name_of(node) in KERNELS or is_row(node):
-        return f"k.{operation.split('.')[1]}({name}, {arguments(node, _stored)})"
-    if is_concat(program, node):
-        return f"k.concat({name}, {', '.join(value(a, _stored) for a in node.args[0])})"  # type: ignore[union-attr]
-    if factor := upsampling(node):
-        return f"k.upsample({name}, {value(node.args[0], _stored)}, {factor})"
-    if (program.tensor_type(node) is None and not is_view(node)) or operation in (
-        "operator.getitem",
-        "aten.sym_size.int",
-    ):
-        return expression(node, _stored)
-    callee = operation if operation.startswith(("aten.", "torch.")) else operation.split(".")[1]
-    return f"k.{'view' if is_view(node) else 'torch'}({name}, {callee}, {arguments(node, _stored)})"
+    operation, method = op_name(node.target), _method(program, node)
+    match method:
+        case "concat":
+            operands = ", ".join(value(a, stored) for a in node.args[0])  # type: ignore[union-attr]
+        case "upsample":
+            operands = f"{value(node.args[0], stored)}, {upsampling(node)}"
+        case "view" | "torch":
+            scalar = program.tensor_type(node) is None and method == "torch"
+            if scalar or operation in ("operator.getitem", "aten.sym_size.int"):
+                return expression(node, stored)
+            callee = operation if operation.startswith(("aten.", "torch.")) else operation.split(".")[1]
+            operands = f"{callee}, {arguments(node, stored)}"
+        case _:
+            operands = arguments(node, stored)
+    return f'{k}.{method}("{node.name}", {operands})'
 
 
 def _plain(program: Program, function: str) -> Iterator[str]:
     graph = program.functions[function]
-    yield f"def {function}(w: Any, {_parameters(graph)}) -> Any:"
+    _, w, _ = _helpers(graph)
+    stored = _stored(w)
+    yield f"def {function}({w}: Any, /, {_parameters(graph)}) -> Any:"
     yield f'    """{DOCS[function]}"""'
     for node in graph.nodes:
         if node.op == "output":
-            yield f"    return {expression(node, _stored)}"
+            yield f"    return {expression(node, stored)}"
         elif node.op == "call_function" and not is_fused_quantize(node):
-            yield f"    {variable(node)} = {expression(node, _stored)}"
+            yield f"    {variable(node)} = {expression(node, stored)}"
 
 
 def _parameters(graph: fx.Graph) -> str:

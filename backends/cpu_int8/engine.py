@@ -23,8 +23,7 @@ from tfqc.backends.cpu_int8.schedule import Line, Recorder
 from tfqc.backends.cpu_int8.tiles import Tiles
 from tfqc.runtime import Plan, Stepper
 
-SCRATCH = 8 << 20  # bytes for each thread
-SHARED = 64 << 20
+SHARED = 1 << 20  # bytes for what threads tell each other: 32 for each group of a norm and thread
 
 
 class Engine(Stepper):
@@ -113,7 +112,8 @@ class Schedule:
         self._fixed, self._row_input = fixed, rows
         self._rows = torch.zeros(inputs[sample].shape[0], dtype=torch.int64)
         self._threads = torch.get_num_threads()
-        self._scratch = torch.empty(self._threads * SCRATCH + 64, dtype=torch.uint8)
+        self._scratch_size = -(-recorder.scratch // 64) * 64
+        self._scratch = torch.empty(self._threads * self._scratch_size + 64, dtype=torch.uint8)
         self._shared = torch.empty(SHARED + 64, dtype=torch.uint8)
         self._library = library
         self._segments = list(self._group(recorder.lines))
@@ -137,7 +137,7 @@ class Schedule:
             command.args = ctypes.addressof(line.args)  # type: ignore[arg-type]
         pointer, count = ctypes.byref(commands), ctypes.c_int64(len(lines))
         rows, threads = ctypes.c_void_p(self._rows.data_ptr()), ctypes.c_int32(self._threads)
-        scratch, scratch_size = ctypes.c_void_p(_aligned(self._scratch)), ctypes.c_int64(SCRATCH)
+        scratch, scratch_size = ctypes.c_void_p(_aligned(self._scratch)), ctypes.c_int64(self._scratch_size)
         shared, shared_size = ctypes.c_void_p(_aligned(self._shared)), ctypes.c_int64(SHARED)
         run = self._library.tfqc_run
         return lambda: run(pointer, count, rows, threads, scratch, scratch_size, shared, shared_size)

@@ -61,6 +61,7 @@ class Recorder:
     lines: list[Line] = field(default_factory=list[Line])
     kept: list[Any] = field(default_factory=list[Any])
     reorders: list[str] = field(default_factory=list[str])
+    scratch: int = 4 << 20  # bytes that each thread needs
 
     # -- kernels ----------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ class Recorder:
             quant=self._quant(scale, zero), **self._weight(weight, weight_scale),
             epilogue=self._epilogue(made, made.shape[-1], weight, bias, act, gate, residual, out_scale, out_zero),
         )  # fmt: skip
+        self._needs(32 * k)
         return self._append(name, "linear", args, made)
 
     def qconv(
@@ -98,7 +100,9 @@ class Recorder:
             "epilogue": self._epilogue(made, n, weight, bias, act, gate, residual, out_scale, out_zero),
         }  # fmt: skip
         if (kh, kw, stride, padding, groups) == (1, 1, 1, 0, 1):
+            self._needs(32 * c)
             return self._append(name, "linear", abi.LinearArgs(ldx=c, seq=h * w, k=c, **shared), made)
+        self._needs((kh * (w + 2 * padding + kw) + 16 * stride) * (c // groups))
         args = abi.ConvArgs(
             h=h, w=w, c=c, kh=kh, kw=kw, stride=stride, pad=padding, groups=groups, out_h=height, out_w=width, **shared
         )
@@ -179,7 +183,8 @@ class Recorder:
     def quantize_tokens(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`tfqc.quantize_tokens`."""
         x = self._ordered(name, x, _natural(x))
-        shapes = ((x.shape, torch.uint8), (x.shape[:-1], torch.float32), (x.shape[:-1], torch.int32))
+        tokens = x.shape[:-1] if x.dim() > 2 else (x.shape[0], 1)  # one dimension would be rows of the schedule
+        shapes = ((x.shape, torch.uint8), (tokens, torch.float32), (tokens, torch.int32))
         codes, scale, zero = (torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes)
         c = x.shape[-1]
         args = abi.TokenQuantizeArgs(
@@ -296,6 +301,10 @@ class Recorder:
         self.kept.append(made)
         self.lines.append(Line(name, kernel, made, args))
         return made
+
+    def _needs(self, patch: int) -> None:
+        """Make room for the codes that a product copies at least: kernels take more where they find it."""
+        self.scratch = max(self.scratch, 2 * patch + (2 << 20))
 
     def _at(self, tensor: Tensor | None) -> int | None:
         if tensor is None or self.arena is None:

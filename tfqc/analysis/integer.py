@@ -63,6 +63,8 @@ def why_not_attention(program: Program, node: fx.Node) -> str:
     types = [program.tensor_type(n) for n in node.args[:3]]  # type: ignore[arg-type]
     if not keeps_batch(program, node) or any(t is None or len(t.shape) != 4 for t in types):
         return "it has not the shape [batch, heads, tokens, dimension]"
+    if len({(*t.shape[:2], t.shape[3]) for t in types if t is not None}) > 1:
+        return "its queries, keys and values differ in batch, heads or dimension"
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if mask is None:
         return ""

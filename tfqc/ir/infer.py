@@ -28,7 +28,8 @@ def infer_type(program: Program, node: fx.Node) -> Type:
     base = {s: program.symbols.get(s, 2) for s in symbols}
     worlds = [base, *({**base, s: 2 * base[s]} for s in symbols)]
     results = [_run(program, node, world) for world in worlds]
-    known = {d for type_ in operands for d in _dims(type_) if isinstance(d, str)}
+    own = [program.types[node.name]] if node.name in program.types else []  # of what it was before it was rewritten
+    known = {d for type_ in (*operands, *own) for d in _dims(type_) if isinstance(d, str)}
     expressions = {tuple(evaluate(d, w) for w in worlds): d for d in sorted(known, key=len, reverse=True)}
 
     def dim(values: tuple[int, ...]) -> Dim:

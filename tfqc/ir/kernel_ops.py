@@ -182,6 +182,7 @@ def attention(
 @_define("quantize_tokens(Tensor x) -> (Tensor, Tensor, Tensor)")
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes u8 of x [..., C], scale f32 and zero point i32 [...] of each token: asymmetric, found at run time."""
+    x = x.to(torch.float32)
     low = x.amin(-1).clamp(max=0)
     high = x.amax(-1).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)

@@ -1,0 +1,77 @@
+"""fuse-quantize: what is only read as codes is stored as codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import find
+from tests.lowered import PER_TOKEN, apply, before, parts, round_trip
+from tests.subjects import Subjects
+from tfqc.analysis.rewrite import name_of
+from tfqc.errors import PipelineError
+from tfqc.ir.program import Program
+from tfqc.ir.render import render
+from tfqc.ir.types import TensorType
+
+
+def stored(program: Program, name: str) -> torch.dtype:
+    type_ = program.type(program.node(name))
+    assert isinstance(type_, TensorType)
+    return type_.dtype
+
+
+def test_codes_where_they_are_computed() -> None:
+    its = parts()
+    old = before("fuse-quantize", its)
+    program = apply("fuse-quantize", old)
+    codes = ["layer_norm", "mul_3", "layer_norm_1", "gelu_1"]  # norms and products
+    codes += ["add_5", "transpose_5", "reshape"]  # past views
+    codes += ["conv2d_2", "upsample_nearest2d", "scaled_dot_product_attention", "transpose_4", "flatten_1"]
+    assert {stored(program, name) for name in codes} == {torch.uint8}
+    for name in ("layer_norm", "add_5", "conv2d_2", "scaled_dot_product_attention"):
+        row, scale, zero, out = program.node(name).args[-4:]
+        assert (str(row), out) == ("row", "u8")
+        assert str(scale.target) == str(zero.target).replace("zero_point", "scale")  # type: ignore[union-attr]
+    assert program.node("add_5").args[-3].target == "act.reshape.scale"  # type: ignore[union-attr]
+    # Read by others too, or computed by torch: the first convolution's input, both sums, the concatenation.
+    left = [n.name for n in find(program, "tfqc.map")]
+    assert left == ["x_q", "add_q", "transpose_q", "cat_q"]
+    assert all(stored(program, name) is torch.float32 for name in ("add", "add_2", "transpose", "cat", "add_3"))
+    round_trip(its, program)
+
+
+@pytest.mark.parametrize("name", ["unet-sd", "dit"])
+def test_the_report(name: str, subject: Subjects) -> None:
+    its = subject(name)
+    program = before("fuse-quantize", its)
+    ctx = its.context()
+    quantizers = [n for n in find(program, "tfqc.map") if n.args[1] == "none"]
+    its.run("fuse-quantize", ctx, program)
+    left = [n for n in find(program, "tfqc.map") if n.args[1] == "none"]
+    assert ctx.report == [
+        f"quantized where it is computed: {len(quantizers) - len(left)} of {len(quantizers)} values"
+    ]
+    assert 0 < len(left) < len(quantizers)
+    assert all(len(n.args[0].users) > 1 or name_of(n.args[0]) == "tfqc.channels_last.default" for n in left)  # type: ignore[union-attr]  # fmt: skip
+    round_trip(its, program)
+
+
+def test_unchanged() -> None:
+    old = before("fuse-quantize", parts(), activations="")
+    assert not find(old, "tfqc.map.default(none")
+    assert render(apply("fuse-quantize", old)) == render(old)
+    done = apply("fuse-quantize", before("fuse-quantize", parts()))
+    assert render(apply("fuse-quantize", done)) == render(done)
+
+
+def test_tokens_keep_their_own_ranges() -> None:
+    old = before("fuse-quantize", parts(), activations=PER_TOKEN)
+    program = apply("fuse-quantize", old)
+    assert len(find(program, "quantize_tokens")) == len(find(old, "quantize_tokens")) == 6
+    assert stored(program, "layer_norm") is torch.float32
+
+
+def test_refused() -> None:
+    with pytest.raises(PipelineError, match="needs stage lowered"):
+        parts().run("fuse-quantize")

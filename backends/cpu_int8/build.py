@@ -89,7 +89,10 @@ def cache_directory() -> Path:
 
 @functools.cache
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{compiler} is no compiler to build the kernels with.")
+    return done.stdout
 
 
 def _call(command: list[str]) -> None:

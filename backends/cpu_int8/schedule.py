@@ -73,7 +73,7 @@ class Recorder:
         n, k = weight.shape
         x = self._ordered(name, x, _natural(x))
         made = self._room(name, (*x.shape[:-1], n // 2 if act == "geglu" else n), out)
-        residual = self._ordered(name, residual, _natural(made))
+        residual = self._ordered(name, _like(residual, made), _natural(made))
         args = abi.LinearArgs(
             x=self._at(x), ldx=k, batch=x.shape[0], seq=math.prod(x.shape[1:-1]), k=k, n=n,
             quant=self._quant(scale, zero), **self._weight(weight, weight_scale),
@@ -93,7 +93,7 @@ class Recorder:
         batch, c, h, w = x.shape
         height, width = ((extent + 2 * padding - kernel) // stride + 1 for extent, kernel in ((h, kh), (w, kw)))
         made = self._room(name, (batch, n, height, width), out, order=(0, 2, 3, 1))
-        residual = self._ordered(name, residual, _channels_last(made))
+        residual = self._ordered(name, _like(residual, made), _channels_last(made))
         shared = {
             "x": self._at(x), "batch": batch, "n": n, "quant": self._quant(scale, zero),
             **self._weight(weight, weight_scale),
@@ -143,6 +143,8 @@ class Recorder:
         out: str,
     ) -> Tensor:  # fmt: skip
         """`tfqc.gated_add`."""
+        x = x if residual is None else x.expand(torch.broadcast_shapes(x.shape, residual.shape))
+        residual = _like(residual, x)
         order = _natural(x) if gate is not None else _order_of(x)
         x = self._ordered(name, x, order)
         residual = self._ordered(name, residual, order)
@@ -350,6 +352,11 @@ class Recorder:
             residual_dtype=_DTYPES[made.dtype if residual is None else residual.dtype],
             quant=self._quant(out_scale, out_zero),
         )  # fmt: skip
+
+
+def _like(residual: Tensor | None, made: Tensor) -> Tensor | None:
+    """A residual for every entry: rows of the schedule may be one for the whole batch."""
+    return None if residual is None else residual.expand(made.shape)
 
 
 def _natural(x: Tensor) -> tuple[int, ...]:

@@ -89,8 +89,10 @@ def test_left_to_torch(name: str) -> None:
 
 
 def test_a_mask_and_a_scale() -> None:
-    make = example(lambda: Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q @ k.mT, scale=0.5)), 5, 16)  # fmt: skip
-    its = of_example("attention-scale", make)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, q @ k.mT, scale=0.5)
+
+    its = of_example("attention-scale", example(lambda: Attention(attend), 5, 16))
     program = apply("lower-attention", quantized(its))
     (node,) = find(program, "tfqc.attention")
     assert str(node.args[3]) == "matmul" and node.args[4] == 0.5

@@ -48,7 +48,9 @@ def test_every_product() -> None:
 
 def test_static_ranges_have_no_row() -> None:
     program = apply("lower-int8", quantized(parts(), activations=STATIC))
-    assert all(n.args[3] is None and program.tensors[str(n.args[1].target)].shape == (1,) for n in find(program, "tfqc.qlinear"))  # type: ignore[union-attr]  # fmt: skip
+    for node in find(program, "tfqc.qlinear"):
+        assert node.args[3] is None
+        assert program.tensors[str(node.args[1].target)].shape == (1,)  # type: ignore[union-attr]
 
 
 def test_per_token() -> None:

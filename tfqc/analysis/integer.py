@@ -16,7 +16,8 @@ def why_not_integer(program: Program, node: fx.Node) -> str:
     if name_of(weight) not in ("tfqc.dequantize_weight.default", "tfqc.dequantize_weight_int4.default"):
         return "its weight is in floating point"
     assert isinstance(weight, fx.Node) and isinstance(read, fx.Node)
-    return _of_input(program, read) or _of_weight(program, weight) or _of_shape(program, node)
+    # What lies in the model comes first: an input that is left because of it reads as another reason later on.
+    return _of_shape(program, node) or _of_weight(program, weight) or _of_input(program, read)
 
 
 def _of_input(program: Program, read: fx.Node) -> str:

@@ -1,7 +1,7 @@
 """Where the time of one step goes, for each kernel and shape, beside the floor; and how long a whole image takes.
 
     python bench/cpu_profile.py sdxl                # a table; bench/results/cpu-profile-sdxl.json
-    python bench/cpu_profile.py sdxl --image 30     # also: 30 steps with guidance (batch 2), tables and hoisting included
+    python bench/cpu_profile.py sdxl --image 30     # also 30 steps with guidance, batch 2, everything in it
 
 The floor of an operation is the larger of operations / peak and bytes / bandwidth. Bandwidth is measured here, by a
 copy in memory; the peak is that of the matrix unit or dot product instructions alone, as --peak says (8-bit TOPS

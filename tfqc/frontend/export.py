@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+import tfqc
 from tfqc.errors import CaptureError
 from tfqc.ir.program import Origin
+
+# Where code that is not the model's own lies: torch's, ours, and what is made up on the way.
+_NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, tfqc)), "<")
 
 
 def export(
@@ -55,7 +61,7 @@ def export(
 def _source_of(error: BaseException) -> str:
     """`file:line in function` of the last line of the model's own code in a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/tfqc/" not in f.filename]
+    own = [f for f in frames if not f.filename.startswith(_NOT_THE_MODELS)]
     if not own:
         return ""
     return f"{_short(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}"
@@ -154,6 +160,6 @@ def origin_of(node: fx.Node) -> Origin:
     modules = [path for path, _ in stack if not path.startswith("_empty_nn_module_stack")]  # torch's placeholder
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    own = [(f, n) for f, n in frames if "/torch/" not in f] or frames
+    own = [(f, n) for f, n in frames if not f.startswith(_NOT_THE_MODELS)] or frames
     source = f"{_short(own[-1][0]).rpartition('/')[2]}:{own[-1][1]}" if own else ""
     return Origin(modules[-1] if modules else "", source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import shlex
 import threading
 import time
@@ -134,9 +135,10 @@ def test_timing_is_written_as_json(tmp_path: Path) -> None:
 
 def test_peak_memory_is_that_of_the_pass() -> None:
     def hungry(program: Program, ctx: Context) -> None:
-        held = torch.ones(128 * 2**20, dtype=torch.uint8)
-        time.sleep(0.5)  # on busy cores the thread that looks may come late
-        del held
+        with mmap.mmap(-1, 128 * 2**20) as fresh:  # an allocator may hand out memory that tests before had freed
+            for page in range(0, len(fresh), mmap.PAGESIZE):
+                fresh[page] = 1
+            time.sleep(0.5)  # on busy cores the thread that looks may come late
 
     timing = Timing()
     run(NOTHING, make_pass("hungry", hungry), instrument=timing)

@@ -8,12 +8,12 @@ from typing import ClassVar
 from torch import fx
 
 from tfqc.analysis.activations import geglu_end, gelu_kind
-from tfqc.analysis.rewrite import become, name_of, only_reader
+from tfqc.analysis.rewrite import become, changed, name_of, only_reader, operands
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
 from tfqc.passing import Context, Numerics, Pass, close
 
-PRODUCTS = {"tfqc.qlinear.default": 7, "tfqc.qconv.default": 10}  # where the ending begins among the arguments
+PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,29 @@ class FuseEpilogues(Pass):
 
 def _take_next(program: Program, product: fx.Node) -> fx.Node | None:
     """Fuse the product into its only reader, which takes its place; None if nothing fits."""
-    at = PRODUCTS[name_of(product)]
-    act, gate, residual = product.args[at : at + 3]
+    has = operands(product)
     reader = only_reader(product)
-    if reader is None:
+    if reader is None or has["residual"] is not None:
         return None
     name = name_of(reader)
-    if act == "none" and gate is None and residual is None:
-        if name == "aten.silu.default" or name == "aten.gelu.default":
-            kind = "silu" if "silu" in name else gelu_kind(reader)
-            return _merge(program, product, reader, at, kind)
+    if has["act"] == "none" and has["gate"] is None:
+        if name in ("aten.silu.default", "aten.gelu.default"):
+            return _merge(program, product, reader, act="silu" if "silu" in name else gelu_kind(reader))
         if name == "aten.chunk.default" and (end := geglu_end(program, reader)) and _pairs(program, product):
-            return _merge(program, product, end, at, "geglu")
-    if name == "aten.mul.Tensor" and gate is None and residual is None:
-        other = _other(reader, product)
-        if other is not None and _is_row(program, other, product):
-            return _merge(program, product, reader, at + 1, other)
-    if name == "aten.add.Tensor" and residual is None and not reader.kwargs:
-        other = _other(reader, product)
-        if other is not None and program.types.get(other.name) == program.types[product.name]:
-            return _merge(program, product, reader, at + 2, other)
+            return _merge(program, product, end, act="geglu")
+    other = _other(reader, product)
+    if other is None:
+        return None
+    if name == "aten.mul.Tensor" and has["gate"] is None and _is_row(program, other, product):
+        return _merge(program, product, reader, gate=other)
+    same = program.types.get(other.name) == program.types[product.name]
+    if name == "aten.add.Tensor" and same and not reader.kwargs:
+        return _merge(program, product, reader, residual=other)
     return None
 
 
-def _merge(program: Program, product: fx.Node, reader: fx.Node, at: int, what: object) -> fx.Node:
-    args = [*product.args]
-    args[at] = what  # type: ignore[call-overload]
-    become(program, reader, product.target, args)
+def _merge(program: Program, product: fx.Node, reader: fx.Node, **more: object) -> fx.Node:
+    become(program, reader, product.target, changed(product, **more))
     return reader
 
 
@@ -76,7 +72,7 @@ def _other(node: fx.Node, one: fx.Node) -> fx.Node | None:
 
 def _pairs(program: Program, product: fx.Node) -> bool:
     """True if values and gates come in whole blocks of 16 columns, which kernels pair, and the bias is a constant."""
-    type_, bias = program.types[product.name], product.args[6]
+    type_, bias = program.types[product.name], operands(product)["bias"]
     assert isinstance(type_, TensorType)
     last = type_.shape[-1]
     fixed = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")

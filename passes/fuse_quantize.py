@@ -7,15 +7,19 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from tfqc.analysis.rewrite import MOVES, become, keeps_batch, name_of, only_reader, retype
+from tfqc.analysis.rewrite import (
+    MOVES,
+    become,
+    changed,
+    keeps_batch,
+    name_of,
+    only_reader,
+    operands,
+    retype,
+    stores,
+)  # fmt: skip
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context, Numerics, Pass, close
-
-# Operations with an ending: how many of its last arguments are (row, out_scale, out_zero_point, out).
-ENDINGS = {
-    "tfqc.qlinear.default", "tfqc.qconv.default", "tfqc.norm.default", "tfqc.map.default", "tfqc.gated_add.default",
-    "tfqc.attention.default",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class FuseQuantize(Pass):
 
 def is_quantizer(node: fx.Node) -> bool:
     """True for a map that only quantizes."""
-    return name_of(node) == "tfqc.map.default" and node.args[1] == "none" and node.args[-1] == "u8"
+    return name_of(node) == "tfqc.map.default" and (operands(node)["act"], operands(node)["out"]) == ("none", "u8")
 
 
 def _fuse(program: Program, quantizer: fx.Node) -> bool:
@@ -46,11 +50,13 @@ def _fuse(program: Program, quantizer: fx.Node) -> bool:
     while name_of(source) in MOVES and only_reader(source) is not None and keeps_batch(program, source):
         moved.append(source)
         source = source.args[0]
-    if name_of(source) not in ENDINGS or source.args[-1] != "f32" or only_reader(source) is None:
+    if not stores(source) or operands(source)["out"] != "f32" or only_reader(source) is None:
         return False
     if any(not keeps_batch(program, n) for n in (source, *moved)):
         return False
-    become(program, source, source.target, (*source.args[:-4], *quantizer.args[-4:]))
+    its = operands(quantizer)
+    ending = {name: its[name] for name in ("row", "out_scale", "out_zero_point", "out")}
+    become(program, source, source.target, changed(source, **ending))
     for node in reversed(moved):
         retype(program, node)
     before = quantizer.args[0]

@@ -7,21 +7,14 @@ from typing import ClassVar
 
 from torch import fx
 
-from tfqc.analysis.rewrite import MOVES, become, name_of, retype
+from tfqc.analysis.rewrite import MOVES, become, changed, name_of, operands, retype, stores
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 
-# Which arguments of an operation may be bf16.
-_READS = {
-    "tfqc.norm.default": (0,), "tfqc.map.default": (0,), "tfqc.gated_add.default": (0, 2),
-    "tfqc.attention.default": (0, 1, 2), "tfqc.qlinear.default": (9,), "tfqc.qconv.default": (12,),
-    "tfqc.plain.default": (0,), "tfqc.quantize_tokens.default": (0,),
-}  # fmt: skip
+# Arguments of kernels that may be bf16: parameters (bias, gate, weight, mask) are not among them.
+_VALUES = {"x", "residual", "q", "k", "v"}
+_ALSO_READ = {"tfqc.plain.default", "tfqc.quantize_tokens.default"}
 _CARRIES = MOVES | {"aten.cat.default", "aten.chunk.default", "operator.getitem", "aten.split.Tensor"}
-_STORES = {
-    "tfqc.qlinear.default", "tfqc.qconv.default", "tfqc.norm.default", "tfqc.map.default", "tfqc.gated_add.default",
-    "tfqc.attention.default",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,8 +29,8 @@ class NarrowResidual(Pass):
         """Rewrite @step."""
         narrowed = 0
         for node in reversed(list(program.step.nodes)):
-            if name_of(node) in _STORES and node.args[-1] == "f32" and _all_take_it(node):
-                become(program, node, node.target, (*node.args[:-1], "bf16"))
+            if stores(node) and operands(node)["out"] == "f32" and _all_take_it(node):
+                become(program, node, node.target, changed(node, out="bf16"))
                 narrowed += 1
         for node in program.nodes():
             if name_of(node) in _CARRIES:
@@ -54,5 +47,6 @@ def _takes(reader: fx.Node, value: fx.Node) -> bool:
     name = name_of(reader)
     if name in _CARRIES:
         return _all_take_it(reader)
-    places = {i for i, argument in enumerate(reader.args) if argument is value}
-    return bool(places) and places <= set(_READS.get(name, ()))
+    if not stores(reader) and name not in _ALSO_READ:
+        return False
+    return {argument for argument, given in operands(reader).items() if given is value} <= _VALUES

@@ -7,19 +7,14 @@ from typing import ClassVar
 
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of
+from tfqc.analysis.rewrite import name_of, operands, stores
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Memory
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
-# Operations whose result kernels write, and the argument that the result may overwrite: each element is read where,
-# and just before, it is written.
-KERNELS: dict[str, int | None] = {
-    "tfqc.qlinear.default": 9, "tfqc.qconv.default": 12, "tfqc.gated_add.default": 2, "tfqc.norm.default": None,
-    "tfqc.map.default": None, "tfqc.attention.default": None, "aten.cat.default": None,
-    "aten.upsample_nearest2d.vec": None, "tfqc.channels_last.default": None, "tfqc.plain.default": None,
-}  # fmt: skip
+# What kernels write beside the operations that say how they store their result.
+_ALSO_WRITTEN = {"aten.cat.default", "aten.upsample_nearest2d.vec", "tfqc.channels_last.default", "tfqc.plain.default"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class PlanMemory(Pass):
                     last[owner[operand]] = order[node]
             if is_view(node) and node.all_input_nodes and node.all_input_nodes[0] in owner:
                 owner[node] = owner[node.all_input_nodes[0]]
-            elif name_of(node) in KERNELS:
+            elif stores(node) or name_of(node) in _ALSO_WRITTEN:
                 owner[node] = node
                 last[node] = order[node]
         buffer: dict[fx.Node, int] = {}
@@ -64,9 +59,8 @@ class PlanMemory(Pass):
 
 
 def _overwritten(program: Program, node: fx.Node, owner: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The node whose buffer the result may take."""
-    place = KERNELS[name_of(node)]
-    operand = node.args[place] if place is not None else None
+    """The node whose buffer the result may take: each element of a residual is read just before the sum is written."""
+    operand = operands(node).get("residual")
     if not isinstance(operand, fx.Node) or operand not in owner:
         return None
     mine, its = program.tensor_type(node), program.tensor_type(operand)

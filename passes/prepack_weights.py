@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of
+from tfqc.analysis.rewrite import changed, name_of, operands
 from tfqc.ir.program import Program, Stage
 from tfqc.packing import pack_int4
 from tfqc.passing import EXACT, Context, Numerics, Pass
@@ -34,17 +34,15 @@ class PrepackWeights(Pass):
         """Rewrite @step."""
         products = [n for n in program.nodes() if name_of(n) in _PRODUCTS]
         for node in ctx.progress.track(products, "packing weights"):
-            weight = node.args[4]
-            if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                node.update_arg(4, _packed(program, node, str(weight.target), self.bits))
+            weight = operands(node)["weight"]
+            if weight.op == "get_attr":
+                node.args = changed(node, weight=_packed(program, node, str(weight.target), self.bits))
         program.prune()
 
 
 def _packed(program: Program, node: fx.Node, stored: str, bits: int) -> fx.Node:
     codes = program.tensors[stored]
-    groups = node.args[9] if name_of(node) == "tfqc.qconv.default" else 1
-    paired = name_of(node) == "tfqc.qlinear.default" and node.args[7] == "geglu"
-    assert isinstance(groups, int)
+    groups, paired = operands(node).get("groups", 1), operands(node)["act"] == "geglu"
     narrow = bits == 4 and (codes.is_meta or bool(((codes >= -8) & (codes <= 7)).all()))
     name = stored.removesuffix("codes") + ("pairs" if paired else "tiles") + ("4" if narrow else "")
     if name not in program.tensors:

@@ -11,7 +11,7 @@ from torch import fx
 from tfqc.analysis.rewrite import name_of
 from tfqc.artifact import Artifact
 from tfqc.backends.cpu_int8.build import source_of
-from tfqc.backends.cpu_int8.support import KERNELS, is_concat, is_row, upsampling
+from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
 from tfqc.expressions import Stored, arguments, expression, value, variable
 from tfqc.fused import is_fused_quantize
 from tfqc.interpret import plan_of
@@ -54,7 +54,7 @@ def _kernels(program: Program) -> dict[str, str]:
 
 def _method(program: Program, node: fx.Node) -> str:
     """The recorder's method for an operation."""
-    if name_of(node) in KERNELS or is_row(node):
+    if is_own(node) or is_row(node):
         return op_name(node.target).split(".")[1]
     if is_concat(program, node):
         return "concat"

@@ -5,30 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 from tfqc.analysis.integer import why_not_attention, why_not_integer
-from tfqc.analysis.rewrite import name_of
+from tfqc.analysis.rewrite import name_of, operands, stores
 from tfqc.analysis.weighted import WEIGHTED
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program
 
-KERNELS = {
-    f"tfqc.{name}.default"
-    for name in (
-        "qlinear",
-        "qconv",
-        "norm",
-        "map",
-        "gated_add",
-        "attention",
-        "quantize_tokens",
-        "channels_last",
-        "plain",
-    )
-}
-# Of kernels: the arguments that may be rows of the schedule (bias and gate, or weight and bias of a norm).
-_ROWS = {
-    "tfqc.qlinear.default": (6, 8), "tfqc.qconv.default": (6, 11), "tfqc.norm.default": (2, 3),
-    "tfqc.gated_add.default": (1,),
-}  # fmt: skip
+# What has a kernel beside the operations that say how they store their result.
+_ALSO = {"tfqc.quantize_tokens.default", "tfqc.channels_last.default", "tfqc.plain.default"}
+_ROWS = {"bias", "gate", "weight"}  # arguments of kernels that may be rows of the schedule
 READS = {"tfqc.table_read.default", "tfqc.request_read.default"}
 
 
@@ -48,7 +32,12 @@ def why_not_real(program: Program, node: fx.Node) -> str:
 
 def is_kernel(program: Program, node: fx.Node) -> bool:
     """True for an operation that `Recorder` has a kernel for."""
-    return name_of(node) in KERNELS or is_concat(program, node) or upsampling(node) > 0
+    return is_own(node) or is_concat(program, node) or upsampling(node) > 0
+
+
+def is_own(node: fx.Node) -> bool:
+    """True for one of our operations that `Recorder` has a method of the same name for."""
+    return stores(node) or name_of(node) in _ALSO
 
 
 def is_concat(program: Program, node: fx.Node) -> bool:
@@ -71,6 +60,5 @@ def upsampling(node: fx.Node) -> int:
 def is_row(node: fx.Node) -> bool:
     """True for a read of a table that only kernels use, which then go to the row themselves."""
     return name_of(node) in READS and all(
-        name_of(u) in _ROWS and all(i in _ROWS[name_of(u)] for i, a in enumerate(u.args) if a is node)
-        for u in node.users
+        stores(u) and {name for name, given in operands(u).items() if given is node} <= _ROWS for u in node.users
     )

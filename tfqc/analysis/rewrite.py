@@ -35,6 +35,21 @@ def name_of(node: Any) -> str:
     return op_name(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else ""
 
 
+def operands(node: fx.Node) -> dict[str, Any]:
+    """Positional arguments of an ATen or tfqc operation by the names that its schema gives them."""
+    return dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+
+
+def changed(node: fx.Node, **values: Any) -> tuple[Any, ...]:
+    """Arguments of a tfqc operation, some replaced by name."""
+    return tuple({**operands(node), **values}.values())
+
+
+def stores(node: Any) -> bool:
+    """True for an operation of `tfqc.ir.kernel_ops` that stores its result as its argument `out` says."""
+    return name_of(node).startswith("tfqc.") and "out" in operands(node)
+
+
 def only_reader(node: fx.Node) -> fx.Node | None:
     """The one operation that reads a value, if it reads it once."""
     if len(node.users) != 1:

@@ -13,6 +13,8 @@ Scales and zero points are [1], or [T] rows of the schedule that `row` [R] picks
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,13 +46,7 @@ def qlinear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    *end: Any,
 ) -> Tensor:
     """codes u8 [B, ..., K], weight int8 [N, K], weight_scale f32 [N]: [B, ..., N], N halved by act = geglu.
 
@@ -62,7 +58,7 @@ def qlinear(
     y = acc * (picked(scale, row_in, rank) * weight_scale)
     if bias is not None:
         y = y + along(bias, rank, rank - 1)
-    return ending(y, rank - 1, act, gate, residual, row, out_scale, out_zero_point, out)
+    return ending(y, rank - 1, *end)
 
 
 @_define(
@@ -80,13 +76,7 @@ def qconv(
     stride: int,
     padding: int,
     groups: int,
-    act: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    *end: Any,
 ) -> Tensor:
     """codes u8 [B, C, H, W], weight int8 [N, C / groups, kh, kw]; else as `qlinear`. Padding is the zero point."""
     centred = codes.to(torch.float64) - picked(zero_point, row_in, 4)
@@ -94,7 +84,7 @@ def qconv(
     y = acc * (picked(scale, row_in, 4) * weight_scale[:, None, None])
     if bias is not None:
         y = y + along(bias, 4, 1)
-    return ending(y, 1, act, gate, residual, row, out_scale, out_zero_point, out)
+    return ending(y, 1, *end)
 
 
 @_define(

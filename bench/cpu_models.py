@@ -24,7 +24,8 @@ from tfqc.zoo import fashion
 
 SEED = 2407
 SHARD_BYTES = 1 << 30  # what is held in memory while a folder is written
-TIMESTEP = 500  # a timestep of DDIM's schedules of 2, 10, 20 and 50 steps, for peers that know their schedule
+STEPS = 30  # of the schedule, for peers that know it
+TIMESTEP = 495  # one of DDIM's for so many steps
 WEIGHTS = "diffusion_pytorch_model"
 
 _SDXL = {
@@ -128,11 +129,10 @@ class Case:
         """What sizes a trace serves for, as a part of file names."""
         return "any" if self.architecture.any_size else f"l{self.latent}"
 
-    def example(self) -> dict[str, Any]:
+    def example(self, batch: int = 1) -> dict[str, Any]:
         """Inputs to trace and to observe ranges with: small where a trace serves for all sizes."""
-        if not self.architecture.any_size:
-            return replace(self, batch=1).inputs()
-        return replace(self, batch=1, latent=self.architecture.latent // 2).inputs()
+        latent = self.latent if not self.architecture.any_size else self.architecture.latent // 2
+        return replace(self, batch=batch, latent=latent).inputs()
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of one call: always the same numbers."""

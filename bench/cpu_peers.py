@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from cpu_models import TIMESTEP, Case, Flat, flat
+from cpu_models import STEPS, TIMESTEP, Case, Flat, flat
 from torch import Tensor
 
 import tfqc
@@ -255,7 +255,7 @@ class OnnxRuntimeInt8:
 
 @dataclass(frozen=True)
 class Tfqc:
-    """An artifact of this compiler: folded for two timesteps, calibrated on one image.
+    """An artifact of this compiler: folded for thirty timesteps, calibrated on one image, for all sizes if it can be.
 
     What depends on the request alone is computed by the warm-up, as it is once an image when sampling.
     """
@@ -268,18 +268,20 @@ class Tfqc:
     def prepared(self, case: Case) -> Path:
         """The artifact."""
         name = "".join(c if c.isalnum() else "-" for c in self.target)
-        return case.home / "tfqc" / f"{name}-l{case.latent}"
+        return case.home / "tfqc" / f"{name}-{case.sizes}"
 
     def prepare(self, case: Case) -> None:
         """Compile and save."""
         from diffusers import DDIMScheduler
 
         schedule = DDIMScheduler()
-        schedule.set_timesteps(2)
+        schedule.set_timesteps(STEPS)
         assert TIMESTEP in schedule.timesteps
         part = self.prepared(case).with_suffix(".part")
-        spec = ModelSpec(case.model, case.load(), replace(case, batch=2).inputs())
-        tfqc.compile(spec, target=self.target, schedule=schedule, steps=2, calibration=1).save(part)
+        inputs = case.example(batch=2)  # one image more than one: the batch is symbolic
+        sizes = {case.architecture.sample: {2: "H", 3: "W"}} if case.architecture.any_size else None
+        spec = ModelSpec(case.model, case.load(), inputs, dynamic=sizes)
+        tfqc.compile(spec, target=self.target, schedule=schedule, steps=STEPS, calibration=1).save(part)
         part.rename(self.prepared(case))
 
     def load(self, case: Case, threads: int) -> Step:

@@ -12,7 +12,7 @@ from tfqc.analysis.rewrite import name_of
 from tfqc.artifact import Artifact
 from tfqc.backends.cpu_int8.build import source_of
 from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
-from tfqc.expressions import Stored, arguments, expression, value, variable
+from tfqc.expressions import Stored, arguments, expression, last_reads, value, variable
 from tfqc.fused import is_fused_quantize
 from tfqc.interpret import plan_of
 from tfqc.ir.ops import is_view, op_name
@@ -200,14 +200,16 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
 def _plain(program: Program, function: str) -> Iterator[str]:
     graph = program.functions[function]
     _, w, _ = _helpers(graph)
-    stored = _stored(w)
+    stored, last = _stored(w), last_reads(graph)
     yield f"def {function}({w}: Any, /, {_parameters(graph)}) -> Any:"
     yield f'    """{DOCS[function]}"""'
     for node in graph.nodes:
         if node.op == "output":
             yield f"    return {expression(node, stored)}"
         elif node.op == "call_function" and not is_fused_quantize(node):
-            yield f"    {variable(node)} = {expression(node, stored)}"
+            free = [variable(n) for n in last.get(node, []) if n.op == "call_function" and not is_fused_quantize(n)]
+            line = f"    {variable(node)} = {expression(node, stored)}"
+            yield line + (f"; del {', '.join(free)}" if free else "")
 
 
 def _parameters(graph: fx.Graph) -> str:

@@ -19,6 +19,7 @@ from tfqc.backends.cpu_int8 import abi
 from tfqc.backends.cpu_int8.arena import pack
 from tfqc.backends.cpu_int8.build import BuildError, best_isa, build, runs_here
 from tfqc.backends.cpu_int8.eager import Eager
+from tfqc.backends.cpu_int8.memory import load_aligned, room
 from tfqc.backends.cpu_int8.schedule import Line, Recorder
 from tfqc.backends.cpu_int8.tiles import Tiles
 from tfqc.runtime import Plan, Stepper
@@ -48,7 +49,7 @@ class Engine(Stepper):
     ) -> None:
         super().__init__(plan)
         self.directory, self.memory = directory, memory
-        self._tensors = load_file(directory / "weights.safetensors")
+        self._tensors = load_aligned(directory / "weights.safetensors")
         taken = self._tensors.pop
         self._tiles = {name: Tiles.of(taken(name), taken(f"{name}.sums"), *its) for name, its in tiles.items()}
         self._schedules: dict[Any, Schedule] = {}
@@ -89,7 +90,7 @@ class Engine(Stepper):
             self.lines(nowhere, self.get_tensor, self._tiles.__getitem__, **shapes)
         offsets, size = pack(nowhere.sizes, nowhere.spans)
         inputs = {k: torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v) for k, v in values.items()}
-        recorder = Recorder(self.memory, torch.zeros(size, dtype=torch.uint8), offsets)
+        recorder = Recorder(self.memory, room(size), offsets)
         outputs = self.lines(recorder, self.get_tensor, self._tiles.__getitem__, **inputs)
         fixed = {*self.plan.hoisted, *self.plan.request_tables}
         rows = inputs[self.plan.row] if self.plan.row else None
@@ -113,7 +114,7 @@ class Schedule:
         self._rows = torch.zeros(inputs[sample].shape[0], dtype=torch.int64)
         self._threads = torch.get_num_threads()
         self._scratch_size = -(-recorder.scratch // 64) * 64
-        self._scratch = torch.empty(self._threads * self._scratch_size + 64, dtype=torch.uint8)
+        self._scratch = room(self._threads * self._scratch_size)
         self._shared = torch.empty(SHARED + 64, dtype=torch.uint8)
         self._library = library
         self._segments = list(self._group(recorder.lines))

@@ -13,7 +13,7 @@ from torch import fx
 import tfqc.runtime
 from tfqc import fused
 from tfqc.artifact import Artifact
-from tfqc.expressions import expression, variable
+from tfqc.expressions import expression, last_reads, variable
 from tfqc.interpret import plan_of
 from tfqc.ir import ops
 from tfqc.ir.ops import op_name
@@ -141,7 +141,7 @@ def _function(program: Program, function: str) -> Iterator[str]:
         yield f'        for name, value in load_file(self.directory / "{TIME_WEIGHTS}", device).items():'
         yield "            self.register_buffer(buffer_name(name), value, persistent=False)"
         yield "        self.time_is_loaded = True"
-    last = _last_reads(graph)
+    last = last_reads(graph)
     module = ""
     for node in graph.nodes:
         if node.op == "output":
@@ -177,25 +177,6 @@ def _is_silent(node: fx.Node) -> bool:
     one fake_quantize."""
     name = op_name(node.target)
     return name.startswith("tfqc.dequantize_weight") or fused.is_fused_quantize(node)
-
-
-def _last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Values whose last reader is a node, by that node: they are freed behind it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for operand in _reads(node):
-            last[operand] = node
-    freed: dict[fx.Node, list[fx.Node]] = {}
-    for operand, node in last.items():
-        freed.setdefault(node, []).append(operand)
-    return freed
-
-
-def _reads(node: fx.Node) -> list[fx.Node]:
-    """Operands of the line that a node becomes."""
-    if fused.is_fused_dequantize(node):
-        return list(node.all_input_nodes[0].all_input_nodes)
-    return [] if fused.is_fused_quantize(node) else list(node.all_input_nodes)
 
 
 __all__ = ["buffer_name", "emit"]

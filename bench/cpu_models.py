@@ -81,7 +81,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "fashion": Architecture("UNet2DConditionModel", None, 16, _text(4, 128), repeats=50),
+    "fashion": Architecture("UNet2DConditionModel", None, 16, _text(4, 128), repeats=50, any_size=False),
     "dit": Architecture(
         "DiTTransformer2DModel", _DIT, 32, _classes, repeats=50, sample="hidden_states", any_size=False
     ),

@@ -14,7 +14,7 @@ from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cpu_int8.emit import emit
 from tfqc.backends.cpu_int8.legalize import legalize
 from tfqc.backends.cpu_int8.support import why_not_real
-from tfqc.importing import load_model
+from tfqc.emission.importing import load_model
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
 from tfqc.recipes import quantization_pipeline

@@ -12,15 +12,15 @@ from tfqc.analysis.rewrite import name_of
 from tfqc.artifact import Artifact
 from tfqc.backends.cpu_int8.build import source_of
 from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
-from tfqc.expressions import Stored, arguments, expression, last_reads, value, variable
-from tfqc.fused import is_fused_quantize
+from tfqc.emission.bodies import DOCS, body
+from tfqc.emission.expressions import Stored, arguments, expression, value, variable
+from tfqc.emission.files import tensor_files
 from tfqc.interpret import plan_of
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.rows import Memory
 
-WEIGHTS, TIME_WEIGHTS = "weights.safetensors", "time.safetensors"
 # Which file holds the kernel of an operation.
 SOURCES = {
     "qlinear": "linear.cpp", "qconv": "conv.cpp", "norm": "norm.cpp", "map": "map.cpp", "gated_add": "map.cpp",
@@ -30,12 +30,6 @@ SOURCES = {
 
 def emit(program: Program, isa: str) -> Artifact:
     """Files of a lowered program. Tensors that only @time reads lie in `time.safetensors`."""
-    read = {f: {str(n.target) for n in g.nodes if n.op == "get_attr"} for f, g in program.functions.items()}
-    always = set().union(*(names for f, names in read.items() if f != TIME))
-    only_time = read.get(TIME, set()) - always
-    tensors = {WEIGHTS: {n: t for n, t in program.tensors.items() if n not in only_time}}
-    if only_time:
-        tensors[TIME_WEIGHTS] = {n: program.tensors[n] for n in only_time}
     kernels = _kernels(program)
     extra = {"linear.cpp"} if "qconv" in kernels.values() else set[str]()  # what a convolution of one by one is
     texts = {
@@ -43,7 +37,7 @@ def emit(program: Program, isa: str) -> Artifact:
         "kernels.cpp": source_of("schedule.cpp", *sorted({SOURCES[kernel] for kernel in kernels.values()} | extra)),
         "program.ir": render(program),
     }
-    return Artifact(texts, dict(tensors), {"kernels": kernels})
+    return Artifact(texts, dict(tensor_files(program)), {"kernels": kernels})
 
 
 def _kernels(program: Program) -> dict[str, str]:
@@ -82,7 +76,7 @@ def _model(program: Program, isa: str) -> Iterator[str]:
     yield "from torch import Tensor"
     yield ""
     yield "from tfqc.backends.cpu_int8.engine import Engine"
-    yield "from tfqc.fused import fake_quantize"
+    yield "from tfqc.emission.fused import fake_quantize"
     yield "from tfqc.ir.ops import *"
     yield "from tfqc.runtime import Plan, Table"
     yield ""
@@ -124,13 +118,6 @@ def _model(program: Program, isa: str) -> Iterator[str]:
     yield f'    return Model(Path(directory), PLAN, MEMORY, TILES, "{isa}").eval()'
 
 
-DOCS = {
-    STEP: "One timestep; `row` picks the rows of the tables.",
-    BEGIN: "What is constant over one image, computed once.",
-    TIME: "Temporal features in full precision, for timesteps that the tables do not hold.",
-}
-
-
 def _tiles(program: Program) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
     for node in program.step.nodes:
@@ -165,17 +152,7 @@ def _step(program: Program) -> Iterator[str]:
     stored = _stored(w, t)
     yield f"def step({k}: Any, {w}: Any, {t}: Any, /, {_parameters(graph)}) -> Any:"
     yield f'    """{DOCS[STEP]}"""'
-    module = ""
-    for node in graph.nodes:
-        if node.op == "output":
-            yield f"    return {expression(node, stored)}"
-        if node.op != "call_function" or name_of(node) == "tfqc.unpack_tiles.default":
-            continue
-        origin = program.origins.get(node.name)
-        if origin and origin.module and origin.module != module:
-            module = origin.module
-            yield f"    # {module}"
-        yield f"    {variable(node)} = {_line(program, node, k, stored)}"
+    yield from body(program, STEP, stored, lambda node: _line(program, node, k, stored))
 
 
 def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
@@ -200,16 +177,9 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
 def _plain(program: Program, function: str) -> Iterator[str]:
     graph = program.functions[function]
     _, w, _ = _helpers(graph)
-    stored, last = _stored(w), last_reads(graph)
     yield f"def {function}({w}: Any, /, {_parameters(graph)}) -> Any:"
     yield f'    """{DOCS[function]}"""'
-    for node in graph.nodes:
-        if node.op == "output":
-            yield f"    return {expression(node, stored)}"
-        elif node.op == "call_function" and not is_fused_quantize(node):
-            free = [variable(n) for n in last.get(node, []) if n.op == "call_function" and not is_fused_quantize(n)]
-            line = f"    {variable(node)} = {expression(node, stored)}"
-            yield line + (f"; del {', '.join(free)}" if free else "")
+    yield from body(program, function, _stored(w))
 
 
 def _parameters(graph: fx.Graph) -> str:

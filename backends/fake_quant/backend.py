@@ -13,7 +13,7 @@ from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
 from tfqc.backends.fake_quant.emit import emit
 from tfqc.backends.fake_quant.legalize import legalize
-from tfqc.importing import load_model
+from tfqc.emission.importing import load_model
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass

@@ -11,9 +11,11 @@ from types import ModuleType
 from torch import fx
 
 import tfqc.runtime
-from tfqc import fused
 from tfqc.artifact import Artifact
-from tfqc.expressions import expression, last_reads, variable
+from tfqc.emission import fused
+from tfqc.emission.bodies import DOCS, body
+from tfqc.emission.expressions import expression, variable
+from tfqc.emission.files import TIME_WEIGHTS, WEIGHTS, tensor_files
 from tfqc.interpret import plan_of
 from tfqc.ir import ops
 from tfqc.ir.ops import op_name
@@ -21,22 +23,15 @@ from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.runtime import buffer_name
 
-WEIGHTS, TIME_WEIGHTS = "weights.safetensors", "time.safetensors"
-
 
 def emit(program: Program) -> Artifact:
     """Files of a lowered program. Tensors that only @time reads lie in `time.safetensors`."""
-    read = {f: {str(n.target) for n in g.nodes if n.op == "get_attr"} for f, g in program.functions.items()}
-    always = set().union(*(names for f, names in read.items() if f != TIME))
-    only_time = read.get(TIME, set()) - always
-    tensors = {WEIGHTS: {n: t for n, t in program.tensors.items() if n not in only_time}}
-    if only_time:
-        tensors[TIME_WEIGHTS] = {n: program.tensors[n] for n in only_time}
-    texts = {"model.py": "\n".join(_model(program, only_time)) + "\n", "program.ir": render(program)}
-    return Artifact(texts, dict(tensors))
+    files = tensor_files(program)
+    texts = {"model.py": "\n".join(_model(program, TIME_WEIGHTS in files)) + "\n", "program.ir": render(program)}
+    return Artifact(texts, dict(files))
 
 
-def _model(program: Program, only_time: set[str]) -> Iterator[str]:
+def _model(program: Program, only_time: bool) -> Iterator[str]:
     title = f"{program.model}, compiled by tfqc."
     yield f'"""{title} Generated; needs torch and safetensors alone.'
     yield ""
@@ -110,7 +105,7 @@ def _operations(program: Program) -> Iterator[str]:
         yield ""
 
 
-def _init(program: Program, only_time: set[str]) -> Iterator[str]:
+def _init(program: Program, only_time: bool) -> Iterator[str]:
     yield "def __init__(self, directory: Path) -> None:"
     yield "    super().__init__(PLAN)"
     yield "    self.directory = directory"
@@ -141,20 +136,7 @@ def _function(program: Program, function: str) -> Iterator[str]:
         yield f'        for name, value in load_file(self.directory / "{TIME_WEIGHTS}", device).items():'
         yield "            self.register_buffer(buffer_name(name), value, persistent=False)"
         yield "        self.time_is_loaded = True"
-    last = last_reads(graph)
-    module = ""
-    for node in graph.nodes:
-        if node.op == "output":
-            yield f"    return {expression(node, _stored)}"
-        if node.op != "call_function" or _is_silent(node):
-            continue
-        origin = program.origins.get(node.name)
-        if origin and origin.module and origin.module != module:
-            module = origin.module
-            yield f"    # {module}"
-        free = [variable(n) for n in last.get(node, []) if n.op == "call_function" and not _is_silent(n)]
-        line = f"    {variable(node)} = {expression(node, _stored)}"
-        yield line + (f"; del {', '.join(free)}" if free else "")
+    yield from body(program, function, _stored)
 
 
 def _stored(node: fx.Node) -> str | None:
@@ -163,20 +145,6 @@ def _stored(node: fx.Node) -> str | None:
         return f"self.{buffer_name(str(node.target))}"
     is_weight = node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight")
     return f"self.{variable(node)}" if is_weight else None
-
-
-DOCS = {
-    STEP: "One timestep; `row` picks the rows of the tables.",
-    BEGIN: "What is constant over one image, computed once.",
-    TIME: "Temporal features in full precision, for timesteps that the tables do not hold.",
-}
-
-
-def _is_silent(node: fx.Node) -> bool:
-    """Nodes that have no line of their own: weights are dequantized in __init__, pairs of quantize and dequantize are
-    one fake_quantize."""
-    name = op_name(node.target)
-    return name.startswith("tfqc.dequantize_weight") or fused.is_fused_quantize(node)
 
 
 __all__ = ["buffer_name", "emit"]

@@ -12,8 +12,8 @@ from tests.backends.conformance import Conformance, compile_for, pytest_generate
 from tests.helpers import first
 from tests.subjects import Subjects
 from tfqc.driver import load
+from tfqc.emission.fused import fake_quantize
 from tfqc.errors import SpecError
-from tfqc.fused import fake_quantize
 from tfqc.ir import ops
 from tfqc.target import Target
 

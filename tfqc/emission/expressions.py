@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfqc.fused import is_fused_dequantize, is_fused_quantize
+from tfqc.emission.fused import is_fused_dequantize
 from tfqc.ir import ops
 from tfqc.ir.ops import op_name
 
@@ -97,22 +97,3 @@ def value(item: Any, stored: Stored) -> str:
             return f"slice({value(item.start, stored)}, {value(item.stop, stored)}, {value(item.step, stored)})"
         case _:
             return repr(item)
-
-
-def last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Values whose last reader is a node, by that node: they are freed behind it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for operand in _reads(node):
-            last[operand] = node
-    freed: dict[fx.Node, list[fx.Node]] = {}
-    for operand, node in last.items():
-        freed.setdefault(node, []).append(operand)
-    return freed
-
-
-def _reads(node: fx.Node) -> list[fx.Node]:
-    """Operands of the line that a node becomes."""
-    if is_fused_dequantize(node):
-        return list(node.all_input_nodes[0].all_input_nodes)
-    return [] if is_fused_quantize(node) else list(node.all_input_nodes)

@@ -70,7 +70,7 @@ def build(source: str, isa: str) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([_version(compiler), *flags, source]).encode()).hexdigest()[:24]
     library = cache_directory() / f"{key}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+        library = _writable(library.parent) / library.name
         with tempfile.TemporaryDirectory(dir=library.parent) as work:
             text, made = Path(work, "kernels.cpp"), Path(work, "kernels.so")
             text.write_text(source)
@@ -85,6 +85,22 @@ def build(source: str, isa: str) -> ctypes.CDLL:
 def cache_directory() -> Path:
     """Where built kernels are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfqc" / "kernels"
+
+
+def _writable(wanted: Path) -> Path:
+    """The directory; where nothing can be written to it, one of this process's own."""
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError:
+        return Path(_own_directory().name)
+
+
+@functools.cache
+def _own_directory() -> tempfile.TemporaryDirectory[str]:
+    """Kept as long as the process lives."""
+    return tempfile.TemporaryDirectory(prefix="tfqc-kernels-")
 
 
 @functools.cache

@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,56 +14,21 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from tests.backends.engines import BATCHES, built, differ, made
 from tests.cli.conftest import FEW, TINY, Tfqc
 from tests.cli.conftest import tfqc as tfqc
 from tests.helpers import first
-from tests.lowered import EXACT, PER_TOKEN, STEPS, example, finished, parts
+from tests.lowered import EXACT, PER_TOKEN, STEPS, example, parts
 from tests.models import odd_names
-from tests.subjects import Subject, Subjects, of_example
-from tfqc.backends.cpu_int8 import build as building
-from tfqc.backends.cpu_int8 import engine
-from tfqc.backends.cpu_int8.build import ISAS, BuildError, best_isa, build, runs_here
+from tests.subjects import Subject, Subjects
+from tfqc.backends.cpu_int8.build import best_isa
 from tfqc.backends.cpu_int8.engine import Engine
-from tfqc.driver import compile, load
-from tfqc.errors import ArtifactError, TfqcError
+from tfqc.driver import compile
+from tfqc.errors import TfqcError
 from tfqc.frontend import capture
-from tfqc.ir.program import Program
 from tfqc.pipeline import Pipeline
-from tfqc.target import Target
-
-BATCHES = ([750.0], [500.0, 500.0], [0.0, 750.0, 250.0], [33.0])
-built = pytest.mark.skipif(
-    best_isa() is None or shutil.which("g++") is None, reason="no CPU or no compiler for kernels"
-)
 
 
-def save(program: Program, out: Path, target: str = "cpu-int8") -> Path:
-    """The artifact of a lowered program."""
-    parsed = Target.parse(target)
-    artifact = parsed.backend.emit(program, parsed.options)
-    artifact.facts["backend"] = parsed.name
-    return artifact.save(out)
-
-
-def made(its: Subject, out: Path, target: str = EXACT, **recipe: str) -> tuple[Program, Engine]:
-    """A lowered program and its engine."""
-    program = finished(its, target, **recipe)
-    loaded = load(save(program, out, target))
-    assert isinstance(loaded, Engine)
-    return program, loaded
-
-
-def differ(want: Any, got: Any) -> float:
-    """‖a − b‖ / ‖a‖. One code that rounding turns the other way moves small models by percents."""
-    a, b = first(want), first(got)
-    assert a.shape == b.shape and a.dtype == b.dtype
-    return float((a - b).norm() / a.norm())
-
-
-# -- calls --------------------------------------------------------------------------------------------------------
-
-
-@built
 @pytest.mark.parametrize("target", [EXACT, "cpu-int8"])
 def test_batches(target: str, tmp_path: Path) -> None:
     its = parts()
@@ -208,158 +169,6 @@ def test_threads(threads: Callable[[int], None], tmp_path: Path) -> None:
         assert torch.equal(one, again)
         assert differ(one, two) < 0.1
     assert len(loaded._schedules) == 6
-
-
-# -- building -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache of kernels."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def held_by_torch(its: Subject, out: Path, message: str) -> Engine:
-    """A model that warns when it is loaded, and computes with torch what the program says."""
-    program = finished(its)
-    with pytest.warns(UserWarning, match=message) as caught:
-        loaded = load(save(program, out))
-    assert isinstance(loaded, Engine)
-    assert len(caught) == 1 and str(caught[0].message).endswith("The model runs with torch instead, slowly.")
-    assert loaded.isa == "torch"
-    with torch.no_grad():
-        for timesteps in BATCHES:
-            call = its.call(timesteps)
-            assert differ(program(**call), loaded(**call)) < 1e-5
-    return loaded
-
-
-def test_without_a_compiler(no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(engine, "best_isa", lambda: "avx2")
-    monkeypatch.setattr(engine, "runs_here", lambda isa: True)
-    its = parts()
-    without = held_by_torch(its, tmp_path / "out", r"no g\+\+ \(nor what CXX names\)")
-    assert not no_cache.exists()
-    monkeypatch.undo()
-    if best_isa() is not None and shutil.which("g++"):
-        loaded = load(tmp_path / "out")
-        assert loaded.isa == best_isa()  # type: ignore[union-attr]
-        call = its.call([750.0, 0.0])
-        assert differ(without(**call), loaded(**call)) < 0.1
-
-
-def test_a_compiler_that_refuses(no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails, and a program that is no compiler at all."""
-    monkeypatch.setattr(engine, "best_isa", lambda: "avx2")
-    monkeypatch.setattr(engine, "runs_here", lambda isa: True)
-    its = of_example("odd", ODD)
-    refuses = '[ "$1" = --version ] && echo 1 && exit 0; echo nonsense >&2; exit 1'
-    for name, text in (("refuses", refuses), ("false", "exit 1")):
-        compiler = tmp_path / name
-        compiler.write_text(f"#!/bin/sh\n{text}\n")
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CXX", str(compiler))
-        held_by_torch(its, tmp_path / "out", f"{name} refuses|{name} is no compiler")
-    assert not list(no_cache.rglob("*.so"))
-
-
-class Odd(nn.Module):
-    """The least that compiles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.time, self.conv, self.last = nn.Linear(1, 4), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.last(F.silu(self.conv(x) + self.time(time.float()[:, None] / 1000)[:, :, None, None]))
-
-
-ODD = example(Odd, 2, 4, 4)
-
-
-@pytest.mark.parametrize("wanted", ["auto", "avx2", "amx"])
-def test_a_cpu_without_the_instructions(wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "cpu_flags", lambda: frozenset({"fma"}))
-    monkeypatch.setenv("TFQC_ISA", wanted)
-    assert best_isa() is None and not any(map(runs_here, ISAS))
-    held_by_torch(of_example("odd", ODD), tmp_path / "out", rf"This CPU has not the instructions .*\({wanted}\)")
-
-
-def test_an_artifact_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
-    monkeypatch.delenv("TFQC_ISA", raising=False)
-    assert best_isa() == "avx2"
-    out = save(finished(of_example("odd", ODD)), tmp_path / "out", "cpu-int8{isa=amx}")
-    with pytest.warns(UserWarning, match=r"This CPU has not the instructions .*\(amx\)"):
-        assert load(out).isa == "torch"  # type: ignore[union-attr]
-
-
-@built
-def test_the_environment_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    its = of_example("odd", ODD)
-    best = best_isa()
-    assert best is not None
-    monkeypatch.setenv("TFQC_ISA", best)
-    program, loaded = made(its, tmp_path / "out")
-    assert loaded.isa == best
-    call = its.call([750.0])
-    assert differ(program(**call), loaded(**call)) < 0.1
-    monkeypatch.setenv("TFQC_ISA", "avx1024")
-    held_by_torch(its, tmp_path / "out", r"\(avx1024\)")
-
-
-@built
-def test_two_processes_build_at_once(no_cache: Path) -> None:
-    isa = best_isa()
-    script = f"""
-import ctypes, sys
-from tfqc.backends.cpu_int8.build import build
-sys.stdin.read(1)
-print(build('extern "C" int answer() {{ return 42; }}', {isa!r}).answer())
-"""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in processes:  # both are let go at once
-        assert process.stdin is not None
-        process.stdin.write("x")
-        process.stdin.close()
-        process.stdin = None
-    assert [process.communicate(timeout=120)[0] for process in processes] == ["42\n", "42\n"]
-    assert [path.suffix for path in no_cache.rglob("*") if path.is_file()] == [".so"]
-    assert len(list((no_cache / "tfqc" / "kernels").iterdir())) == 1  # nothing else is left
-
-
-@built
-def test_built_once(no_cache: Path) -> None:
-    isa = best_isa()
-    assert isa is not None
-    text = 'extern "C" int answer() { return 7; }'
-    assert build(text, isa).answer() == 7
-    (library,) = no_cache.rglob("*.so")
-    written = library.stat().st_mtime_ns
-    assert build(text, isa).answer() == 7
-    assert library.stat().st_mtime_ns == written
-    with pytest.raises(BuildError, match="refuses the kernels"):
-        build("int answer() {", isa)
-    assert len(list(library.parent.iterdir())) == 1
-
-
-def test_changed_kernels_are_refused(tmp_path: Path) -> None:
-    out = save(finished(of_example("odd", ODD)), tmp_path / "out")
-    assert set(json.loads((out / "manifest.json").read_text())["files"]) == {
-        "kernels.cpp", "model.py", "program.ir", "time.safetensors", "weights.safetensors"
-    }  # fmt: skip
-    with (out / "kernels.cpp").open("a") as file:
-        file.write("// mine\n")
-    with pytest.raises(ArtifactError, match=r"kernels.cpp has been changed since it was written"):
-        load(out)
-    (out / "kernels.cpp").unlink()
-    with pytest.raises(ArtifactError, match=r"'kernels.cpp' is missing"):
-        load(out)
 
 
 # -- only real kernels --------------------------------------------------------------------------------------------

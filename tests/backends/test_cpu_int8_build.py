@@ -1,0 +1,168 @@
+"""Building kernels: once, by several at once, and where it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.backends.engines import BATCHES, ODD, built, differ, made, save
+from tests.lowered import finished, parts
+from tests.subjects import Subject, of_example
+from tfqc.backends.cpu_int8 import build as building
+from tfqc.backends.cpu_int8 import engine
+from tfqc.backends.cpu_int8.build import ISAS, BuildError, best_isa, build, runs_here
+from tfqc.backends.cpu_int8.engine import Engine
+from tfqc.driver import load
+from tfqc.errors import ArtifactError
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache of kernels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def held_by_torch(its: Subject, out: Path, message: str) -> Engine:
+    """A model that warns when it is loaded, and computes with torch what the program says."""
+    program = finished(its)
+    with pytest.warns(UserWarning, match=message) as caught:
+        loaded = load(save(program, out))
+    assert isinstance(loaded, Engine)
+    assert len(caught) == 1 and str(caught[0].message).endswith("The model runs with torch instead, slowly.")
+    assert loaded.isa == "torch"
+    with torch.no_grad():
+        for timesteps in BATCHES:
+            call = its.call(timesteps)
+            assert differ(program(**call), loaded(**call)) < 1e-5
+    return loaded
+
+
+def test_without_a_compiler(no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(engine, "best_isa", lambda: "avx2")
+    monkeypatch.setattr(engine, "runs_here", lambda isa: True)
+    its = parts()
+    without = held_by_torch(its, tmp_path / "out", r"no g\+\+ \(nor what CXX names\)")
+    assert not no_cache.exists()
+    monkeypatch.undo()
+    if best_isa() is not None and shutil.which("g++"):
+        loaded = load(tmp_path / "out")
+        assert loaded.isa == best_isa()  # type: ignore[union-attr]
+        call = its.call([750.0, 0.0])
+        assert differ(without(**call), loaded(**call)) < 0.1
+
+
+def test_a_compiler_that_refuses(no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails, and a program that is no compiler at all."""
+    monkeypatch.setattr(engine, "best_isa", lambda: "avx2")
+    monkeypatch.setattr(engine, "runs_here", lambda isa: True)
+    its = of_example("odd", ODD)
+    refuses = '[ "$1" = --version ] && echo 1 && exit 0; echo nonsense >&2; exit 1'
+    for name, text in (("refuses", refuses), ("false", "exit 1")):
+        compiler = tmp_path / name
+        compiler.write_text(f"#!/bin/sh\n{text}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        held_by_torch(its, tmp_path / "out", f"{name} refuses|{name} is no compiler")
+    assert not list(no_cache.rglob("*.so"))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "avx2", "amx"])
+def test_a_cpu_without_the_instructions(wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "cpu_flags", lambda: frozenset({"fma"}))
+    monkeypatch.setenv("TFQC_ISA", wanted)
+    assert best_isa() is None and not any(map(runs_here, ISAS))
+    held_by_torch(of_example("odd", ODD), tmp_path / "out", rf"This CPU has not the instructions .*\({wanted}\)")
+
+
+def test_an_artifact_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.delenv("TFQC_ISA", raising=False)
+    assert best_isa() == "avx2"
+    out = save(finished(of_example("odd", ODD)), tmp_path / "out", "cpu-int8{isa=amx}")
+    with pytest.warns(UserWarning, match=r"This CPU has not the instructions .*\(amx\)"):
+        assert load(out).isa == "torch"  # type: ignore[union-attr]
+
+
+@built
+def test_the_environment_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    its = of_example("odd", ODD)
+    best = best_isa()
+    assert best is not None
+    monkeypatch.setenv("TFQC_ISA", best)
+    program, loaded = made(its, tmp_path / "out")
+    assert loaded.isa == best
+    call = its.call([750.0])
+    assert differ(program(**call), loaded(**call)) < 0.1
+    monkeypatch.setenv("TFQC_ISA", "avx1024")
+    held_by_torch(its, tmp_path / "out", r"\(avx1024\)")
+
+
+@built
+def test_two_processes_build_at_once(no_cache: Path) -> None:
+    isa = best_isa()
+    script = f"""
+import ctypes, sys
+from tfqc.backends.cpu_int8.build import build
+sys.stdin.read(1)
+print(build('extern "C" int answer() {{ return 42; }}', {isa!r}).answer())
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:  # both are let go at once
+        assert process.stdin is not None
+        process.stdin.write("x")
+        process.stdin.close()
+        process.stdin = None
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["42\n", "42\n"]
+    assert [path.suffix for path in no_cache.rglob("*") if path.is_file()] == [".so"]
+    assert len(list((no_cache / "tfqc" / "kernels").iterdir())) == 1  # nothing else is left
+
+
+@built
+def test_built_once(no_cache: Path) -> None:
+    isa = best_isa()
+    assert isa is not None
+    text = 'extern "C" int answer() { return 7; }'
+    assert build(text, isa).answer() == 7
+    (library,) = no_cache.rglob("*.so")
+    written = library.stat().st_mtime_ns
+    assert build(text, isa).answer() == 7
+    assert library.stat().st_mtime_ns == written
+    with pytest.raises(BuildError, match="refuses the kernels"):
+        build("int answer() {", isa)
+    assert len(list(library.parent.iterdir())) == 1
+
+
+def test_changed_kernels_are_refused(tmp_path: Path) -> None:
+    out = save(finished(of_example("odd", ODD)), tmp_path / "out")
+    assert set(json.loads((out / "manifest.json").read_text())["files"]) == {
+        "kernels.cpp", "model.py", "program.ir", "time.safetensors", "weights.safetensors"
+    }  # fmt: skip
+    with (out / "kernels.cpp").open("a") as file:
+        file.write("// mine\n")
+    with pytest.raises(ArtifactError, match=r"kernels.cpp has been changed since it was written"):
+        load(out)
+    (out / "kernels.cpp").unlink()
+    with pytest.raises(ArtifactError, match=r"'kernels.cpp' is missing"):
+        load(out)
+
+
+@built
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = best_isa()
+    assert isa is not None
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert build('extern "C" int answer() { return 11; }', isa).answer() == 11
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

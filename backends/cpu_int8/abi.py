@@ -45,8 +45,8 @@ ConvArgs = _struct(
     out_h=I64, out_w=I64, quant=Quant, weight=PTR, weight_scale=PTR, weight_sum=PTR, epilogue=Epilogue,
 )  # fmt: skip
 NormArgs = _struct(
-    "NormArgs", x=PTR, x2=PTR, out=PTR, batch=I64, seq=I64, c=I64, c2=I64, groups=I64, weight=Rows, bias=Rows, eps=F32,
-    x_dtype=I32, x2_dtype=I32, out_dtype=I32, act=I32, quant=Quant,
+    "NormArgs", x=PTR, out=PTR, batch=I64, seq=I64, c=I64, groups=I64, weight=Rows, bias=Rows, eps=F32,
+    x_dtype=I32, out_dtype=I32, act=I32, quant=Quant,
 )  # fmt: skip
 MapArgs = _struct(
     "MapArgs", x=PTR, out=PTR, batch=I64, seq=I64, c=I64, ldx=I64, x_dtype=I32, out_dtype=I32, act=I32, unused=I32,

@@ -76,15 +76,15 @@ struct ConvArgs {
   Epilogue epilogue;
 };
 
-// x [batch, seq, c], or the concatenation of x [.., c] and x2 [.., c2] along channels (c2 = 0: none).
-// y = act((x - mean) * rstd * weight + bias): group norm over seq and c / groups, layer norm (groups = 0) over c.
+// y = act((x - mean) * rstd * weight + bias) of x [batch, seq, c]: group norm over seq and c / groups, layer norm
+// (groups = 0) over c.
 struct NormArgs {
-  const void *x, *x2;
+  const void* x;
   void* out;
-  int64_t batch, seq, c, c2, groups;
+  int64_t batch, seq, c, groups;
   Rows<float> weight, bias;
   float eps;
-  int32_t x_dtype, x2_dtype, out_dtype, act;
+  int32_t x_dtype, out_dtype, act;
   Quant quant;
 };
 

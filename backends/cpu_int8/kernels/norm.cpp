@@ -16,15 +16,6 @@ struct Moments {
   }
 };
 
-// One of the tensors that are normalized as if they were concatenated.
-struct Part {
-  const void* x;
-  int32_t dtype;
-  int64_t channels;
-  int64_t out;   // its first channel of the output
-  int64_t slot;  // its first place in arrays where each part begins a vector
-};
-
 int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 template <typename Sum> Sum as(V x) {
@@ -38,16 +29,16 @@ D widen(D x) { return x; }
 
 // Adds tokens [begin, end) to the sums of their channels.
 template <int32_t dtype>
-void add_tokens(const Part& part, int64_t begin, int64_t end, double* sums, double* squares) {
+void add_tokens(const NormArgs& norm, int64_t begin, int64_t end, double* sums, double* squares) {
   constexpr int64_t AT_ONCE = 8;  // sums are then read and written once for 8 tokens
   // Squares of bf16 have 16 bits: 8 of them near each other add up in f32 without rounding.
   using Sum = std::conditional_t<dtype == BF16, V, D>;
   for (int64_t t = begin; t < end; t += AT_ONCE) {
     const int64_t count = std::min(AT_ONCE, end - t);
-    each_vector(part.channels, [&](int64_t i, int64_t n) {
+    each_vector(norm.c, [&](int64_t i, int64_t n) {
       Sum total{}, square{};
       for (int64_t k = 0; k < count; ++k) {
-        const Sum x = as<Sum>(load_as(part.x, dtype, (t + k) * part.channels + i, n));
+        const Sum x = as<Sum>(load_as(norm.x, dtype, (t + k) * norm.c + i, n));
         total = total + x;
         square = fma(x, x, square);
       }
@@ -57,24 +48,21 @@ void add_tokens(const Part& part, int64_t begin, int64_t end, double* sums, doub
   }
 }
 
-// out = act((x * rstd + shift) * weight + bias) for the channels of one part of one token.
-void write_token(const NormArgs& norm, const Part& part, int64_t token, V rstd, V shift, const float* weight,
-                 const float* bias, const Codes& codes) {
-  const int64_t from = token * part.channels, to = token * (norm.c + norm.c2) + part.out;
+// out = act((x * rstd + shift) * weight + bias) for one token.
+void write_token(const NormArgs& norm, int64_t token, V rstd, V shift, const float* weight, const float* bias,
+                 const Codes& codes) {
+  const int64_t at = token * norm.c;
   with_act(norm.act, [&](auto act) {
-    each_vector(part.channels, [&](int64_t i, int64_t n) {
-      const V x = fma(load_as(part.x, part.dtype, from + i, n), rstd, shift);
+    each_vector(norm.c, [&](int64_t i, int64_t n) {
+      const V x = fma(load_as(norm.x, norm.x_dtype, at + i, n), rstd, shift);
       const V y = fma(x, weight ? load(weight + i, n) : set(1), bias ? load(bias + i, n) : set(0));
-      store_as(norm.out, norm.out_dtype, to + i, activate(y, act), codes.inverse, codes.zero, n);
+      store_as(norm.out, norm.out_dtype, at + i, activate(y, act), codes.inverse, codes.zero, n);
     });
   });
 }
 
 void group_norm(const NormArgs& norm, const Team& team) {
-  const int64_t second = whole_vectors(norm.c), slots = second + whole_vectors(norm.c2);
-  const int64_t channels = norm.c + norm.c2, size = channels / norm.groups;
-  const Part parts[] = {{norm.x, norm.x_dtype, norm.c, 0, 0}, {norm.x2, norm.x2_dtype, norm.c2, norm.c, second}};
-  const auto slot = [&](int64_t channel) { return channel < norm.c ? channel : channel - norm.c + second; };
+  const int64_t slots = whole_vectors(norm.c), size = norm.c / norm.groups;
   double* sums = reinterpret_cast<double*>(team.scratch);
   double* squares = sums + slots;
   float* slope = reinterpret_cast<float*>(squares + slots);
@@ -84,10 +72,8 @@ void group_norm(const NormArgs& norm, const Team& team) {
   for (int64_t b = 0; b < norm.batch; ++b) {
     std::fill(sums, squares + slots, 0.0);
     const int64_t begin = b * norm.seq + share.begin, end = b * norm.seq + share.end;
-    for (const Part& part : parts) {
-      const auto add = part.dtype == F32 ? add_tokens<F32> : add_tokens<BF16>;
-      add(part, begin, end, sums + part.slot, squares + part.slot);
-    }
+    const auto add = norm.x_dtype == F32 ? add_tokens<F32> : add_tokens<BF16>;
+    add(norm, begin, end, sums, squares);
 
     // Entries take turns with two places, so one barrier an entry is enough: who writes to a place again has passed
     // the barrier of the entry between, and so has everybody who read it.
@@ -95,8 +81,8 @@ void group_norm(const NormArgs& norm, const Team& team) {
     for (int64_t g = 0; g < norm.groups; ++g) {
       Moments mine{0, 0};
       for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-        mine.sum += sums[slot(c)];
-        mine.square += squares[slot(c)];
+        mine.sum += sums[c];
+        mine.square += squares[c];
       }
       of_team[team.id * norm.groups + g] = mine;
     }
@@ -113,21 +99,18 @@ void group_norm(const NormArgs& norm, const Team& team) {
       }
       const double rstd = all.inverse_deviation(n, norm.eps), mean = all.sum / n;
       for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-        slope[slot(c)] = float(weight ? rstd * weight[c] : rstd);
-        offset[slot(c)] = float((bias ? bias[c] : 0) - mean * slope[slot(c)]);
+        slope[c] = float(weight ? rstd * weight[c] : rstd);
+        offset[c] = float((bias ? bias[c] : 0) - mean * slope[c]);
       }
     }
 
     for (int64_t token = begin; token < end; ++token) {
-      const Codes codes(norm.quant, team.rows, b, token - b * norm.seq);
-      for (const Part& part : parts)
-        write_token(norm, part, token, set(1), set(0), slope + part.slot, offset + part.slot, codes);
+      write_token(norm, token, set(1), set(0), slope, offset, Codes(norm.quant, team.rows, b, token - b * norm.seq));
     }
   }
 }
 
 void layer_norm(const NormArgs& norm, const Team& team) {
-  const Part part{norm.x, norm.x_dtype, norm.c, 0, 0};
   const Share share(team, norm.batch * norm.seq);
   for (int64_t token = share.begin; token < share.end; ++token) {
     const int64_t b = token / norm.seq, s = token % norm.seq;
@@ -142,14 +125,13 @@ void layer_norm(const NormArgs& norm, const Team& team) {
     const double shift = -moments.sum / double(norm.c) * rstd;
     const float* weight = norm.weight.base ? norm.weight.at(team.rows, b, s) : nullptr;
     const float* bias = norm.bias.base ? norm.bias.at(team.rows, b, s) : nullptr;
-    write_token(norm, part, token, set(float(rstd)), set(float(shift)), weight, bias,
-                Codes(norm.quant, team.rows, b, s));
+    write_token(norm, token, set(float(rstd)), set(float(shift)), weight, bias, Codes(norm.quant, team.rows, b, s));
   }
 }
 
 }  // namespace
 
-// Group norm needs 24 bytes of scratch for each channel (c and c2 rounded up to 16), and of the team's memory 32 bytes
+// Group norm needs 24 bytes of scratch for each channel (rounded up to 16), and of the team's memory 32 bytes
 // for each group and thread; layer norm needs none.
 extern "C" void tfqc_norm(const void* args, const Team& team) {
   const NormArgs& norm = *static_cast<const NormArgs*>(args);

@@ -53,6 +53,7 @@ class Engine(Stepper):
         taken = self._tensors.pop
         self._tiles = {name: Tiles.of(taken(name), taken(f"{name}.sums"), *its) for name, its in tiles.items()}
         self._schedules: dict[Any, Schedule] = {}
+        self._rooms: dict[str, Tensor] = {}
         self.isa, self._library = _kernels(directory / "kernels.cpp", isa)
 
     def get_tensor(self, name: str) -> Tensor:
@@ -62,9 +63,13 @@ class Engine(Stepper):
         return self._tensors[name]
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        """Replace a table. Schedules point into the old one."""
-        self._tensors[name] = value
-        self._schedules.clear()
+        """Replace a table. Schedules point into the old one, so it gets spare rows, and they stay for as long as these
+        last."""
+        room = self._rooms.get(name)
+        if room is None or len(room) < len(value):
+            room = self._rooms[name] = value.new_empty(_with_spare(len(value)), *value.shape[1:])
+            self._schedules.clear()
+        self._tensors[name] = room[: len(value)].copy_(value)
 
     def step(self, **values: Any) -> Any:
         """One timestep."""
@@ -76,20 +81,27 @@ class Engine(Stepper):
     def schedule(self, values: Mapping[str, Tensor]) -> Schedule:
         """The schedule for inputs of these shapes; made on their first call."""
         assert self._library is not None
-        key = (torch.get_num_threads(), *((k, v.shape, v.dtype) for k, v in sorted(values.items())))
+        shapes = ((k, self._shape(k, v), v.dtype) for k, v in sorted(values.items()))
+        key = (torch.get_num_threads(), *shapes)
         found = self._schedules.pop(key, None) or self._record(values)
         self._schedules[key] = found  # the last used is the last
         if len(self._schedules) > self.MAX_SCHEDULES:
             del self._schedules[next(iter(self._schedules))]
         return found
 
+    def _shape(self, name: str, value: Tensor) -> torch.Size:
+        """Of the memory for an input: tables of a request get spare rows, as more timesteps may come."""
+        if name in self.plan.request_tables:
+            return torch.Size((_with_spare(len(value)), *value.shape[1:]))
+        return value.shape
+
     def _record(self, values: Mapping[str, Tensor]) -> Schedule:
         nowhere = Recorder(self.memory)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            shapes = {k: mode.from_tensor(v) for k, v in values.items()}
+            shapes = {k: mode.from_tensor(v.new_empty(self._shape(k, v))) for k, v in values.items()}
             self.lines(nowhere, self.get_tensor, self._tiles.__getitem__, **shapes)
         offsets, size = pack(nowhere.sizes, nowhere.spans)
-        inputs = {k: torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v) for k, v in values.items()}
+        inputs = {k: v.new_zeros(self._shape(k, v)) for k, v in values.items()}
         recorder = Recorder(self.memory, room(size), offsets)
         outputs = self.lines(recorder, self.get_tensor, self._tiles.__getitem__, **inputs)
         fixed = {*self.plan.hoisted, *self.plan.request_tables}
@@ -156,7 +168,8 @@ class Schedule:
         for name, value in values.items():
             if name in self._fixed and self._given.get(name) is value:
                 continue
-            self.inputs[name].copy_(value)
+            room = self.inputs[name]
+            (room[: len(value)] if room.shape != value.shape else room).copy_(value)
             self._given[name] = value
         if self._row_input is not None:
             self._rows.copy_(self._row_input.expand_as(self._rows))
@@ -172,6 +185,11 @@ class Schedule:
                 step()
                 taken.append(time.perf_counter() - began)
         return [(line, sorted(taken)[len(taken) // 2]) for (line, _), taken in zip(steps, times, strict=True)]
+
+
+def _with_spare(rows: int) -> int:
+    """Rows that memory is taken for: a power of two."""
+    return 1 << (rows - 1).bit_length()
 
 
 def _aligned(memory: Tensor) -> int:

@@ -118,6 +118,23 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
 
 
 @built
+@pytest.mark.parametrize("model", ["unet-sd", "unet-sdxl"])  # tables of the model's own, and of a request
+def test_unknown_timesteps_find_room(model: str, subject: Subjects, tmp_path: Path) -> None:
+    """Schedules stay for as long as tables have spare rows, which are doubled when they end."""
+    its = subject(model)
+    program, loaded = made(its, tmp_path / "out")
+    record, recorded = loaded._record, list[float]()
+    call = its.call([its.timesteps[0]])
+    loaded._record = lambda values: recorded.append(t) or record(values)  # type: ignore[method-assign, func-returns-value]
+    for t in (its.timesteps[0], *map(float, range(100, 130))):
+        call["timestep"] = torch.tensor([int(t)])
+        got = first(loaded(**call))
+        if t in (its.timesteps[0], 100, 103, 104, 129):
+            assert differ(program(**call), got) < 0.1
+    assert recorded == [its.timesteps[0], 103, 111, 127]  # the first is none of the four either
+
+
+@built
 def test_schedules_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "MAX_SCHEDULES", 2)
     its = parts()

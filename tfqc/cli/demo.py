@@ -223,8 +223,8 @@ def _text(value: dict[str, Any], out: Path) -> str:
         line("operations per step", lambda r: str(r.get("operations_per_step", "-"))),
     ]
     spent = {name: _time_spent(row) for name, row in rows.items() if "passes" in row}
-    items = dict.fromkeys(item for passes in spent.values() for item in passes)
-    times = [(item, *(seconds(passes.get(item, 0)) for passes in spent.values())) for item in items]
+    items = dict.fromkeys(item for passes in spent.values() for item in passes if item not in (REST, ALL))
+    times = [(item, *(seconds(passes.get(item, 0)) for passes in spent.values())) for item in (*items, REST, ALL)]
     lines = [
         f"{value['model']}, {len(value['timesteps'])} steps, {value['images']} images",
         *(f"{name}: {row['target']}" for name, row in rows.items() if "target" in row),
@@ -245,13 +245,16 @@ def _text(value: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
+REST, ALL = "capture, dumps, emission", "together"
+
+
 def _time_spent(row: dict[str, Any]) -> dict[str, float]:
     """Seconds by pass, of the rest, and together. A pass may have run twice."""
     spent: dict[str, float] = {}
     for timing in row["passes"]:
         spent[timing["name"]] = spent.get(timing["name"], 0) + timing["seconds"]
     rest = row["compile_seconds"] - sum(spent.values())
-    return {**spent, "capture, dumps, emission": rest, "together": row["compile_seconds"]}
+    return {**spent, REST: rest, ALL: row["compile_seconds"]}
 
 
 def _size(row: dict[str, Any], *names: str) -> str:

@@ -44,6 +44,6 @@ def load_aligned(path: Path) -> dict[str, Tensor]:
 def room(size: int) -> Tensor:
     """`size` zero bytes, in pages of 2 MiB where the system gives them: a step of SDXL takes a tenth less."""
     block = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without large pages
+    with contextlib.suppress(OSError, AttributeError):  # a system without large pages
         block.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(block, dtype=torch.uint8)[:size]

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "tfqc", "passes", "backends")
-DATA = {".json", ".md", ".py", ".pyi", ".safetensors", ".txt", ".c", ".cpp", ".cu", ".h", ".typed"}
+DATA = {".json", ".md", ".py", ".pyi", ".safetensors", ".txt", ".c", ".cpp", ".cu", ".cuh", ".h", ".typed"}
 
 # Run where the user keeps folders of their own with the names of ours.
 USE = """

@@ -1,0 +1,282 @@
+"""Kernels specialised to a program's shapes: what a kernel is asked to be, and the .cu text of a list of them.
+
+The templates lie in `kernels/`; what is written for a kernel is its constants and an entry with a C name. One kind of
+kernel takes the same arguments whatever its constants: what it does not need may be null.
+
+A product's arguments, in order (`epilogue.cuh` says what each is):
+    a, weight, weight_sum, weight_scale, bias, scale, zero, step, residual, out_inverse, out_zero, out, m
+A quantize kernel's:
+    x, inverse, zero, step, out, rows; for each token: x, scale, zero, out, rows
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tfqc.errors import TfqcError
+
+Mode = Literal["w4a4", "w4a8"]
+Body = Literal["s4", "nibble"]
+Rows = Literal["one", "step", "token"]
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
+_NATIVE_S4 = {"sm_80", "sm_86", "sm_89"}  # later chips emulate 4-bit products with some 180 instructions
+_NAME = re.compile(r"tfqc_[A-Za-z0-9_]+")  # which is unlike every name in the templates
+_MISNAMED = "its name has to be tfqc_ and letters of C's names"
+
+
+def body_for(arch: str, mode: Mode) -> Body:
+    """How products are computed on a chip: by 4-bit instructions where it has them, else by 8-bit ones."""
+    return "s4" if mode == "w4a4" and arch in _NATIVE_S4 else "nibble"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block computes at once: m by n outputs, `row_bytes` of each row of a, in a ring of `stages` tiles."""
+
+    m: int = 128
+    n: int = 128
+    row_bytes: int = 64
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Window:
+    """The input of a 3 x 3 convolution with a border of one pixel around it."""
+
+    height: int
+    width: int
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of a product's sums; `epilogue.cuh` states the order and the rounding.
+
+    scales: of the input's codes, with their zero points. bias: one row or the step's. out: f16, codes for the next
+    layer, or the sums. out_scales: of the codes that are written.
+    """
+
+    scales: Rows = "step"
+    bias: Literal["none", "one", "step"] = "none"
+    activation: Literal["none", "silu", "gelu", "geglu"] = "none"
+    residual: bool = False
+    out: Literal["f16", "u4", "u8", "s32"] = "f16"
+    out_scales: Literal["one", "step"] = "step"
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """y [M, n] = epilogue(a [M, k] w [n, k]^T): 4- or 8-bit codes a, 4-bit codes w; M is an argument.
+
+    k: codes in a row of a, a multiple of 32. With a `window`, 9 times the channels of a pixel, which are padded to 32.
+    """
+
+    name: str
+    n: int
+    k: int
+    mode: Mode
+    body: Body
+    epilogue: Epilogue = Epilogue()
+    window: Window | None = None
+    tile: Tile = Tile()
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise TfqcError(f"kernel {self.name}: {problem}")
+
+    @property
+    def a_bits(self) -> int:
+        """Bits of a code of a."""
+        return 4 if self.mode == "w4a4" else 8
+
+    @property
+    def tile_k(self) -> int:
+        """Codes of each row in a tile."""
+        return self.tile.row_bytes * 8 // self.a_bits
+
+    @property
+    def paired(self) -> bool:
+        """Whether columns are values and gates."""
+        return self.epilogue.activation == "geglu"
+
+    @property
+    def padded_n(self) -> int:
+        """Columns of the packed weights and of what goes with them."""
+        return -(-self.n // self.tile.n) * self.tile.n
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a warp for each 64 x 32 outputs."""
+        return self.tile.m // 64 * (self.tile.n // 32) * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, all of it asked for at launch."""
+        return self.tile.stages * (self.tile.m * self.tile.row_bytes + self.tile.n * self.tile_k // 2)
+
+    @property
+    def multiplies(self) -> int:
+        """Tensor core instructions of a warp in one turn of the main loop: 16 x 8 outputs by 32 bytes of a's rows."""
+        each = 2 if self.body == "nibble" and self.mode == "w4a4" else 1
+        return (64 // 16) * (32 // 8) * (self.tile.row_bytes // 32) * each
+
+    def grid(self, m: int) -> tuple[int, int, int]:
+        """Blocks for m rows."""
+        return self.padded_n // self.tile.n, -(-m // self.tile.m), 1
+
+    def _problems(self) -> Iterator[str]:
+        tile = self.tile
+        if not _NAME.fullmatch(self.name):
+            yield _MISNAMED
+        if self.mode == "w4a8" and self.body != "nibble":
+            yield "8-bit codes are multiplied by the nibble body"
+        if self.k <= 0 or self.k % 32:
+            yield f"k = {self.k} has to be a multiple of 32"
+        if tile.row_bytes not in (64, 128) or tile.m % 64 or tile.n % 32 or tile.stages < 2:
+            yield f"{tile} has to be whole warps of 64 x 32, rows of 64 or 128 bytes, and two stages"
+        elif self.threads % (self.tile_k // 2):
+            yield f"{tile} has too few threads to copy whole rows of weights"
+        elif tile.n * self.tile_k // 2 % (self.threads * 16):
+            yield f"{tile} has too many threads to copy 16 bytes of weights each"
+        if self.window is not None and self.k % (9 * 32):
+            yield f"k = {self.k} has to be 9 times the channels, padded to 32"
+        if self.k >= self._longest:
+            yield f"k = {self.k}, but s32 holds the sums of {self._longest - 1} codes"
+        if self.paired and self.n % 2:
+            yield "geglu takes an even number of columns"
+        if self.paired and tile.n % 64:
+            yield f"geglu writes rows of 32 outputs, {tile} half as many as its columns"
+        if self.epilogue.out == "s32" and self.epilogue != Epilogue(self.epilogue.scales, out="s32"):
+            yield "s32 are the sums, with nothing done to them"
+
+    @property
+    def _longest(self) -> int:
+        most = (2**self.a_bits - 1) * 8
+        factor = 1 if self.body == "s4" else 256 if self.mode == "w4a4" else 16
+        return 2**31 // (most * factor)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Codes [rows, k padded to 32] of `bits` of f16 [rows, k]; with an `image`, of pixels with a border of one."""
+
+    name: str
+    k: int
+    bits: Literal[4, 8]
+    scales: Rows = "step"
+    image: tuple[int, int] | None = None  # height, width
+
+    threads = 256
+    shared_bytes = 0
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise TfqcError(f"kernel {self.name}: {_MISNAMED}")
+        if self.image is not None and self.scales == "token":
+            raise TfqcError(f"kernel {self.name}: pixels of a convolution share their scale")
+
+    def grid(self, rows: int) -> tuple[int, int, int]:
+        """Blocks for so many rows: 8 codes a thread, or a warp for each token."""
+        items = rows * 32 if self.scales == "token" else rows * (-(-self.k // 32) * 32 // 8)
+        return -(-items // self.threads), 1, 1
+
+
+Kernel = Gemm | Quantize
+
+
+def for_arch(kernel: Kernel, arch: str) -> Kernel:
+    """The kernel with the body that is best on a chip."""
+    return replace(kernel, body=body_for(arch, kernel.mode)) if isinstance(kernel, Gemm) else kernel
+
+
+def source(kernels: Sequence[Kernel]) -> str:
+    """The .cu text of kernels: it includes nothing, so that NVRTC takes it as nvcc does."""
+    names = [kernel.name for kernel in kernels]
+    for name in names:
+        if names.count(name) > 1:
+            raise TfqcError(f"kernel {name}: two kernels have this name")
+    files = [file for kind, file in _TEMPLATES.items() if any(isinstance(kernel, kind) for kernel in kernels)]
+    parts = [_templates(files), *("\n".join(_entry(kernel)) + "\n" for kernel in kernels)]
+    return "\n".join(parts)
+
+
+_TEMPLATES: dict[type[Kernel], str] = {Gemm: "gemm.cuh", Quantize: "quantize.cuh"}
+
+
+def _templates(names: Sequence[str]) -> str:
+    """Text of templates, with what each includes put in where it is first included."""
+    seen: set[str] = set()
+
+    def text(name: str) -> Iterator[str]:
+        if name in seen:
+            return
+        seen.add(name)
+        for line in Path(__file__).with_name("kernels").joinpath(name).read_text().splitlines():
+            included = re.fullmatch(r'#include "(.+)"', line)
+            if included is not None:
+                yield from text(included.group(1))
+            elif line != "#pragma once":
+                yield line
+
+    return "\n".join(line for name in names for line in text(name)) + "\n"
+
+
+_GEMM_ARGUMENTS = """\
+    const u8* a, const u8* weight, const int* weight_sum, const float* weight_scale, const float* bias,
+    const float* scale, const int* zero, const int* step, const u16* residual, const float* out_inverse,
+    const int* out_zero, void* out, int m) {"""
+
+
+def _entry(kernel: Kernel) -> Iterator[str]:
+    yield f"struct {kernel.name}_constants {{"
+    for line in _gemm_constants(kernel) if isinstance(kernel, Gemm) else _quantize_constants(kernel):
+        yield f"  {line}"
+    yield "};"
+    yield ""
+    # As many blocks on a multiprocessor as 128 registers a thread allow: the compiler keeps to it.
+    blocks = 65536 // (kernel.threads * 128)
+    yield f'extern "C" __global__ void __launch_bounds__({kernel.threads}, {blocks}) {kernel.name}('
+    constants = f"{kernel.name}_constants"
+    match kernel:
+        case Gemm():
+            yield _GEMM_ARGUMENTS
+            yield "  const epilogue::Parameters parameters{weight_sum, weight_scale, bias, scale, zero, step,"
+            yield "                                        residual, out_inverse, out_zero, out};"
+            yield f"  gemm::run<{constants}>(a, weight, parameters, m);"
+        case Quantize(scales="token"):
+            yield "    const u16* x, float* scale, int* zero, u8* out, int rows) {"
+            yield f"  quantize::tokens<{constants}>(x, scale, zero, out, rows);"
+        case Quantize():
+            yield "    const u16* x, const float* inverse, const int* zero, const int* step, u8* out, int rows) {"
+            yield f"  quantize::values<{constants}>(x, inverse, zero, step, out, rows);"
+    yield "}"
+
+
+def _gemm_constants(kernel: Gemm) -> Iterator[str]:
+    end, tile, window = kernel.epilogue, kernel.tile, kernel.window
+    row_bytes = kernel.k * kernel.a_bits // 8
+    if window is None:
+        operand = f"LinearRows<{row_bytes}>"
+    else:
+        operand = f"ConvRows<{row_bytes // 9}, {window.height}, {window.width}, {window.stride}>"
+    yield f"static constexpr int N = {kernel.n}, K = {kernel.k}, A_BITS = {kernel.a_bits};"
+    yield f"static constexpr int TILE_M = {tile.m}, TILE_N = {tile.n}, TILE_K = {kernel.tile_k};"
+    yield f"static constexpr int STAGES = {tile.stages};"
+    yield f"static constexpr Body BODY = Body::{kernel.body.upper()};"
+    yield f"static constexpr Rows SCALES = Rows::{end.scales.upper()}, OUT_SCALES = Rows::{end.out_scales.upper()};"
+    yield f"static constexpr Bias BIAS = Bias::{end.bias.upper()};"
+    yield f"static constexpr Activation ACTIVATION = Activation::{end.activation.upper()};"
+    yield f"static constexpr bool RESIDUAL = {'true' if end.residual else 'false'};"
+    yield f"static constexpr Out OUT = Out::{end.out.upper()};"
+    yield f"using Operand = {operand};"
+
+
+def _quantize_constants(kernel: Quantize) -> Iterator[str]:
+    height, width = kernel.image or (0, 0)
+    yield f"static constexpr int K = {kernel.k}, BITS = {kernel.bits}, HEIGHT = {height}, WIDTH = {width};"
+    yield f"static constexpr Rows SCALES = Rows::{kernel.scales.upper()};"

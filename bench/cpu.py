@@ -1,6 +1,6 @@
 """How fast is one network step on this CPU, and in how much memory? Peers side by side, in rounds that alternate.
 
-    python bench/cpu.py --quick                                  # small models, two rounds, a minute or two
+    python bench/cpu.py --quick                                  # small models, two rounds, minutes
     python bench/cpu.py --models sd15 sdxl                       # results in bench/results/cpu-MODEL.json
     python bench/cpu.py --models sdxl --peers openvino-fp32 openvino-int8 tfqc --latent 96 128
 

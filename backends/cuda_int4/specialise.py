@@ -1,12 +1,8 @@
 """Kernels specialised to a program's shapes: what a kernel is asked to be, and the .cu text of a list of them.
 
 The templates lie in `kernels/`; what is written for a kernel is its constants and an entry with a C name. One kind of
-kernel takes the same arguments whatever its constants: what it does not need may be null.
-
-A product's arguments, in order (`epilogue.cuh` says what each is):
-    a, weight, weight_sum, weight_scale, bias, scale, zero, step, residual, out_inverse, out_zero, out, m
-A quantize kernel's:
-    x, inverse, zero, step, out, rows; for each token: x, scale, zero, out, rows
+kernel takes the same `arguments` whatever its constants: pointers, then a number of rows; what it does not need may be
+null (`epilogue.cuh` says what each is).
 """
 
 from __future__ import annotations
@@ -88,6 +84,14 @@ class Gemm:
     def __post_init__(self) -> None:
         for problem in self._problems():
             raise TfqcError(f"kernel {self.name}: {problem}")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments in order."""
+        return (
+            "a", "weight", "weight_sum", "weight_scale", "bias", "scale", "zero", "step", "residual", "out_inverse",
+            "out_zero", "out", "m",
+        )  # fmt: skip
 
     @property
     def a_bits(self) -> int:
@@ -179,6 +183,13 @@ class Quantize:
             raise TfqcError(f"kernel {self.name}: {_MISNAMED}")
         if self.image is not None and self.scales == "token":
             raise TfqcError(f"kernel {self.name}: pixels of a convolution share their scale")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments in order."""
+        if self.scales == "token":
+            return "x", "scale", "zero", "out", "rows"
+        return "x", "inverse", "zero", "step", "out", "rows"
 
     def grid(self, rows: int) -> tuple[int, int, int]:
         """Blocks for so many rows: 8 codes a thread, or a warp for each token."""

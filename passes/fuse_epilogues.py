@@ -18,11 +18,16 @@ PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
 
 @dataclass(frozen=True)
 class FuseEpilogues(Pass):
-    """Take activations, GEGLU, gates and residual additions into the qlinear or qconv that they follow."""
+    """Take activations, GEGLU, gates and residual additions into the qlinear or qconv that they follow.
+
+    gates: false leaves them, for kernels that have none.
+    """
 
     name: ClassVar[str] = "fuse-epilogues"
     needs: ClassVar[Stage] = Stage.LOWERED
     numerics: ClassVar[Numerics] = close(1e-4)
+
+    gates: bool = True
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step, from each product onwards."""
@@ -30,14 +35,14 @@ class FuseEpilogues(Pass):
         for product in program.nodes():
             node: fx.Node | None = product
             while node is not None and name_of(node) in PRODUCTS:
-                node = _take_next(program, node)
+                node = _take_next(program, node, self.gates)
                 fused += node is not None
         program.prune()
         if fused:
             ctx.report.append(f"fused into products: {fused} activations, gates and additions")
 
 
-def _take_next(program: Program, product: fx.Node) -> fx.Node | None:
+def _take_next(program: Program, product: fx.Node, gates: bool) -> fx.Node | None:
     """Fuse the product into its only reader, which takes its place; None if nothing fits."""
     has = operands(product)
     reader = only_reader(product)
@@ -52,7 +57,7 @@ def _take_next(program: Program, product: fx.Node) -> fx.Node | None:
     other = _other(reader, product)
     if other is None:
         return None
-    if name == "aten.mul.Tensor" and has["gate"] is None and _is_row(program, other, product):
+    if gates and name == "aten.mul.Tensor" and has["gate"] is None and _is_row(program, other, product):
         return _merge(program, product, reader, gate=other)
     same = program.types.get(other.name) == program.types[product.name]
     if name == "aten.add.Tensor" and same and not reader.kwargs:

@@ -18,22 +18,29 @@ from tfqc.analysis.rewrite import (
     retype,
     stores,
 )  # fmt: skip
+from tfqc.analysis.tensor_cores import window_of
+from tfqc.ir.kernel_ops import CODES
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context, Numerics, Pass, close
 
 
 @dataclass(frozen=True)
 class FuseQuantize(Pass):
-    """Move quantizers up, past views and enlargements, into the ending of the operation that computes the value."""
+    """Move quantizers up, past views and enlargements, into the ending of the operation that computes the value.
+
+    rows: only where codes are read as the rows in which they were written: no view between, no window of 3 x 3.
+    """
 
     name: ClassVar[str] = "fuse-quantize"
     needs: ClassVar[Stage] = Stage.LOWERED
     numerics: ClassVar[Numerics] = close(1e-4)
 
+    rows: bool = False
+
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
         quantizers = [n for n in program.nodes() if is_quantizer(n)]
-        fused = sum(_fuse(program, node) for node in quantizers)
+        fused = sum(_fuse(program, node) for node in quantizers if not self.rows or _is_read_as_rows(program, node))
         program.prune()
         if quantizers:
             ctx.report.append(f"quantized where it is computed: {fused} of {len(quantizers)} values")
@@ -41,7 +48,14 @@ class FuseQuantize(Pass):
 
 def is_quantizer(node: fx.Node) -> bool:
     """True for a map that only quantizes."""
-    return name_of(node) == "tfqc.map.default" and (operands(node)["act"], operands(node)["out"]) == ("none", "u8")
+    if name_of(node) != "tfqc.map.default":
+        return False
+    has = operands(node)
+    return has["act"] == "none" and has["out"] in CODES
+
+
+def _is_read_as_rows(program: Program, quantizer: fx.Node) -> bool:
+    return stores(quantizer.args[0]) and all(window_of(program, user) is None for user in quantizer.users)
 
 
 def _fuse(program: Program, quantizer: fx.Node) -> bool:

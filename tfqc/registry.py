@@ -30,17 +30,20 @@ PASSES = {
     "hoist-request": "tfqc.passes.hoist_request:HoistRequest",
     "insert-qdq": "tfqc.passes.insert_qdq:InsertQdq",
     "lower-int8": "tfqc.passes.lower_int8:LowerInt8",
+    "lower-int4": "tfqc.passes.lower_int4:LowerInt4",
     "lower-attention": "tfqc.passes.lower_attention:LowerAttention",
     "fuse-epilogues": "tfqc.passes.fuse_epilogues:FuseEpilogues",
     "fuse-norms": "tfqc.passes.fuse_norms:FuseNorms",
     "fuse-quantize": "tfqc.passes.fuse_quantize:FuseQuantize",
     "channels-last": "tfqc.passes.channels_last:ChannelsLast",
+    "half-precision": "tfqc.passes.half_precision:HalfPrecision",
     "narrow-residual": "tfqc.passes.narrow_residual:NarrowResidual",
     "prepack-weights": "tfqc.passes.prepack_weights:PrepackWeights",
     "plan-memory": "tfqc.passes.plan_memory:PlanMemory",
 }
 BACKENDS = {
     "fake-quant": "tfqc.backends.fake_quant:FakeQuantBackend",
+    "cuda-int4": "tfqc.backends.cuda_int4:CudaInt4Backend",
     "cpu-int8": "tfqc.backends.cpu_int8:CpuInt8Backend",
 }
 _KINDS = {"passes": "pass", "backends": "backend"}

@@ -1,1 +1,5 @@
-"""Kernels of the cuda-int4 backend: 4-bit weights, 4- or 8-bit codes, exact s32 sums on tensor cores."""
+"""The cuda-int4 backend."""
+
+from tfqc.backends.cuda_int4.backend import CudaInt4Backend
+
+__all__ = ["CudaInt4Backend"]

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from tfqc.emission.fused import is_fused_dequantize
-from tfqc.ir import ops
+from tfqc.ir import kernel_ops, ops
 from tfqc.ir.ops import op_name
 
 Stored = Callable[[fx.Node], str | None]
@@ -38,7 +38,7 @@ _INFIX = {
 
 
 # What the generated functions call: a value of such a name would hide it from them.
-_CALLED = {"self", "torch", "aten", "F", "fake_quantize", *vars(ops), *vars(builtins)}
+_CALLED = {"self", "torch", "aten", "F", "fake_quantize", *vars(ops), *vars(kernel_ops), *vars(builtins)}
 
 
 def variable(node: fx.Node) -> str:

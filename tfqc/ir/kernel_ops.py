@@ -5,7 +5,8 @@ against, and what runs where kernels cannot be built. Integer products are exact
 
 Fused operations share an ending. With y the value so far:
 
-    y = act(y); y = y * gate; y = y + residual; stored as `out`: f32, bf16, or u8 = quantize(y, out_scale, out_zero)
+    y = act(y); y = y * gate; y = y + residual; stored as `out`: f32, bf16, f16, or codes quantize(y, out_scale, out_zero)
+    in a byte each, of 8 (u8) or 4 bits (u4)
 
 Scales and zero points are [1], or [T] rows of the schedule that `row` [R] picks; bias, gate, norm weights are [C], or
 [R, C] with a row for the whole batch or one for each entry.
@@ -13,6 +14,7 @@ Scales and zero points are [1], or [T] rows of the schedule that `row` [R] picks
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from torch import Tensor
 from tfqc.ir.ops import _define, quantize
 
 ENDING = "str act, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scale, Tensor? out_zero_point, str out"
-_INPUT = "Tensor codes, Tensor scale, Tensor zero_point, Tensor? row_in"
+_INPUT = "Tensor codes, Tensor? scale, Tensor? zero_point, Tensor? row_in"
+CODES = {"u8": 255, "u4": 15}  # the greatest code
+_FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
 
 
@@ -40,8 +44,8 @@ def unpack_tiles(packed: Tensor, sums: Tensor, shape: list[int], groups: int, pa
 @_define(f"qlinear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, {ENDING}) -> Tensor")
 def qlinear(
     codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
     row_in: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
@@ -50,12 +54,19 @@ def qlinear(
 ) -> Tensor:
     """codes u8 [B, ..., K], weight int8 [N, K], weight_scale f32 [N]: [B, ..., N], N halved by act = geglu.
 
-    y = float(acc) * (scale * weight_scale) + bias with acc = sum_k (codes - zero_point) * weight.
+    y = float(acc) * (scale * weight_scale) + bias with acc = sum_k (codes - zero_point) * weight. Where weight_scale is
+    [N, G], each of G groups of columns has a sum of its own: y = (sum_g float(acc_g) * weight_scale_g) * scale + bias.
+    Without scale and zero point, codes are floating point values as they are.
     """
     rank = codes.dim()
-    centred = codes.to(torch.float64) - picked(zero_point, row_in, rank)
-    acc = F.linear(centred, weight.to(torch.float64)).to(torch.float32)
-    y = acc * (picked(scale, row_in, rank) * weight_scale)
+    x = centred(codes, zero_point, row_in)
+    if weight_scale.dim() > 1:
+        size = -(-codes.shape[-1] // weight_scale.shape[1])
+        parts = zip(x.split(size, -1), weight.to(torch.float64).split(size, 1), weight_scale.T, strict=True)
+        y = functools.reduce(torch.add, (F.linear(a, w).to(torch.float32) * s for a, w, s in parts))
+        y = y if scale is None else y * picked(scale, row_in, rank)
+    else:
+        y = scaled(F.linear(x, weight.to(torch.float64)), scale, row_in, weight_scale)
     if bias is not None:
         y = y + along(bias, rank, rank - 1)
     return ending(y, rank - 1, *end)
@@ -67,8 +78,8 @@ def qlinear(
 )
 def qconv(
     codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
     row_in: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
@@ -79,9 +90,12 @@ def qconv(
     *end: Any,
 ) -> Tensor:
     """codes u8 [B, C, H, W], weight int8 [N, C / groups, kh, kw]; else as `qlinear`. Padding is the zero point."""
-    centred = codes.to(torch.float64) - picked(zero_point, row_in, 4)
-    acc = F.conv2d(centred, weight.to(torch.float64), None, stride, padding, 1, groups).to(torch.float32)
-    y = acc * (picked(scale, row_in, 4) * weight_scale[:, None, None])
+    if weight_scale.dim() > 1:  # kernels of 1 x 1 only
+        flat = (codes.movedim(1, -1), scale, zero_point, row_in, weight.flatten(1), weight_scale, None)
+        y = qlinear(*flat, "none", None, None, None, None, None, "f32").movedim(-1, 1)
+    else:
+        acc = F.conv2d(centred(codes, zero_point, row_in), weight.to(torch.float64), None, stride, padding, 1, groups)
+        y = scaled(acc, scale, row_in, weight_scale[:, None, None])
     if bias is not None:
         y = y + along(bias, 4, 1)
     return ending(y, 1, *end)
@@ -169,15 +183,16 @@ def attention(
     return ending(y, 3, "none", None, None, row, out_scale, out_zero_point, out)
 
 
-@_define("quantize_tokens(Tensor x) -> (Tensor, Tensor, Tensor)")
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_define("quantize_tokens(Tensor x, int bits=8) -> (Tensor, Tensor, Tensor)")
+def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Codes u8 of x [..., C], scale f32 and zero point i32 [...] of each token: asymmetric, found at run time."""
+    top = 2**bits - 1
     x = x.to(torch.float32)
     low = x.amin(-1).clamp(max=0)
     high = x.amax(-1).clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
+    scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).eps)
     zero_point = torch.round(-low / scale)
-    codes = torch.clamp(torch.round(x * (1.0 / scale)[..., None]) + zero_point[..., None], 0, 255)
+    codes = torch.clamp(torch.round(x * (1.0 / scale)[..., None]) + zero_point[..., None], 0, top)
     return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
 
 
@@ -191,6 +206,17 @@ def channels_last(x: Tensor) -> Tensor:
 def plain(x: Tensor) -> Tensor:
     """x in f32 and in the order of its dimensions, as callers of the model want it."""
     return x.to(torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def centred(codes: Tensor, zero_point: Tensor | None, row: Tensor | None) -> Tensor:
+    """What is multiplied, in f64: sums of products of codes are exact there."""
+    x = codes.to(torch.float64)
+    return x if zero_point is None else x - picked(zero_point, row, codes.dim())
+
+
+def scaled(acc: Tensor, scale: Tensor | None, row: Tensor | None, weight_scale: Tensor) -> Tensor:
+    """Sums as values in f32."""
+    return acc.to(torch.float32) * (weight_scale if scale is None else picked(scale, row, acc.dim()) * weight_scale)
 
 
 def picked(parameter: Tensor, row: Tensor | None, rank: int) -> Tensor:
@@ -226,10 +252,10 @@ def ending(
         y = y * along(gate, y.dim(), channel)
     if residual is not None:
         y = y + residual.to(torch.float32)
-    if out == "u8":
+    if out in CODES:
         assert out_scale is not None and out_zero_point is not None
-        return quantize(y, out_scale, out_zero_point, row if out_scale.shape[0] > 1 else None, 0, 255)
-    return y.to(torch.bfloat16) if out == "bf16" else y
+        return quantize(y, out_scale, out_zero_point, row if out_scale.shape[0] > 1 else None, 0, CODES[out])
+    return y.to(_FLOATS[out])
 
 
 def activate(y: Tensor, act: str) -> Tensor:

@@ -1,0 +1,173 @@
+"""The run time of a compiled model: lines of a step on a CUDA device, or with torch on a CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfqc.backends.cuda_int4 import pack, reference
+from tfqc.backends.cuda_int4.graphs import Graphs
+from tfqc.backends.cuda_int4.loaded import Loaded
+from tfqc.backends.cuda_int4.ops import register
+from tfqc.backends.cuda_int4.reference import Given
+from tfqc.backends.cuda_int4.specialise import Gemm, Kernel
+from tfqc.backends.cuda_int4.tensors import Tensors
+from tfqc.runtime import Plan, Stepper
+
+Scales = tuple[str, str] | tuple[Tensor, Tensor] | None
+"""A scale and a zero point: names of tensors with rows of the schedule, or one of each for every token."""
+
+ours = torch.ops.tfqc_cuda
+
+
+class Engine(Stepper):
+    """A compiled model, called like the one that was captured. Not safe for use from several threads at once.
+
+    `to("cuda")` brings it to a device, where each new combination of input shapes is captured as one CUDA graph; on a
+    CPU it computes the same with torch. batched: which dimension of a step's parameters is the batch.
+    """
+
+    lines: Callable[..., Any]
+    """The model's step: `lines(k, w, **inputs)` with kernels k and tensors w."""
+    constants: Callable[..., Mapping[str, Tensor]] | None = None
+    """Values that need no input: `constants(w)`."""
+
+    def __init__(self, directory: Path, plan: Plan, kernels: Sequence[Kernel], batched: Mapping[str, int]) -> None:
+        super().__init__(plan)
+        self._graphs = Graphs({*plan.hoisted, *plan.request_tables})
+        self.tensors = Tensors(directory, self._graphs.clear)
+        self.runner = Runner(directory / "kernels.cu")
+        self._kernels = {kernel.name: (kernel, register(kernel, self.runner)) for kernel in kernels}
+        self._batched = batched
+        for name, value in self.constants(self.get_tensor).items() if self.constants else ():
+            self.tensors.put(name, value)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor of the program."""
+        return self.tensors.get(name)
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Replace a table."""
+        self.tensors.put(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
+        """Follow to a device; the numbers that kernels read stay of the types that they are."""
+        super()._apply(fn, recurse)
+        self.tensors.to(fn(torch.empty(0, device=self.tensors.device)).device)
+        return self
+
+    def step(self, **values: Any) -> Any:
+        """One timestep; a launch has one row of the schedule, so a batch of several is computed in parts."""
+        rows = values.get(self.plan.row)
+        if rows is not None and len(rows) > 1:
+            return self._by_row(rows, values)
+        if rows is not None and rows.is_cuda:
+            return self._graphs.run(self._once, values)
+        return self._once(**values)
+
+    def _once(self, **values: Any) -> Any:
+        rows = values.get(self.plan.row)
+        step = torch.zeros(1, dtype=torch.int32) if rows is None else rows.to(torch.int32)
+        with torch.no_grad():
+            return self.lines(Launches(self._kernels, self.tensors, step), self._whole, **values)
+
+    def _whole(self, name: str) -> Tensor:
+        """A tensor for operations of a step: tables with all the room that they have."""
+        growing = name in self.plan.activations or any(name in (t.tensor, t.scale, t.zero_point) for t in self.plan.tables)
+        return self.tensors.form(name, "rows") if growing else self.tensors.get(name)
+
+    def _by_row(self, rows: Tensor, values: Mapping[str, Any]) -> Any:
+        result: list[Tensor] = []
+        several = False
+        for row in rows.unique():
+            mine = (rows == row).nonzero().flatten()
+            part = {k: v.index_select(self._batched[k], mine) if k in self._batched else v for k, v in values.items()}
+            found = self.step(**{**part, self.plan.row: row[None]})
+            several = isinstance(found, tuple)
+            outs = found if several else (found,)
+            result = result or [out.new_empty(len(rows), *out.shape[1:]) for out in outs]
+            for whole, out in zip(result, outs, strict=True):
+                whole[mine] = out
+        return tuple(result) if several else result[0]
+
+
+class Runner:
+    """Launches kernels where their arguments are."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._devices: dict[int, Loaded] = {}
+
+    def launch(self, kernel: Kernel, rows: int, given: Given) -> None:
+        """On the device of what is written."""
+        out = given["out"]
+        assert out is not None
+        if out.is_cuda:
+            index = out.device.index or 0
+            if index not in self._devices:
+                self._devices[index] = Loaded(self._source.read_text(), index)
+            self._devices[index].launch(kernel, rows, given)
+        else:
+            _warn_of_cpu()
+            reference.launch(kernel, rows, given)
+
+
+def _warn_of_cpu() -> None:
+    message = "Kernels for CUDA run with torch here, slowly: move the model and its inputs to a CUDA device."
+    warnings.warn(message, stacklevel=2)
+
+
+class Launches:
+    """What the lines of a step call: kernels by name, on values and on tensors by name, at one step of the schedule."""
+
+    def __init__(self, kernels: Mapping[str, tuple[Kernel, int]], tensors: Tensors, step: Tensor) -> None:
+        self._kernels, self._tensors, self._step = kernels, tensors, step
+
+    def quantize(self, kernel: str, x: Tensor, scale: str, zero_point: str) -> Tensor:
+        """Codes of x f16 [..., C], as rows or as an image with a border."""
+        inverse, zero = self._inverse(scale), self._tensors.form(zero_point, "rows")
+        return ours.quantize(x, inverse, zero, self._step, self._kernels[kernel][1])
+
+    def quantize_tokens(self, kernel: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and zero points of the tokens of x f16 [..., C]."""
+        return ours.quantize_tokens(x, self._kernels[kernel][1])
+
+    def product(
+        self,
+        kernel: str,
+        codes: Tensor,
+        weight: str,
+        scales: Scales,
+        bias: str | None = None,
+        residual: Tensor | None = None,
+        out_scales: tuple[str, str] | None = None,
+    ) -> Tensor:
+        """codes [..., bytes] times the packed weight, and what follows: [..., N] in f16, or codes."""
+        its, number = self._kernels[kernel]
+        assert isinstance(its, Gemm)
+        read, form = self._tensors.get, self._tensors.form
+        columns = ("columns", its.tile.n, its.paired)
+
+        def padded(values: Tensor) -> Tensor:
+            return pack.columns(values.reshape(-1, its.n), its.tile.n, its.paired)
+
+        if scales is None:
+            scale = zero = None
+        elif isinstance(scales[0], str):
+            scale, zero = (form(str(name), "rows") for name in scales)
+        else:
+            scale, zero = scales
+        return ours.product(
+            codes, read(f"{weight}.packed"), read(f"{weight}.sums"), form(f"{weight}.scale.flat", columns, padded),
+            None if bias is None else form(bias, columns, padded), scale, zero, self._step, residual,
+            None if out_scales is None else self._inverse(out_scales[0]),
+            None if out_scales is None else form(out_scales[1], "rows"), number,
+        )  # fmt: skip
+
+    def _inverse(self, scale: str) -> Tensor:
+        return self._tensors.form(scale, "inverse", lambda x: 1.0 / x)

@@ -1,0 +1,130 @@
+"""What kernels compute, with torch: the same arguments, the same bytes but for rounding in activations.
+
+It runs where there is no CUDA device, and says what stored test vectors have to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfqc.backends.cuda_int4 import pack
+from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, Quantize, Rows
+from tfqc.ir.kernel_ops import CODES, activate, quantize_tokens
+
+Given = Mapping[str, Tensor | None]
+
+
+def launch(kernel: Kernel, rows: int, given: Given) -> None:
+    """Run a kernel on tensors by the names of its arguments; what it writes is among them."""
+    if isinstance(kernel, Gemm):
+        _product(kernel, rows, given)
+    elif kernel.scales == "token":
+        _tokens(kernel, given)
+    else:
+        _values(kernel, given)
+
+
+def _product(kernel: Gemm, rows: int, given: Given) -> None:
+    end, step = kernel.epilogue, _number(given["step"])
+    weight = pack.unpack(_some(given, "weight"), kernel.n, kernel.k, kernel.mode, kernel.paired)
+    codes = _codes(kernel, rows, _some(given, "a"))
+    order = _order(kernel)
+    longest = kernel.k * (2**kernel.a_bits - 1) * 8
+    exact = torch.float32 if longest < 2**24 else torch.float64
+    acc = (codes.to(exact) @ weight.to(exact).T).to(torch.int64)
+    zero, scale = (_picked(given[name], end.scales, step) for name in ("zero", "scale"))
+    sums = _some(given, "weight_sum")[order]
+    centred = (acc - zero.to(torch.int64)[:, None] * sums).to(torch.int32)
+    out = _some(given, "out")
+    if end.out == "s32":
+        out.copy_(centred.reshape(out.shape))
+        return
+    y = centred.to(torch.float32) * (scale[:, None] * _some(given, "weight_scale").flatten()[order])
+    if end.bias != "none":
+        y = y + _some(given, "bias").reshape(-1, kernel.padded_n)[step if end.bias == "step" else 0, order]
+    y = activate(y, end.activation)
+    if end.residual:
+        y = y + _some(given, "residual").reshape(y.shape).to(torch.float32)
+    if end.out == "f16":
+        out.copy_(y.to(torch.float16).reshape(out.shape))
+    else:
+        inverse, origin = (_picked(given[name], end.out_scales, step) for name in ("out_inverse", "out_zero"))
+        out.copy_(_stored(_quantized(y, inverse, origin, CODES[end.out]), origin, end.out == "u4").reshape(out.shape))
+
+
+def _codes(kernel: Gemm, rows: int, a: Tensor) -> Tensor:
+    """Codes [M, K] of a product's left operand, of a convolution its windows."""
+    codes = _apart(a) if kernel.a_bits == 4 else a
+    window = kernel.window
+    if window is None:
+        return codes.reshape(rows, kernel.k)
+    image = codes.reshape(-1, window.height + 2, window.width + 2, kernel.k // 9)
+    seen = image.unfold(1, 3, window.stride).unfold(2, 3, window.stride)  # B, y, x, C, 3, 3
+    return seen.permute(0, 1, 2, 4, 5, 3).reshape(rows, kernel.k)
+
+
+def _values(kernel: Quantize, given: Given) -> None:
+    step, out = _number(given["step"]), _some(given, "out")
+    inverse, zero = (_picked(given[name], kernel.scales, step) for name in ("inverse", "zero"))
+    codes = _quantized(_some(given, "x").to(torch.float32), inverse, zero, 2**kernel.bits - 1)
+    if kernel.image is not None:
+        images = codes.reshape(-1, *kernel.image, kernel.k).permute(0, 3, 1, 2)
+        codes = F.pad(images, (1, 1, 1, 1), value=int(zero)).permute(0, 2, 3, 1)
+    out.copy_(_stored(codes, zero, kernel.bits == 4).reshape(out.shape))
+
+
+def _tokens(kernel: Quantize, given: Given) -> None:
+    out, scale, zero = (_some(given, name) for name in ("out", "scale", "zero"))
+    codes, scales, zeros = quantize_tokens(_some(given, "x"), kernel.bits)
+    scale.copy_(scales.reshape(scale.shape))
+    zero.copy_(zeros.reshape(zero.shape))
+    padded = torch.cat([codes, zeros[..., None].expand(*zeros.shape, -kernel.k % 32).to(torch.uint8)], -1)
+    out.copy_((_together(padded) if kernel.bits == 4 else padded).reshape(out.shape))
+
+
+def _quantized(y: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+    """clamp(rint(y * inverse) + zero, 0, top)"""
+    return torch.clamp(torch.round(y * inverse) + zero, 0, top).to(torch.uint8)
+
+
+def _stored(codes: Tensor, zero: Tensor, narrow: bool) -> Tensor:
+    """Rows padded to 32 codes with the code of 0; 4-bit ones two a byte."""
+    padded = F.pad(codes, (0, -codes.shape[-1] % 32), value=int(zero))
+    return _together(padded) if narrow else padded
+
+
+def _together(codes: Tensor) -> Tensor:
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _apart(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def _order(kernel: Gemm) -> Tensor:
+    """Where kernels have the columns 0 .. n - 1 of a product."""
+    numbers = pack.columns(torch.arange(1, kernel.n + 1), kernel.tile.n, kernel.paired)
+    places = torch.empty(kernel.n + 1, dtype=torch.int64)
+    places[numbers] = torch.arange(len(numbers))
+    return places[1:]
+
+
+def _picked(parameter: Tensor | None, rows: Rows, step: int) -> Tensor:
+    """One parameter, that of the step, or those of all tokens: [1] or [M]."""
+    assert parameter is not None
+    flat = parameter.flatten()
+    return flat if rows == "token" else flat[[step if rows == "step" else 0]]
+
+
+def _number(step: Tensor | None) -> int:
+    return 0 if step is None else int(step)
+
+
+def _some(given: Given, name: str) -> Tensor:
+    value = given[name]
+    assert value is not None
+    return value

@@ -1,0 +1,137 @@
+"""Which kernel runs an operation of a lowered step, and how its operands lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from torch import fx
+
+from tfqc.analysis.rewrite import name_of, operands
+from tfqc.analysis.tensor_cores import is_step_row, window_of
+from tfqc.backends.cuda_int4.specialise import Body, Epilogue, Gemm, Kernel, Mode, Quantize, Rows, Tile, Window, body_for
+from tfqc.ir.program import Program
+from tfqc.ir.types import TensorType
+
+K = TypeVar("K", Gemm, Quantize)
+PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
+_BITS: dict[str, Literal[4, 8]] = {"u4": 4, "u8": 8}
+
+
+@dataclass
+class Selection:
+    """The kernels of a program, each once, in the order in which they are first used.
+
+    arch: as the target has it; `fat` is for all.
+    """
+
+    program: Program
+    arch: str
+    kernels: dict[str, Kernel] = field(default_factory=dict[str, Kernel])
+
+    def product(self, node: fx.Node) -> Gemm:
+        """Of a qlinear or qconv."""
+        has, its = operands(node), self.program.types
+        weight, x, y = its[has["weight"].name], its[has["codes"].name], its[node.name]
+        assert isinstance(weight, TensorType) and isinstance(x, TensorType) and isinstance(y, TensorType)
+        n, channels, *taps = (int(size) for size in weight.shape)
+        image = window_of(self.program, node)
+        window = None if image is None else Window(*image, int(has["stride"]))
+        mode = self._mode(has)
+        end = Epilogue(
+            scales=_rows(has["scale"], has["row_in"]),
+            bias=_bias(self.program, has["bias"]),
+            activation=has["act"],
+            residual=has["residual"] is not None,
+            out=has["out"],
+            out_scales=_rows(has["out_scale"], has["row"]) if has["out_scale"] is not None else "step",
+        )
+        k = _whole(channels) * (9 if window else 1)
+        rows = 1
+        for size in y.shape[1:-1] if name_of(node).startswith("tfqc.qlinear") else y.shape[2:]:
+            rows *= size if isinstance(size, int) else 1024
+        shape = f"{n}x{k}" if window is None else f"{n}x{k}_{window.height}x{window.width}_s{window.stride}"
+        what = "linear" if name_of(node) == "tfqc.qlinear.default" else f"conv{taps[0]}x{taps[1]}"
+        made = Gemm(f"tfqc_{what}_{shape}", n, k, mode, self._body(mode), end, window, _tile(n, rows))
+        return self._add(made)
+
+    def quantizer(self, node: fx.Node, windowed: bool) -> Quantize:
+        """Of a map that stores codes, as rows or as an image with a border."""
+        has = operands(node)
+        channels, image = self._pixels(node)
+        image = image if windowed else None
+        name = f"tfqc_quantize{_BITS[has['out']]}_{channels}" + (f"_{image[0]}x{image[1]}" if image else "")
+        return self._add(Quantize(name, channels, _BITS[has["out"]], _rows(has["out_scale"], has["row"]), image))
+
+    def tokens(self, node: fx.Node) -> Quantize:
+        """Of a quantize_tokens."""
+        channels, _ = self._pixels(node)
+        bits: Literal[4, 8] = 4 if operands(node).get("bits") == 4 else 8
+        return self._add(Quantize(f"tfqc_quantize{bits}_{channels}_tokens", channels, bits, "token"))
+
+    def _pixels(self, node: fx.Node) -> tuple[int, tuple[int, int] | None]:
+        """Channels of what is quantized, and the size of its images if it has any."""
+        x = self.program.types[operands(node)["x"].name]
+        assert isinstance(x, TensorType)
+        if not is_image(node):
+            return int(x.shape[-1]), None
+        return int(x.shape[1]), (int(x.shape[2]), int(x.shape[3])) if _static(x) else None
+
+    def _mode(self, has: dict[str, Any]) -> Mode:
+        codes = has["codes"]
+        if name_of(codes) == "operator.getitem":
+            return "w4a4" if operands(codes.args[0]).get("bits") == 4 else "w4a8"
+        return "w4a4" if operands(codes)["out"] == "u4" else "w4a8"
+
+    def _body(self, mode: Mode) -> Body:
+        return "auto" if self.arch == "fat" and mode == "w4a4" else body_for(self.arch, mode)
+
+    def _add(self, kernel: K) -> K:
+        """The kernel under a name of its own, or the one that is there and the same."""
+        for name in _names(kernel.name):
+            named = replace(kernel, name=name)
+            if self.kernels.setdefault(name, named) == named:
+                return named
+        raise AssertionError
+
+
+def is_image(node: fx.Node) -> bool:
+    """True for a quantizer of images [B, C, H, W]: one that convolutions read."""
+    return any(name_of(user) == "tfqc.qconv.default" for user in node.users)
+
+
+def _static(type_: TensorType) -> bool:
+    return all(isinstance(size, int) for size in type_.shape[2:])
+
+
+def _names(base: str) -> Iterator[str]:
+    yield base
+    number = 1
+    while True:
+        yield f"{base}_{number}"
+        number += 1
+
+
+def _rows(scale: Any, row: Any) -> Rows:
+    """Whether scales are one, the step's, or each token's."""
+    if name_of(scale) == "operator.getitem":
+        return "token"
+    return "one" if row is None else "step"
+
+
+def _bias(program: Program, bias: Any) -> Literal["none", "one", "step"]:
+    if bias is None:
+        return "none"
+    return "step" if is_step_row(program, bias) else "one"
+
+
+def _whole(codes: int) -> int:
+    """Codes of a row with its padding."""
+    return -(-codes // 32) * 32
+
+
+def _tile(n: int, rows: int) -> Tile:
+    """64 columns where 128 would be half empty, 64 rows where one image has no more."""
+    wide = n > 64 and -(-n // 128) * 128 - n < 64
+    return Tile(m=128 if rows > 64 else 64, n=128 if wide else 64)

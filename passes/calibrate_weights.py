@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tfqc.analysis.binding import edge_nodes
 from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
-from tfqc.analysis.weighted import runs_quantized, weight_of
+from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
@@ -24,7 +24,8 @@ class CalibrateWeights(Pass):
 
     Options: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric;
     edge-bits (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal
-    information block); skip (module path prefixes left in floating point). A weight that another pass has quantized
+    information block; `linear`: only linears and convolutions of 1 x 1); skip (module path prefixes left in floating
+    point). A weight that another pass has quantized
     already keeps its codes.
     """
 
@@ -39,7 +40,7 @@ class CalibrateWeights(Pass):
     group: int | None = None
     symmetric: bool = True
     edge_bits: int | None = None
-    scope: Literal["all", "tib"] = "all"
+    scope: Literal["all", "tib", "linear"] = "all"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,7 +52,8 @@ class CalibrateWeights(Pass):
         """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
         program.tables.setdefault(Quantizer.table, {})
         tib = program.table(Tib)
-        nodes = [n for n in runs_quantized(program) if self.scope == "all" or n.name in tib]
+        nodes = [n for n in runs_quantized(program) if self.scope != "tib" or n.name in tib]
+        nodes = [n for n in nodes if self.scope != "linear" or is_linear(program, n)]
         edges = edge_nodes(program) if self.edge_bits is not None else []
         for node in ctx.progress.track(nodes, "quantizing weights", len(nodes)):
             module = program.origins[node.name].module if node.name in program.origins else ""

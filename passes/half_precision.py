@@ -16,7 +16,7 @@ from tfqc.passing import LOSSY, Context, Numerics, Pass
 
 # What works in f32 whatever it is given: quantizers that no kernel took, stored weights, reads of tables.
 _WIDE = ("tfqc.quantize", "tfqc.dequantize", "tfqc.table_", "tfqc.request_read", "tfqc.channels_last", "tfqc.plain")
-_VALUES = {"codes", "x", "residual"}  # of kernels; their scales, zero points and biases stay f32
+_VALUES = {"codes", "x", "residual", "low", "up"}  # of kernels; their scales, zero points and biases stay f32
 _FLOATS = (torch.float32, torch.float16)
 
 

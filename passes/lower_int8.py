@@ -12,6 +12,7 @@ from tfqc.analysis.weighted import WEIGHTED
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context, Numerics, Pass, close
 
+
 @dataclass(frozen=True)
 class LowerInt8(Pass):
     """Multiply codes by codes in @step, where `dequantize` feeds a linear or convolution whose weight is stored codes.

@@ -10,7 +10,7 @@ import torch
 from tfqc.analysis.binding import edge_nodes
 from tfqc.analysis.moments import has_moments, observe_moments
 from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
-from tfqc.analysis.weighted import runs_quantized, weight_of
+from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.gptq import gptq
 from tfqc.ir.program import Program, Stage
@@ -25,7 +25,8 @@ class ReconstructWeights(Pass):
 
     The TIB has a reconstruction of its own (reconstruct-tib), so strategies differ in nothing but the TIB. Grouped
     convolutions are left to calibrate-weights. Options: bits; method of the range search; group; edge-bits (for the
-    model's first and last layer; none = as the others); steps of the schedule at which inputs are looked at.
+    model's first and last layer; none = as the others); scope (`linear`: only linears and convolutions of 1 x 1);
+    steps of the schedule at which inputs are looked at.
     """
 
     name: ClassVar[str] = "reconstruct-weights"
@@ -39,6 +40,7 @@ class ReconstructWeights(Pass):
     method: Literal["min-max", "mse"] = "mse"
     group: int | None = None
     edge_bits: int | None = None
+    scope: Literal["all", "linear"] = "all"
     steps: int = 10
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class ReconstructWeights(Pass):
             for n in runs_quantized(program)
             if n.name not in program.table(Tib) and has_moments(program, n) and not quantizer_of(program, n).codes
         ]
+        nodes = [n for n in nodes if self.scope == "all" or is_linear(program, n)]
         edges = edge_nodes(program) if self.edge_bits is not None else []
         moments = observe_moments(program, nodes, ctx, self.steps) if nodes else {}
         for node in ctx.progress.track(nodes, "reconstructing weights (GPTQ)", len(nodes)):

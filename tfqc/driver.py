@@ -85,6 +85,7 @@ def compile(
         workdir=workdir,
         progress=progress or Silent(),
     )
+    context.report += backend.remarks(target.options)
     if spec is not None and spec.conditions_are_random and not isinstance(calibration, Calibration):
         context.report.append("calibrated on random conditions: give your own for quality that counts")
     # Everything that can be refused is refused before the model is captured.

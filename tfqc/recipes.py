@@ -16,6 +16,8 @@ def quantization_pipeline(
     activations: int | None,
     mode: str = "per-step",
     group: int | None = None,
+    group_scope: str = "all",
+    rank: int | None = None,
     edges: int | None = 8,
     policy: str = "recompute",
     reconstruct: bool = True,
@@ -28,6 +30,8 @@ def quantization_pipeline(
         mode: of the activations, as `calibrate-activations` has it.
         edges: bits of the first and the last layer, weights and activations, where that is more; None = as the others.
         group: columns of a weight that share a scale, None = per channel.
+        group_scope: `linear` leaves weights of larger windows per channel.
+        rank: of the branch in f16 that takes a part of each linear's weight, None = no branch.
         policy: for timesteps that are not in the schedule, as `fold-cache` has it.
         reconstruct: search for good scales and codes (MSE, GPTQ); False takes min-max ranges, for which 8 bits do.
 
@@ -48,13 +52,14 @@ def quantization_pipeline(
         parts.append("select-maintenance{strategy=auto candidates=tib,cache4,cache8}")
     else:
         parts.append(f"select-maintenance{{strategy={strategy.split('+')[0]}}}")
+    if rank:
+        parts.append(f"split-low-rank{{rank={rank}}}")
     if weights:
-        shared = (
-            f"method={'mse' if reconstruct else 'min-max'}{f' group={group}' if group else ''}{_edge(edges, weights)}"
-        )
-        if reconstruct:
-            parts.append(f"reconstruct-weights{{bits={weights} {shared}}}")
-        parts.append(f"calibrate-weights{{bits={weights} {shared}}}")
+        shared = f"bits={weights} method={'mse' if reconstruct else 'min-max'}{_edge(edges, weights)}"
+        grouped = f"{shared}{f' group={group}' if group else ''}"
+        ways = [f"{grouped} scope=linear", shared] if group and group_scope == "linear" else [grouped]
+        for name in ("reconstruct-weights", "calibrate-weights") if reconstruct else ("calibrate-weights",):
+            parts += [f"{name}{{{way}}}" for way in ways]
     if activations:
         if strategy.startswith("tib") and "fsc" not in tuned and mode == "per-step":
             # Per-step rows inside the block are what FSC is: without it, the block has one range for all steps.

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from tabulate import tabulate
 from torch import fx
 
-from tfqc.analysis.tensor_cores import why_not_tensor_cores
+from tfqc.analysis.tensor_cores import GROUP, why_not_tensor_cores
 from tfqc.analysis.weighted import WEIGHTED
 from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
+from tfqc.backends.cuda_int4.specialise import ARCHS, Body, Mode, body_for
 from tfqc.emission.importing import load_model
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
-from tfqc.passing import Pass
+from tfqc.passing import Pass, Progress
 from tfqc.recipes import quantization_pipeline
+
+_INSTRUCTIONS: dict[tuple[Body, Mode], str] = {
+    ("s4", "w4a4"): "m16n8k64 u4 x s4",
+    ("nibble", "w4a4"): "m16n8k32 u8 x s8, both of 16 times the codes",
+    ("nibble", "w4a8"): "m16n8k32 u8 x s8, weights 16 times the codes",
+    ("half", "w4a16"): "m16n8k16 f16 x f16, weights expanded",
+}
+_ACTIVATIONS: dict[Mode, int | None] = {"w4a4": 4, "w4a8": 8, "w4a16": None}
 
 
 @dataclass(frozen=True)
@@ -27,22 +37,45 @@ class CudaInt4Options:
     """Options of the target.
 
     arch: the chip whose instructions multiply; fat = one text for all of them. mode: bits of weights and activations.
-    activations: their ranges, fixed, a row for each step, or of each token at run time. edges: bits of the first and
-    last layer, which torch runs where that is more than the mode's. policy: for timesteps that are not in the schedule.
+    group: columns of a linear's weight that share a scale, none = all of them. rank: of a branch in f16 beside each
+    linear, none = no branch. activations: their ranges, fixed, a row for each step, or of each token at run time.
+    edges: bits of the first and last layer, which torch runs where that is more than 4. policy: for timesteps that are
+    not in the schedule.
     """
 
     arch: Literal["sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a", "fat"] = "fat"
-    mode: Literal["w4a4", "w4a8"] = "w4a4"
+    mode: Mode = "w4a4"
+    group: int | None = None
+    rank: int | None = None
     activations: Literal["static", "per-step", "per-token"] = "per-step"
     edges: int | None = 8
     policy: Literal["recompute", "nearest", "error"] = "recompute"
 
+    def __post_init__(self) -> None:
+        if self.group not in (None, GROUP):
+            raise ValueError(f"group={self.group} is out of range: kernels take groups of {GROUP} columns, or none")
+        if self.rank is not None and (self.rank % 16 or not 16 <= self.rank <= 128):
+            raise ValueError(f"rank={self.rank} is out of range: multiples of 16 up to 128, or none")
+
 
 class CudaInt4Backend(Backend):
-    """Runs quantized models in 4-bit integers on the tensor cores of NVIDIA GPUs."""
+    """Runs models with 4-bit weights on the tensor cores of NVIDIA GPUs."""
 
     name: ClassVar[str] = "cuda-int4"
     options: ClassVar[type[Any]] = CudaInt4Options
+
+    @classmethod
+    def notes(cls) -> str:
+        """The instruction that multiplies, by chip and mode."""
+        rows = [(arch, *(_INSTRUCTIONS[body_for(arch, mode), mode] for mode in get_args(Mode))) for arch in ARCHS]
+        return tabulate(rows, headers=("arch", *get_args(Mode)))
+
+    def remarks(self, options: CudaInt4Options) -> list[str]:
+        """What multiplies, which not every chip does in the bits of the mode."""
+        archs = ARCHS if options.arch == "fat" else (options.arch,)
+        return [
+            f"{options.mode} on {arch}: {_INSTRUCTIONS[body_for(arch, options.mode), options.mode]}" for arch in archs
+        ]
 
     def supports(self, program: Program, node: fx.Node, options: CudaInt4Options) -> Support:
         """Everything runs; linears and convolutions that torch runs say why."""
@@ -55,7 +88,10 @@ class CudaInt4Backend(Backend):
         return quantization_pipeline(
             strategy,
             weights=4,
-            activations=4 if options.mode == "w4a4" else 8,
+            activations=_ACTIVATIONS[options.mode],
+            group=options.group,
+            group_scope="linear",
+            rank=options.rank,
             mode=options.activations,
             edges=options.edges,
             policy=options.policy,
@@ -72,3 +108,9 @@ class CudaInt4Backend(Backend):
     def load(self, directory: Path) -> torch.nn.Module:
         """The model of `model.py`, on the CPU; `to("cuda")` brings it to a device."""
         return load_model(directory)
+
+    def check(self, artifact: Path | None, progress: Progress) -> dict[str, Any]:
+        """Stored vectors and times on this machine's GPU."""
+        from tfqc.backends.cuda_int4.check import check  # it loads artifacts, with all that this imports
+
+        return check(artifact, progress)

@@ -78,7 +78,9 @@ class Engine(Stepper):
 
     def _whole(self, name: str) -> Tensor:
         """A tensor for operations of a step: tables with all the room that they have."""
-        growing = name in self.plan.activations or any(name in (t.tensor, t.scale, t.zero_point) for t in self.plan.tables)
+        growing = name in self.plan.activations or any(
+            name in (t.tensor, t.scale, t.zero_point) for t in self.plan.tables
+        )
         return self.tensors.form(name, "rows") if growing else self.tensors.get(name)
 
     def _by_row(self, rows: Tensor, values: Mapping[str, Any]) -> Any:
@@ -128,23 +130,33 @@ class Launches:
     def __init__(self, kernels: Mapping[str, tuple[Kernel, int]], tensors: Tensors, step: Tensor) -> None:
         self._kernels, self._tensors, self._step = kernels, tensors, step
 
-    def quantize(self, kernel: str, x: Tensor, scale: str, zero_point: str) -> Tensor:
-        """Codes of x f16 [..., C], as rows or as an image with a border."""
+    def quantize(self, kernel: str, x: Tensor, scale: str, zero_point: str, down: str | None = None) -> Any:
+        """Codes of x f16 [..., C], as rows or as an image with a border; with `down` [C, r] also x @ down."""
         inverse, zero = self._inverse(scale), self._tensors.form(zero_point, "rows")
+        if down is not None:
+            packed = self._tensors.form(down, "packed", pack.pack_down)
+            return ours.quantize_low_rank(x, inverse, zero, self._step, packed, self._kernels[kernel][1])
         return ours.quantize(x, inverse, zero, self._step, self._kernels[kernel][1])
 
     def quantize_tokens(self, kernel: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and zero points of the tokens of x f16 [..., C]."""
         return ours.quantize_tokens(x, self._kernels[kernel][1])
 
+    def copy(self, kernel: str, x: Tensor) -> Tensor:
+        """x f16 [..., C] with its channels padded, and a border around images."""
+        return ours.copy(x, self._kernels[kernel][1])
+
     def product(
         self,
         kernel: str,
         codes: Tensor,
         weight: str,
+        weight_scale: str,
         scales: Scales,
         bias: str | None = None,
         residual: Tensor | None = None,
+        low: Tensor | None = None,
+        up: str | None = None,
         out_scales: tuple[str, str] | None = None,
     ) -> Tensor:
         """codes [..., bytes] times the packed weight, and what follows: [..., N] in f16, or codes."""
@@ -156,6 +168,12 @@ class Launches:
         def padded(values: Tensor) -> Tensor:
             return pack.columns(values.reshape(-1, its.n), its.tile.n, its.paired)
 
+        def of_groups(values: Tensor) -> Tensor:
+            return padded(values if its.group is None else values.T)
+
+        def packed_up(values: Tensor) -> Tensor:
+            return pack.pack_up(values.T, its.tile.n, its.paired)
+
         if scales is None:
             scale = zero = None
         elif isinstance(scales[0], str):
@@ -163,8 +181,9 @@ class Launches:
         else:
             scale, zero = scales
         return ours.product(
-            codes, read(f"{weight}.packed"), read(f"{weight}.sums"), form(f"{weight}.scale.flat", columns, padded),
+            codes, read(f"{weight}.packed"), read(f"{weight}.sums"), form(weight_scale, columns, of_groups),
             None if bias is None else form(bias, columns, padded), scale, zero, self._step, residual,
+            low, None if up is None else form(up, columns, packed_up),
             None if out_scales is None else self._inverse(out_scales[0]),
             None if out_scales is None else form(out_scales[1], "rows"), number,
         )  # fmt: skip

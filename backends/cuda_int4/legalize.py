@@ -9,5 +9,5 @@ from tfqc.pipeline import Pipeline
 def legalize() -> tuple[Pass, ...]:
     """Lower, fuse, and compute the rest in f16."""
     return Pipeline.parse(
-        "lower-int4,fuse-epilogues{gates=false},channels-last,fuse-quantize{rows=true},half-precision"
+        "lower-int4,fuse-low-rank,fuse-epilogues{gates=false},channels-last,fuse-quantize{rows=true},half-precision"
     ).passes

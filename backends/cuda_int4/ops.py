@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,29 @@ def _launch(number: int, rows: int, given: Given) -> None:
     runner.launch(kernel, rows, given)
 
 
+def _copy(x: Tensor, kernel: int) -> Tensor:
+    its = _known[kernel][0]
+    assert isinstance(its, Quantize)
+    lead, rows = _lead(its, x)
+    out = x.new_empty(*lead, -(-its.k // 32) * 32)
+    if x.device.type != "meta":
+        _launch(kernel, rows, {"x": x.contiguous(), "out": out})
+    return out
+
+
+def _quantize_low_rank(
+    x: Tensor, inverse: Tensor, zero: Tensor, step: Tensor, down: Tensor, kernel: int
+) -> tuple[Tensor, Tensor]:
+    its = _known[kernel][0]
+    assert isinstance(its, Quantize)
+    lead, rows = _lead(its, x)
+    out, low = x.new_empty(*lead, _pitch(its.k, its.bits), dtype=torch.uint8), x.new_empty(*lead, its.rank)
+    given = {"x": x.contiguous(), "inverse": inverse, "zero": zero, "step": step, "out": out, "down": down, "low": low}
+    if x.device.type != "meta":
+        _launch(kernel, rows, given)
+    return out, low
+
+
 def _quantize(x: Tensor, inverse: Tensor, zero: Tensor, step: Tensor, kernel: int) -> Tensor:
     its = _known[kernel][0]
     assert isinstance(its, Quantize)
@@ -75,6 +99,8 @@ def _product(
     zero: Tensor | None,
     step: Tensor,
     residual: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
     out_inverse: Tensor | None,
     out_zero: Tensor | None,
     kernel: int,
@@ -87,9 +113,9 @@ def _product(
     dtype = torch.uint8 if bits else torch.float16
     out = a.new_empty(*lead, _pitch(columns, bits) if bits else columns, dtype=dtype)
     given = {
-        "a": a, "weight": weight, "weight_sum": weight_sum, "weight_scale": weight_scale, "bias": bias, "scale": scale,
-        "zero": zero, "step": step, "residual": None if residual is None else residual.contiguous(),
-        "out_inverse": out_inverse, "out_zero": out_zero, "out": out,
+        "a": a.contiguous(), "weight": weight, "weight_sum": weight_sum, "weight_scale": weight_scale, "bias": bias,
+        "scale": scale, "zero": zero, "step": step, "residual": None if residual is None else residual.contiguous(),
+        "low": low, "up": up, "out_inverse": out_inverse, "out_zero": out_zero, "out": out,
     }  # fmt: skip
     if a.device.type != "meta":
         _launch(kernel, torch.Size(lead).numel(), given)
@@ -111,14 +137,23 @@ def _pitch(codes: int, bits: int) -> int:
     return -(-codes // 32) * 32 * bits // 8
 
 
-_LIBRARY = torch.library.Library("tfqc_cuda", "DEF")
-_SCHEMAS = {
-    "quantize(Tensor x, Tensor inverse, Tensor zero, Tensor step, int kernel) -> Tensor": _quantize,
-    "quantize_tokens(Tensor x, int kernel) -> (Tensor, Tensor, Tensor)": _quantize_tokens,
-    "product(Tensor a, Tensor weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, Tensor? scale, Tensor? zero,"
-    " Tensor step, Tensor? residual, Tensor? out_inverse, Tensor? out_zero, int kernel) -> Tensor": _product,
+_SIGNATURES: dict[str, tuple[Callable[..., Any], str]] = {
+    "quantize": (_quantize, "Tensor x, Tensor inverse, Tensor zero, Tensor step, int kernel) -> Tensor"),
+    "quantize_low_rank": (
+        _quantize_low_rank,
+        "Tensor x, Tensor inverse, Tensor zero, Tensor step, Tensor down, int kernel) -> (Tensor, Tensor)",
+    ),
+    "quantize_tokens": (_quantize_tokens, "Tensor x, int kernel) -> (Tensor, Tensor, Tensor)"),
+    "copy": (_copy, "Tensor x, int kernel) -> Tensor"),
+    "product": (
+        _product,
+        "Tensor a, Tensor weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, Tensor? scale, Tensor? zero,"
+        " Tensor step, Tensor? residual, Tensor? low, Tensor? up, Tensor? out_inverse, Tensor? out_zero, int kernel)"
+        " -> Tensor",
+    ),
 }
-for _schema, _function in _SCHEMAS.items():
-    _LIBRARY.define(_schema)
+_LIBRARY = torch.library.Library("tfqc_cuda", "DEF")
+for _name, (_function, _signature) in _SIGNATURES.items():
+    _LIBRARY.define(f"{_name}({_signature}")
     for _device in ("CPU", "CUDA", "Meta"):
-        _LIBRARY.impl(_schema.partition("(")[0], _function, _device)
+        _LIBRARY.impl(_name, _function, _device)

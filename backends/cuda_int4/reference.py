@@ -5,6 +5,7 @@ It runs where there is no CUDA device, and says what stored test vectors have to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,8 @@ def launch(kernel: Kernel, rows: int, given: Given) -> None:
     """Run a kernel on tensors by the names of its arguments; what it writes is among them."""
     if isinstance(kernel, Gemm):
         _product(kernel, rows, given)
+    elif kernel.bits == 16:
+        _some(given, "out").copy_(_bordered(kernel, F.pad(_some(given, "x"), (0, -kernel.k % 32)), 0))
     elif kernel.scales == "token":
         _tokens(kernel, given)
     else:
@@ -29,21 +32,17 @@ def launch(kernel: Kernel, rows: int, given: Given) -> None:
 
 
 def _product(kernel: Gemm, rows: int, given: Given) -> None:
-    end, step = kernel.epilogue, _number(given["step"])
+    end, step = kernel.epilogue, int(_some(given, "step"))
+    a = _rows(kernel, rows, _some(given, "a"))
     weight = pack.unpack(_some(given, "weight"), kernel.n, kernel.k, kernel.mode, kernel.paired)
-    codes = _codes(kernel, rows, _some(given, "a"))
-    order = _order(kernel)
-    longest = kernel.k * (2**kernel.a_bits - 1) * 8
-    exact = torch.float32 if longest < 2**24 else torch.float64
-    acc = (codes.to(exact) @ weight.to(exact).T).to(torch.int64)
-    zero, scale = (_picked(given[name], end.scales, step) for name in ("zero", "scale"))
-    sums = _some(given, "weight_sum")[order]
-    centred = (acc - zero.to(torch.int64)[:, None] * sums).to(torch.int32)
-    out = _some(given, "out")
+    order, out = _order(kernel), _some(given, "out")
     if end.out == "s32":
-        out.copy_(centred.reshape(out.shape))
+        out.copy_(_sums(a, weight, _zeros(kernel, given, step)).to(torch.int32).reshape(out.shape))
         return
-    y = centred.to(torch.float32) * (scale[:, None] * _some(given, "weight_scale").flatten()[order])
+    y = _scaled(kernel, given, a, weight, order, step)
+    if end.rank:
+        up = pack.unpack_up(_some(given, "up"), kernel.n, end.rank, kernel.paired)
+        y = y + _some(given, "low").reshape(rows, end.rank).to(torch.float32) @ up.to(torch.float32).T
     if end.bias != "none":
         y = y + _some(given, "bias").reshape(-1, kernel.padded_n)[step if end.bias == "step" else 0, order]
     y = activate(y, end.activation)
@@ -56,8 +55,34 @@ def _product(kernel: Gemm, rows: int, given: Given) -> None:
         out.copy_(_stored(_quantized(y, inverse, origin, CODES[end.out]), origin, end.out == "u4").reshape(out.shape))
 
 
-def _codes(kernel: Gemm, rows: int, a: Tensor) -> Tensor:
-    """Codes [M, K] of a product's left operand, of a convolution its windows."""
+def _scaled(kernel: Gemm, given: Given, a: Tensor, weight: Tensor, order: Tensor, step: int) -> Tensor:
+    """The product in f32, times its scales."""
+    scales = _some(given, "weight_scale").reshape(-1, kernel.padded_n)[:, order]
+    zero = _zeros(kernel, given, step)
+    scale = None if zero is None else _picked(given["scale"], kernel.epilogue.scales, step)[:, None]
+    if kernel.group is None:
+        acc = _sums(a, weight, zero).to(torch.float32)
+        return acc * (scales[0] if scale is None else scale * scales[0])
+    parts = zip(a.split(kernel.group, 1), weight.split(kernel.group, 1), scales, strict=False)
+    y = functools.reduce(torch.add, (_sums(x, w, zero).to(torch.float32) * s for x, w, s in parts))
+    return y if scale is None else y * scale
+
+
+def _zeros(kernel: Gemm, given: Given, step: int) -> Tensor | None:
+    """Zero points of the rows of codes; None of values."""
+    if kernel.mode == "w4a16":
+        return None
+    return _picked(given["zero"], kernel.epilogue.scales, step)[:, None]
+
+
+def _sums(a: Tensor, weight: Tensor, zero: Tensor | None) -> Tensor:
+    """Products of rows, in f64: those of codes are exact."""
+    wide = a.to(torch.float64)
+    return (wide if zero is None else wide - zero) @ weight.to(torch.float64).T
+
+
+def _rows(kernel: Gemm, rows: int, a: Tensor) -> Tensor:
+    """A product's left operand [M, K], of a convolution its windows."""
     codes = _apart(a) if kernel.a_bits == 4 else a
     window = kernel.window
     if window is None:
@@ -68,13 +93,22 @@ def _codes(kernel: Gemm, rows: int, a: Tensor) -> Tensor:
 
 
 def _values(kernel: Quantize, given: Given) -> None:
-    step, out = _number(given["step"]), _some(given, "out")
+    step, out, x = int(_some(given, "step")), _some(given, "out"), _some(given, "x")
     inverse, zero = (_picked(given[name], kernel.scales, step) for name in ("inverse", "zero"))
-    codes = _quantized(_some(given, "x").to(torch.float32), inverse, zero, 2**kernel.bits - 1)
-    if kernel.image is not None:
-        images = codes.reshape(-1, *kernel.image, kernel.k).permute(0, 3, 1, 2)
-        codes = F.pad(images, (1, 1, 1, 1), value=int(zero)).permute(0, 2, 3, 1)
-    out.copy_(_stored(codes, zero, kernel.bits == 4).reshape(out.shape))
+    codes = _quantized(x.to(torch.float32), inverse, zero, 2**kernel.bits - 1)
+    out.copy_(_stored(_bordered(kernel, codes, int(zero)), zero, kernel.bits == 4).reshape(out.shape))
+    if kernel.rank:
+        down = pack.unpack_down(_some(given, "down"), kernel.k, kernel.rank)
+        low = _some(given, "low")
+        low.copy_((x.to(torch.float32) @ down.to(torch.float32)).to(torch.float16).reshape(low.shape))
+
+
+def _bordered(kernel: Quantize, rows: Tensor, value: int) -> Tensor:
+    """Rows as they are, or images with a border of `value`."""
+    if kernel.image is None:
+        return rows
+    images = rows.reshape(-1, *kernel.image, rows.shape[-1]).permute(0, 3, 1, 2)
+    return F.pad(images, (1, 1, 1, 1), value=value).permute(0, 2, 3, 1)
 
 
 def _tokens(kernel: Quantize, given: Given) -> None:
@@ -118,10 +152,6 @@ def _picked(parameter: Tensor | None, rows: Rows, step: int) -> Tensor:
     assert parameter is not None
     flat = parameter.flatten()
     return flat if rows == "token" else flat[[step if rows == "step" else 0]]
-
-
-def _number(step: Tensor | None) -> int:
-    return 0 if step is None else int(step)
 
 
 def _some(given: Given, name: str) -> Tensor:

@@ -10,7 +10,18 @@ from torch import fx
 
 from tfqc.analysis.rewrite import name_of, operands
 from tfqc.analysis.tensor_cores import is_step_row, window_of
-from tfqc.backends.cuda_int4.specialise import Body, Epilogue, Gemm, Kernel, Mode, Quantize, Rows, Tile, Window, body_for
+from tfqc.backends.cuda_int4.specialise import (
+    Body,
+    Epilogue,
+    Gemm,
+    Kernel,
+    Mode,
+    Quantize,
+    Rows,
+    Tile,
+    Window,
+    body_for,
+)
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType
 
@@ -39,13 +50,15 @@ class Selection:
         image = window_of(self.program, node)
         window = None if image is None else Window(*image, int(has["stride"]))
         mode = self._mode(has)
+        group: Literal[128] | None = 128 if self.program.types[has["weight_scale"].name].shape[1:] else None  # type: ignore[union-attr]
         end = Epilogue(
             scales=_rows(has["scale"], has["row_in"]),
             bias=_bias(self.program, has["bias"]),
             activation=has["act"],
             residual=has["residual"] is not None,
             out=has["out"],
-            out_scales=_rows(has["out_scale"], has["row"]) if has["out_scale"] is not None else "step",
+            rank=_rank(self.program, has.get("up")),
+            out_scales="step" if has["out_scale"] is None or has["row"] is not None else "one",
         )
         k = _whole(channels) * (9 if window else 1)
         rows = 1
@@ -53,33 +66,46 @@ class Selection:
             rows *= size if isinstance(size, int) else 1024
         shape = f"{n}x{k}" if window is None else f"{n}x{k}_{window.height}x{window.width}_s{window.stride}"
         what = "linear" if name_of(node) == "tfqc.qlinear.default" else f"conv{taps[0]}x{taps[1]}"
-        made = Gemm(f"tfqc_{what}_{shape}", n, k, mode, self._body(mode), end, window, _tile(n, rows))
+        made = Gemm(f"tfqc_{what}_{shape}", n, k, mode, self._body(mode), end, window, _tile(n, rows), group)
         return self._add(made)
 
-    def quantizer(self, node: fx.Node, windowed: bool) -> Quantize:
-        """Of a map that stores codes, as rows or as an image with a border."""
+    def quantizer(self, node: fx.Node, windowed: bool, rank: int = 0) -> Quantize:
+        """Of a map that stores codes, as rows or as an image with a border; rank: of a branch that it begins."""
         has = operands(node)
-        channels, image = self._pixels(node)
+        channels, image = self._pixels(has["x"], is_image(node))
         image = image if windowed else None
         name = f"tfqc_quantize{_BITS[has['out']]}_{channels}" + (f"_{image[0]}x{image[1]}" if image else "")
-        return self._add(Quantize(name, channels, _BITS[has["out"]], _rows(has["out_scale"], has["row"]), image))
+        scales = _rows(has["out_scale"], has["row"])
+        return self._add(
+            Quantize(f"{name}_r{rank}" if rank else name, channels, _BITS[has["out"]], scales, image, rank)
+        )
+
+    def copier(self, product: fx.Node, windowed: bool) -> Quantize | None:
+        """Of the values that a product reads as they are; None if they lie as it reads them."""
+        x = operands(product)["codes"]
+        channels, image = self._pixels(x, name_of(product) == "tfqc.qconv.default")
+        if windowed and image:
+            return self._add(Quantize(f"tfqc_copy_{channels}_{image[0]}x{image[1]}", channels, 16, image=image))
+        return self._add(Quantize(f"tfqc_copy_{channels}", channels, 16)) if channels % 32 else None
 
     def tokens(self, node: fx.Node) -> Quantize:
         """Of a quantize_tokens."""
-        channels, _ = self._pixels(node)
+        channels, _ = self._pixels(operands(node)["x"], False)
         bits: Literal[4, 8] = 4 if operands(node).get("bits") == 4 else 8
         return self._add(Quantize(f"tfqc_quantize{bits}_{channels}_tokens", channels, bits, "token"))
 
-    def _pixels(self, node: fx.Node) -> tuple[int, tuple[int, int] | None]:
-        """Channels of what is quantized, and the size of its images if it has any."""
-        x = self.program.types[operands(node)["x"].name]
+    def _pixels(self, value: fx.Node, image: bool) -> tuple[int, tuple[int, int] | None]:
+        """Channels of a value, and the size of its images if it has any."""
+        x = self.program.types[value.name]
         assert isinstance(x, TensorType)
-        if not is_image(node):
+        if not image:
             return int(x.shape[-1]), None
         return int(x.shape[1]), (int(x.shape[2]), int(x.shape[3])) if _static(x) else None
 
     def _mode(self, has: dict[str, Any]) -> Mode:
         codes = has["codes"]
+        if has["scale"] is None:
+            return "w4a16"
         if name_of(codes) == "operator.getitem":
             return "w4a4" if operands(codes.args[0]).get("bits") == 4 else "w4a8"
         return "w4a4" if operands(codes)["out"] == "u4" else "w4a8"
@@ -124,6 +150,14 @@ def _bias(program: Program, bias: Any) -> Literal["none", "one", "step"]:
     if bias is None:
         return "none"
     return "step" if is_step_row(program, bias) else "one"
+
+
+def _rank(program: Program, up: fx.Node | None) -> int:
+    if up is None:
+        return 0
+    type_ = program.types[up.name]
+    assert isinstance(type_, TensorType)
+    return int(type_.shape[0])
 
 
 def _whole(codes: int) -> int:

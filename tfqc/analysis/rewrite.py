@@ -59,6 +59,14 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     return reader if once and reader.op == "call_function" else None
 
 
+def is_branch(node: fx.Node) -> bool:
+    """True for one half of a branch of low rank: the product of a value with a stored matrix."""
+    if name_of(node) != "aten.matmul.default":
+        return False
+    value, matrix = node.args
+    return isinstance(value, fx.Node) and isinstance(matrix, fx.Node) and matrix.op == "get_attr"
+
+
 def _flat(items: Iterable[Any]) -> Iterable[Any]:
     for item in items:
         if isinstance(item, (list, tuple)):

@@ -60,14 +60,14 @@ def _of_shape(program: Program, node: fx.Node, weight: fx.Node) -> str:
     stride, padding, dilation, groups = (*node.args[3:7], *([1, 1], [0, 0], [1, 1], 1)[len(node.args[3:7]) :])
     if groups != 1 or set(dilation) != {1}:  # type: ignore[arg-type]
         return "it has groups or a dilation"
-    match tuple(type_.shape[2:]), tuple(stride), padding if isinstance(padding, str) else tuple(padding):  # type: ignore[arg-type]
-        case (1, 1), (1, 1), (0, 0) | "same" | "valid":
-            return ""
-        case (3, 3), (1, 1) | (2, 2), (1, 1):
-            sized = window_of(program, node) is not None
-            return "" if sized else "the height and width of its input are not known when it is compiled"
-        case (height, width), strides, pads:
-            return f"its window is {height} x {width} with stride {strides[0]} and padding {pads}"
+    window, strides = tuple(type_.shape[2:]), tuple(stride)  # type: ignore[arg-type]
+    pads = padding if isinstance(padding, str) else tuple(padding)  # type: ignore[arg-type]
+    if window == strides == (1, 1) and pads in ((0, 0), "same", "valid"):
+        return ""
+    if window != (3, 3) or strides not in ((1, 1), (2, 2)) or pads != (1, 1):
+        return f"its window is {window[0]} x {window[1]} with stride {strides[0]} and padding {pads}"
+    sized = window_of(program, node) is not None
+    return "" if sized else "the height and width of its input are not known when it is compiled"
 
 
 def _of_weight(program: Program, node: fx.Node, weight: fx.Node) -> str:

@@ -27,6 +27,12 @@ def weight_of(node: fx.Node) -> str | None:
     return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
+def is_linear(program: Program, node: fx.Node) -> bool:
+    """True for a linear, and for a convolution of one pixel: of windows there is more than one."""
+    shape = program.tensors[str(weight_of(node))].shape
+    return set(shape[2:]) <= {1}
+
+
 def weighted_nodes(program: Program, function: str = STEP) -> Iterator[fx.Node]:
     """Linears and convolutions of a function, in order."""
     return (node for node in program.nodes(function) if weight_of(node) is not None)

@@ -102,6 +102,7 @@ def _backend(name: str, cls: Any, entry: Entry) -> dict[str, Any]:
         "summary": _first_line(cls),
         "options": _options(cls.options),
         "documentation": f"{inspect.getdoc(cls) or ''}\n\n{inspect.getdoc(cls.options) or ''}".strip(),
+        "notes": cls.notes(),
     }
 
 
@@ -115,10 +116,11 @@ def _details(found: dict[str, Any]) -> str:
     from tfqc.report.tables import facts, table
 
     known = {key: ", ".join(v) if isinstance(v, list) else v for key, v in found.items()}
-    shown = facts({k: v for k, v in known.items() if k not in ("summary", "options", "documentation")})
+    shown = facts({k: v for k, v in known.items() if k not in ("summary", "options", "documentation", "notes")})
     rows = [(name, option["type"], option["default"]) for name, option in found["options"].items()]
     options_text = table(("option", "type", "default"), rows) if rows else "no options"
-    return f"{found['documentation']}\n\n{shown}\n\n{options_text}"
+    notes = f"\n\n{found['notes']}" if found.get("notes") else ""
+    return f"{found['documentation']}\n\n{shown}\n\n{options_text}{notes}"
 
 
 def _stages(row: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ else as a linear expression of that symbol.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,16 @@ from tfqc.errors import IRError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.ir.types import Dim, ScalarType, TensorType, TupleType, Type, evaluate, symbols_of
+
+World = tuple[tuple[str, int], ...]  # a value for each symbol
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number that differs from an equal one of another type: adding 1.0 to integers gives other than adding 1."""
+
+    type: type
+    value: float
 
 
 def infer_type(program: Program, node: fx.Node) -> Type:
@@ -27,7 +39,7 @@ def infer_type(program: Program, node: fx.Node) -> Type:
     symbols = sorted({s for type_ in operands for s in symbols_of(type_)})
     base = {s: program.symbols.get(s, 2) for s in symbols}
     worlds = [base, *({**base, s: 2 * base[s]} for s in symbols)]
-    results = [_run(program, node, world) for world in worlds]
+    results = _run(program, node, tuple(tuple(world.items()) for world in worlds))
     own = [program.types[node.name]] if node.name in program.types else []  # of what it was before it was rewritten
     known = {d for type_ in (*operands, *own) for d in _dims(type_) if isinstance(d, str)}
     expressions = {tuple(evaluate(d, w) for w in worlds): d for d in sorted(known, key=len, reverse=True)}
@@ -57,7 +69,7 @@ def infer_type(program: Program, node: fx.Node) -> Type:
             return ScalarType(type(first).__name__.replace("NoneType", "none"))
         return ScalarType(type(first).__name__, str(dim(tuple(outs))) if isinstance(first, int) else None)
 
-    return unify(results)
+    return unify(list(results))
 
 
 def _dims(type_: Type) -> list[Dim]:
@@ -72,24 +84,57 @@ def _dims(type_: Type) -> list[Dim]:
             return []
 
 
-def _run(program: Program, node: fx.Node, world: dict[str, int]) -> Any:
-    def example(type_: Type) -> Any:
-        match type_:
-            case TensorType(dtype=dtype, shape=shape):
-                return torch.empty([evaluate(d, world) for d in shape], dtype=dtype, device="meta")
-            case TupleType(items=items):
-                return tuple(example(item) for item in items)
-            case ScalarType(kind="int", value=str() as value):
-                return evaluate(value, world)
-            case ScalarType(kind="int"):
-                return 1
-            case ScalarType(kind=kind):
-                return {"float": 1.0, "bool": False}.get(kind)
-
-    args = fx.map_arg(node.args, lambda n: example(program.types[n.name]))
-    kwargs = fx.map_arg(node.kwargs, lambda n: example(program.types[n.name]))
+def _run(program: Program, node: fx.Node, worlds: tuple[World, ...]) -> tuple[Any, ...]:
+    """What the operation gives in each world: models repeat the same operation on the same types many times."""
+    args, kwargs = _frozen(program, node.args), _frozen(program, node.kwargs)
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            return _outputs(node.target, args, kwargs, worlds)
+        except TypeError:  # an argument, such as a slice, has no hash
+            return _outputs.__wrapped__(node.target, args, kwargs, worlds)
     except Exception as error:
         types = ", ".join(f"%{n.name}: {program.types[n.name]}" for n in node.all_input_nodes)
         raise IRError(f"{op_name(node.target)} refuses its operands ({types}): {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _outputs(target: Any, args: Any, kwargs: Any, worlds: tuple[World, ...]) -> tuple[Any, ...]:
+    return tuple(
+        target(*_example(args, dict(world)), **{k: _example(v, dict(world)) for k, v in kwargs}) for world in worlds
+    )
+
+
+def _frozen(program: Program, item: Any) -> Any:
+    """An argument that can be compared: types in the place of nodes."""
+    match item:
+        case fx.Node():
+            return program.types[item.name]
+        case list() | tuple():
+            return tuple(_frozen(program, i) for i in item)
+        case dict():
+            return tuple((k, _frozen(program, v)) for k, v in item.items())
+        case bool() | int() | float():
+            return _Number(type(item), item)
+        case _:
+            return item
+
+
+def _example(item: Any, world: dict[str, int]) -> Any:
+    """An argument with meta tensors and numbers in the place of types."""
+    match item:
+        case _Number(value=value):
+            return value
+        case tuple():
+            return tuple(_example(i, world) for i in item)
+        case TensorType(dtype=dtype, shape=shape):
+            return torch.empty([evaluate(d, world) for d in shape], dtype=dtype, device="meta")
+        case TupleType(items=items):
+            return tuple(_example(i, world) for i in items)
+        case ScalarType(kind="int", value=str() as value):
+            return evaluate(value, world)
+        case ScalarType(kind="int"):
+            return 1
+        case ScalarType(kind=kind):
+            return {"float": 1.0, "bool": False}.get(kind)
+        case _:
+            return item

@@ -5,8 +5,8 @@ against, and what runs where kernels cannot be built. Integer products are exact
 
 Fused operations share an ending. With y the value so far:
 
-    y = act(y); y = y * gate; y = y + residual; stored as `out`: f32, bf16, f16, or codes quantize(y, out_scale, out_zero)
-    in a byte each, of 8 (u8) or 4 bits (u4)
+    y = act(y); y = y * gate; y = y + residual; stored as `out`: f32, bf16, f16, or a byte for each code of
+    quantize(y, out_scale, out_zero), in 8 bits (u8) or 4 (u4)
 
 Scales and zero points are [1], or [T] rows of the schedule that `row` [R] picks; bias, gate, norm weights are [C], or
 [R, C] with a row for the whole batch or one for each entry.
@@ -41,7 +41,10 @@ def unpack_tiles(packed: Tensor, sums: Tensor, shape: list[int], groups: int, pa
     return unpack(packed, shape, groups, paired, bits)
 
 
-@_define(f"qlinear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, {ENDING}) -> Tensor")
+@_define(
+    f"qlinear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, {ENDING}, Tensor? low=None, Tensor? up=None)"
+    " -> Tensor"
+)
 def qlinear(
     codes: Tensor,
     scale: Tensor | None,
@@ -50,13 +53,22 @@ def qlinear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    *end: Any,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    row: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out: str,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """codes u8 [B, ..., K], weight int8 [N, K], weight_scale f32 [N]: [B, ..., N], N halved by act = geglu.
 
     y = float(acc) * (scale * weight_scale) + bias with acc = sum_k (codes - zero_point) * weight. Where weight_scale is
     [N, G], each of G groups of columns has a sum of its own: y = (sum_g float(acc_g) * weight_scale_g) * scale + bias.
-    Without scale and zero point, codes are floating point values as they are.
+    Without scale and zero point, codes are floating point values as they are. low [B, ..., r] times up [r, N], a branch
+    of low rank, is added before the bias.
     """
     rank = codes.dim()
     x = centred(codes, zero_point, row_in)
@@ -67,9 +79,11 @@ def qlinear(
         y = y if scale is None else y * picked(scale, row_in, rank)
     else:
         y = scaled(F.linear(x, weight.to(torch.float64)), scale, row_in, weight_scale)
+    if low is not None and up is not None:
+        y = y + low.to(torch.float32) @ up.to(torch.float32)
     if bias is not None:
         y = y + along(bias, rank, rank - 1)
-    return ending(y, rank - 1, *end)
+    return ending(y, rank - 1, act, gate, residual, row, out_scale, out_zero_point, out)
 
 
 @_define(

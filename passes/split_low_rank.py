@@ -1,0 +1,90 @@
+"""split-low-rank: a small branch in f16 takes the greatest part of a weight, so that quantizing the rest costs less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from tfqc.analysis.binding import binding_times
+from tfqc.analysis.rewrite import name_of
+from tfqc.analysis.weighted import weight_of
+from tfqc.ir.program import Program, Role, Stage
+from tfqc.ir.rows import Tib
+from tfqc.passing import Context, Numerics, Pass, close
+
+
+@dataclass(frozen=True)
+class SplitLowRank(Pass):
+    """Write linears of the sample as x W^T = x R^T + (x down) up, R = W - (down up)^T, with the best factors of a rank.
+
+    Linears that read the same value share `down`. Source: SVDQuant (arXiv 2411.05007), without its smoothing. Factors
+    are rounded to f16 before R is taken, so that what they leave is quantized with it.
+    """
+
+    name: ClassVar[str] = "split-low-rank"
+    needs: ClassVar[Stage] = Stage.NORMALIZED
+    below: ClassVar[Stage | None] = Stage.CALIBRATED
+    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "disturbance", "maintenance", "trajectory"})
+    numerics: ClassVar[Numerics] = close(1e-5)
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        if self.rank % 16 or not 0 < self.rank <= 128:
+            raise ValueError(f"rank={self.rank}: multiples of 16 up to 128")
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Rewrite @step."""
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        roles = binding_times(program)
+        for node in program.nodes():
+            if name_of(node) != "aten.linear.default" or weight_of(node) is None or node.name in program.table(Tib):
+                continue
+            x = node.args[0]
+            assert isinstance(x, fx.Node)
+            if Role.SAMPLE in roles[x.name]:
+                readers.setdefault(x, []).append(node)
+        split = 0
+        for x, nodes in ctx.progress.track(readers.items(), "splitting weights", len(readers)):
+            weights = [program.tensors[str(weight_of(n))] for n in nodes]
+            if min(weights[0].shape[1], sum(len(w) for w in weights)) > self.rank:
+                self._split(program, x, nodes, weights)
+                split += len(nodes)
+        program.prune()
+        if split:
+            ctx.report.append(f"split off rank {self.rank}: {split} linears")
+
+    def _split(self, program: Program, x: fx.Node, nodes: list[fx.Node], weights: list[Tensor]) -> None:
+        matmul = torch.ops.aten.matmul.default
+        down, ups = low_rank(torch.cat(weights), self.rank)
+        name = f"{weight_of(nodes[0])}.down"
+        program.tensors[name] = down
+        low = program.insert(nodes[0], matmul, (x, program.tensor_node(name)), name=f"{nodes[0].name}_low")
+        for node, weight, up in zip(nodes, weights, ups.split([len(w) for w in weights], 1), strict=True):
+            base = weight_of(node)
+            program.tensors[f"{base}.up"] = up.contiguous()
+            program.tensors[f"{base}.rest"] = weight if weight.is_meta else weight - (down @ up).T
+            node.update_arg(1, program.tensor_node(f"{base}.rest"))
+            args = (low, program.tensor_node(f"{base}.up"))
+            branch = program.insert(node.next, matmul, args, name=f"{node.name}_branch", like=node)
+            users = list(node.users)
+            whole = program.insert(
+                branch.next, torch.ops.aten.add.Tensor, (node, branch), name=f"{node.name}_whole", like=node
+            )
+            for user in users:
+                user.replace_input_with(node, whole)
+
+
+def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """down [K, rank] and up [rank, N], of values that f16 holds: (down up)^T is as near to weight [N, K] as can be."""
+    if weight.is_meta:
+        return weight.new_empty(weight.shape[1], rank), weight.new_empty(rank, len(weight))
+    wide = weight.to(torch.float64)
+    _, vectors = torch.linalg.eigh(wide.T @ wide)  # ascending
+    down = vectors[:, -rank:].to(torch.float16).to(torch.float64)
+    up = torch.linalg.lstsq(down, wide.T).solution.to(torch.float16)  # best for the rounded down
+    return down.to(weight.dtype).contiguous(), up.to(weight.dtype)

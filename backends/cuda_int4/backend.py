@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
-from tfqc.analysis.tensor_cores import GROUP, why_not_tensor_cores
+from tfqc.analysis.tensor_cores import why_not_tensor_cores
 from tfqc.analysis.weighted import WEIGHTED
 from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
@@ -18,6 +18,7 @@ from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
 from tfqc.backends.cuda_int4.specialise import ARCHS, Body, Mode, body_for
 from tfqc.emission.importing import load_model
+from tfqc.ir.kernel_ops import GROUP
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass, Progress

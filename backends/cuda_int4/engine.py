@@ -43,7 +43,7 @@ class Engine(Stepper):
         self.tensors = Tensors(directory, self._graphs.clear)
         self.runner = Runner(directory / "kernels.cu")
         self._kernels = {kernel.name: (kernel, register(kernel, self.runner)) for kernel in kernels}
-        self._batched = batched
+        self._batched = {**batched, **dict.fromkeys(plan.label_rows, 0)}
         for name, value in self.constants(self.get_tensor).items() if self.constants else ():
             self.tensors.put(name, value)
 
@@ -66,13 +66,14 @@ class Engine(Stepper):
         rows = values.get(self.plan.row)
         if rows is not None and len(rows) > 1:
             return self._by_row(rows, values)
-        if rows is not None and rows.is_cuda:
+        if self.tensors.device.type == "cuda":
             return self._graphs.run(self._once, values)
         return self._once(**values)
 
     def _once(self, **values: Any) -> Any:
         rows = values.get(self.plan.row)
-        step = torch.zeros(1, dtype=torch.int32) if rows is None else rows.to(torch.int32)
+        none = torch.zeros(1, dtype=torch.int32, device=self.tensors.device)
+        step = none if rows is None else rows.to(torch.int32)
         with torch.no_grad():
             return self.lines(Launches(self._kernels, self.tensors, step), self._whole, **values)
 

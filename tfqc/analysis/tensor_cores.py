@@ -8,10 +8,10 @@ from torch import fx
 
 from tfqc.analysis.rewrite import keeps_batch, name_of
 from tfqc.analysis.weighted import WEIGHTED
+from tfqc.ir.kernel_ops import GROUP
 from tfqc.ir.program import Program
 from tfqc.ir.rows import RowSource
 
-GROUP = 128  # columns of a weight that may share a scale
 LONGEST = 65_536  # codes of a row of the input: s32 holds any sum of so many products
 
 

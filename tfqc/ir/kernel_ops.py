@@ -27,6 +27,7 @@ ENDING = "str act, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scal
 _INPUT = "Tensor codes, Tensor? scale, Tensor? zero_point, Tensor? row_in"
 CODES = {"u8": 255, "u4": 15}  # the greatest code
 _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+GROUP = 128  # columns of a weight that share a scale where there are several for each of its rows
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
 
 
@@ -66,15 +67,14 @@ def qlinear(
     """codes u8 [B, ..., K], weight int8 [N, K], weight_scale f32 [N]: [B, ..., N], N halved by act = geglu.
 
     y = float(acc) * (scale * weight_scale) + bias with acc = sum_k (codes - zero_point) * weight. Where weight_scale is
-    [N, G], each of G groups of columns has a sum of its own: y = (sum_g float(acc_g) * weight_scale_g) * scale + bias.
+    [N, G], groups of 128 columns have sums of their own: y = (sum_g float(acc_g) * weight_scale_g) * scale + bias.
     Without scale and zero point, codes are floating point values as they are. low [B, ..., r] times up [r, N], a branch
     of low rank, is added before the bias.
     """
     rank = codes.dim()
     x = centred(codes, zero_point, row_in)
     if weight_scale.dim() > 1:
-        size = -(-codes.shape[-1] // weight_scale.shape[1])
-        parts = zip(x.split(size, -1), weight.to(torch.float64).split(size, 1), weight_scale.T, strict=True)
+        parts = zip(x.split(GROUP, -1), weight.to(torch.float64).split(GROUP, 1), weight_scale.T, strict=True)
         y = functools.reduce(torch.add, (F.linear(a, w).to(torch.float32) * s for a, w, s in parts))
         y = y if scale is None else y * picked(scale, row_in, rank)
     else:

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from tfqc.artifact import Artifact
+from tfqc.errors import TfqcError
 from tfqc.ir.program import Program
-from tfqc.passing import Pass
+from tfqc.passing import Pass, Progress
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Backend(ABC):
     name: ClassVar[str]
     options: ClassVar[type[Any]]
 
+    @classmethod
+    def notes(cls) -> str:
+        """What `tfqc backends NAME` shows below the options: what each of them means on which hardware."""
+        return ""
+
+    def remarks(self, options: Any) -> list[str]:
+        """What users should know of a target before it is compiled for; the report begins with it."""
+        return []
+
     @abstractmethod
     def supports(self, program: Program, node: fx.Node, options: Any) -> Support:
         """Whether a node of a lowered program runs here."""
@@ -64,6 +74,14 @@ class Backend(ABC):
     @abstractmethod
     def load(self, directory: Path) -> torch.nn.Module:
         """A callable module from a saved artifact whose hashes have been checked. May compile, may use a device."""
+
+    def check(self, artifact: Path | None, progress: Progress) -> dict[str, Any]:
+        """What the device of this machine says of the backend's kernels, and of an artifact; `tfqc gpu-check` shows it.
+
+        JSON with `measured`: False where there is no device, with `because`; else `passed`, `chips` (name, arch, ..),
+        `vectors` (kernel, differing, of, most, passed), `notes`, and `cases` with the times of `layers`.
+        """
+        raise TfqcError(f"The backend {self.name!r} has no device to check.")
 
 
 def refusals(backend: Backend, program: Program, options: Any) -> list[str]:

@@ -9,16 +9,19 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from tfqc.errors import TfqcError
 
 Kind = Literal["ptx", "cubin"]
 
 _STANDARD = "-std=c++17"
 
 
-class BuildError(RuntimeError):
+class BuildError(TfqcError):
     """Kernels cannot be compiled here: what is missing, or what the compiler says."""
 
 
@@ -38,13 +41,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """PTX as UTF-8 text, or a cubin; and what the compiler said."""
+    """PTX as UTF-8 text, a cubin, or a fat binary; and what the compiler said."""
 
     image: bytes
     log: str
 
     def resources(self) -> dict[str, Resources]:
-        """By kernel; empty for PTX, which has no registers yet."""
+        """By kernel; empty for PTX, which has no registers yet, and for a fat binary, where each chip has its own."""
         found: dict[str, Resources] = {}
         for part in self.log.split("Compiling entry function '")[1:]:
             found[part.partition("'")[0]] = Resources(
@@ -65,8 +68,37 @@ def compile(source: str, arch: str, kind: Kind = "cubin") -> Compiled:
     """
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
-        return _with_nvcc(nvcc, source, arch, kind)
+        verbose = ["-Xptxas", "-v"] if kind == "cubin" else []
+        return _with_nvcc(nvcc, source, [f"-arch={arch}", f"-{kind}", *verbose])
     return _with_nvrtc(_nvrtc(), source, arch, kind)
+
+
+def fatbin(source: str, targets: Sequence[str]) -> Compiled:
+    """A .cu text as one image for many chips: machine code for each sm_.., PTX for each compute_...
+
+    Raises:
+        MissingCompilerError: there is no nvcc; NVRTC makes no fat binaries.
+        BuildError: it refuses the text.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise MissingCompilerError("There is no nvcc, which alone makes fat binaries: put that of a toolkit on PATH.")
+    codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
+    return _with_nvcc(nvcc, source, ["-fatbin", "--threads=0", *codes])
+
+
+def version() -> str:
+    """The compiler that `compile` uses, and its version.
+
+    Raises:
+        MissingCompilerError: there is none.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        return _version_of_nvcc(nvcc)
+    major, minor, library = ctypes.c_int(), ctypes.c_int(), _nvrtc()
+    _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"NVRTC {major.value}.{minor.value}"
 
 
 def disassemble(cubin: bytes) -> str | None:
@@ -80,13 +112,17 @@ def disassemble(cubin: bytes) -> str | None:
         return _call([tool, "-c", str(file)], "nvdisasm refuses the cubin").stdout
 
 
-def _with_nvcc(nvcc: str, source: str, arch: str, kind: Kind) -> Compiled:
+def _with_nvcc(nvcc: str, source: str, options: Sequence[str]) -> Compiled:
     with tempfile.TemporaryDirectory() as work:
-        text, made = Path(work, "kernels.cu"), Path(work, f"kernels.{kind}")
+        text, made = Path(work, "kernels.cu"), Path(work, "kernels.image")
         text.write_text(source)
-        verbose = ["-Xptxas", "-v"] if kind == "cubin" else []
-        done = _call([nvcc, _STANDARD, f"-arch={arch}", f"-{kind}", *verbose, str(text), "-o", str(made)], _REFUSED)
+        done = _call([nvcc, _STANDARD, *options, str(text), "-o", str(made)], _REFUSED)
         return Compiled(made.read_bytes(), done.stderr)
+
+
+@functools.cache
+def _version_of_nvcc(nvcc: str) -> str:
+    return _call([nvcc, "--version"], f"{nvcc} is no compiler").stdout
 
 
 def _with_nvrtc(library: ctypes.CDLL, source: str, arch: str, kind: Kind) -> Compiled:

@@ -206,7 +206,7 @@ def bound(product: Product, kernel: Gemm, code: Code, chip: Chip) -> Bound | Non
     fits = resident(kernel, code, chip)
     if not fits:
         return None
-    columns, rows, _ = kernel.grid(product.m)
+    rows, columns, _ = kernel.grid(product.m)
     blocks, warps = columns * rows, kernel.threads // 32
     turns, steps, units = kernel.k // kernel.tile_k, kernel.tile_k // 64, -(-kernel.k // 64)
     s4 = kernel.body == "s4"
@@ -237,8 +237,8 @@ def bound(product: Product, kernel: Gemm, code: Code, chip: Chip) -> Bound | Non
     a, w, out = _operands(product, kernel)
     stages = units / steps * kernel.shared_bytes / kernel.tile.stages
     parts["L2"] = (blocks * stages + out) / chip.l2 / 1e3
-    passes = -(-blocks // wave) if w > chip.l2_mib * 2**19 else 1  # weights that do not stay in half of L2
-    moved = int(a + w * min(passes, rows) + out)
+    passes = -(-blocks // wave) if a > chip.l2_mib * 2**19 else 1  # rows that do not stay in half of L2
+    moved = int(a * min(passes, columns) + w + out)
     parts["DRAM"] = moved / chip.dram / 1e3
     us = LAUNCH_US + max(max(parts["DRAM"], parts["L2"]), waiting + on_chip)
     return Bound(us, parts, blocks, fits, blocks / wave, 1 - blocks / (most * chip.sms), moved)

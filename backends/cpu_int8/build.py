@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+
+from tfqc.cache import kept
 
 ISAS = ("amx", "avx512_vnni", "avx2")  # best first
 
@@ -67,40 +67,16 @@ def build(source: str, isa: str) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-Wall", *_FLAGS[isa].split()]
     if isa == "avx512_vnni" and "avx512_bf16" in cpu_flags():
         flags.append("-mavx512bf16")
-    key = hashlib.sha256("\0".join([_version(compiler), *flags, source]).encode()).hexdigest()[:24]
-    library = cache_directory() / f"{key}.so"
-    if not library.exists():
-        library = _writable(library.parent) / library.name
-        with tempfile.TemporaryDirectory(dir=library.parent) as work:
-            text, made = Path(work, "kernels.cpp"), Path(work, "kernels.so")
-            text.write_text(source)
-            # -nodefaultlibs would drop libgcc; only libgomp, which -fopenmp adds, has to stay out of the link.
-            compile_only = [f for f in flags if f != "-shared"]
-            _call([compiler, *compile_only, "-c", str(text), "-o", str(text.with_suffix(".o"))])
-            _call([compiler, "-shared", "-o", str(made), str(text.with_suffix(".o"))])
-            os.replace(made, library)
-    return ctypes.CDLL(str(library))
 
+    def make(library: Path) -> None:
+        text = library.with_suffix(".cpp")
+        text.write_text(source)
+        # -nodefaultlibs would drop libgcc; only libgomp, which -fopenmp adds, has to stay out of the link.
+        compile_only = [f for f in flags if f != "-shared"]
+        _call([compiler, *compile_only, "-c", str(text), "-o", str(text.with_suffix(".o"))])
+        _call([compiler, "-shared", "-o", str(library), str(text.with_suffix(".o"))])
 
-def cache_directory() -> Path:
-    """Where built kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfqc" / "kernels"
-
-
-def _writable(wanted: Path) -> Path:
-    """The directory; where nothing can be written to it, one of this process's own."""
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted):
-            return wanted
-    except OSError:
-        return Path(_own_directory().name)
-
-
-@functools.cache
-def _own_directory() -> tempfile.TemporaryDirectory[str]:
-    """Kept as long as the process lives."""
-    return tempfile.TemporaryDirectory(prefix="tfqc-kernels-")
+    return ctypes.CDLL(str(kept([_version(compiler), *flags, source], ".so", make)))
 
 
 @functools.cache

@@ -112,6 +112,6 @@ class CudaInt4Backend(Backend):
 
     def check(self, artifact: Path | None, progress: Progress) -> dict[str, Any]:
         """Stored vectors and times on this machine's GPU."""
-        from tfqc.backends.cuda_int4.check import check  # it loads artifacts, with all that this imports
+        from tfqc.backends.cuda_int4.checking.check import check  # it loads artifacts, with all that this imports
 
         return check(artifact, progress)

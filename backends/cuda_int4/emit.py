@@ -63,7 +63,7 @@ class _Writer:
         yield ""
         yield "`step` is what runs at every timestep: k.product, k.quantize and k.quantize_tokens launch the kernel of"
         yield "that name, everything else is torch in f16; w(name) is a tensor. `begin` runs once per image, `time` for"
-        yield "timesteps that are not in the schedule. `load(directory)` makes the model; `kernels.cu` is built when used."
+        yield "timesteps that are not in the schedule. `load(directory)` makes the model, which builds `kernels.cu`."
         yield '"""'
         yield ""
         yield "from __future__ import annotations"

@@ -170,7 +170,9 @@ class Launches:
             return pack.columns(values.reshape(-1, its.n), its.tile.n, its.paired)
 
         def of_groups(values: Tensor) -> Tensor:
-            return padded(values if its.group is None else values.T)
+            if its.group is None:
+                return padded(values)
+            return padded(values.T.to(torch.float16) if its.mode == "w4a16" else values.T)
 
         def packed_up(values: Tensor) -> Tensor:
             return pack.pack_up(values.T, its.tile.n, its.paired)

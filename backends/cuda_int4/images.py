@@ -5,17 +5,14 @@ nvcc makes one fat binary of all targets. NVRTC, which makes none, makes an imag
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tfqc.backends.cuda_int4 import build
 from tfqc.backends.cuda_int4.specialise import ARCHS
+from tfqc.cache import kept
 from tfqc.errors import TfqcError
 
 PTX = "compute_80"  # which the driver compiles for chips that came later
@@ -77,11 +74,6 @@ def target_for(arch: str, targets: Iterable[str] = TARGETS) -> str:
     raise TfqcError(f"The kernels do not run on {arch}: they are for {', '.join(sorted(targets))}.")
 
 
-def cache_directory() -> Path:
-    """Where built kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfqc" / "kernels"
-
-
 def _numbers(target: str) -> tuple[int, int]:
     """Major and minor compute capability: the last digit is the minor one."""
     number = int(re.sub(r"\D", "", target))
@@ -89,32 +81,7 @@ def _numbers(target: str) -> tuple[int, int]:
 
 
 def _kept(key: Sequence[str], kind: str, make: Callable[[], bytes]) -> bytes:
-    """A file of the cache; if it is not there it is written beside its place and renamed, so several may make it."""
-    name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24] + f".{kind}"
-    file = cache_directory() / name
-    if file.exists():
-        return file.read_bytes()
-    file = _writable(file.parent) / name
-    if not file.exists():
-        image = make()
-        with tempfile.TemporaryDirectory(dir=file.parent) as work:
-            part = Path(work, name)
-            part.write_bytes(image)
-            os.replace(part, file)
-    return file.read_bytes()
+    def write(file: Path) -> None:
+        file.write_bytes(make())
 
-
-def _writable(wanted: Path) -> Path:
-    """The directory; where nothing can be written to it, one of this process's own."""
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted):
-            return wanted
-    except OSError:
-        return Path(_own_directory().name)
-
-
-@functools.cache
-def _own_directory() -> tempfile.TemporaryDirectory[str]:
-    """Kept as long as the process lives."""
-    return tempfile.TemporaryDirectory(prefix="tfqc-kernels-")
+    return kept(key, f".{kind}", write).read_bytes()

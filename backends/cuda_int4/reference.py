@@ -63,9 +63,12 @@ def _scaled(kernel: Gemm, given: Given, a: Tensor, weight: Tensor, order: Tensor
     if kernel.group is None:
         acc = _sums(a, weight, zero).to(torch.float32)
         return acc * (scales[0] if scale is None else scale * scales[0])
+    if scale is None:
+        wide = scales.repeat_interleave(kernel.group, 0)[: kernel.k].T
+        return _sums(a, weight * wide, None).to(torch.float32)
     parts = zip(a.split(kernel.group, 1), weight.split(kernel.group, 1), scales, strict=False)
     y = functools.reduce(torch.add, (_sums(x, w, zero).to(torch.float32) * s for x, w, s in parts))
-    return y if scale is None else y * scale
+    return y * scale
 
 
 def _zeros(kernel: Gemm, given: Given, step: int) -> Tensor | None:

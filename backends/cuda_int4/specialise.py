@@ -15,19 +15,27 @@ from typing import Literal
 
 from tfqc.errors import TfqcError
 
-Mode = Literal["w4a4", "w4a8"]
-Body = Literal["s4", "nibble"]
+Mode = Literal["w4a4", "w4a8", "w4a16"]
+Body = Literal["s4", "nibble", "half", "auto"]
 Rows = Literal["one", "step", "token"]
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
 _NATIVE_S4 = {"sm_80", "sm_86", "sm_89"}  # later chips emulate 4-bit products with some 180 instructions
+_A_BITS: dict[Mode, int] = {"w4a4": 4, "w4a8": 8, "w4a16": 16}
 _NAME = re.compile(r"tfqc_[A-Za-z0-9_]+")  # which is unlike every name in the templates
+_RANKS = "a rank has to be a multiple of 16, at most 128"
 _MISNAMED = "its name has to be tfqc_ and letters of C's names"
 
 
 def body_for(arch: str, mode: Mode) -> Body:
-    """How products are computed on a chip: by 4-bit instructions where it has them, else by 8-bit ones."""
+    """How products are computed on a chip: codes by 4-bit instructions where it has them, else by 8-bit ones."""
+    if mode == "w4a16":
+        return "half"
     return "s4" if mode == "w4a4" and arch in _NATIVE_S4 else "nibble"
+
+
+def _is_rank(rank: int) -> bool:
+    return rank % 16 == 0 and 0 <= rank <= 128
 
 
 @dataclass(frozen=True)
@@ -48,28 +56,37 @@ class Window:
     width: int
     stride: int = 1
 
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the convolution's output."""
+        return (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1
+
 
 @dataclass(frozen=True)
 class Epilogue:
     """What becomes of a product's sums; `epilogue.cuh` states the order and the rounding.
 
     scales: of the input's codes, with their zero points. bias: one row or the step's. out: f16, codes for the next
-    layer, or the sums. out_scales: of the codes that are written.
+    layer, or the sums. out_scales: of the codes that are written. rank: of the branch low [M, rank] . up [n, rank] in
+    f16 that is added to the product.
     """
 
     scales: Rows = "step"
     bias: Literal["none", "one", "step"] = "none"
-    activation: Literal["none", "silu", "gelu", "geglu"] = "none"
+    activation: Literal["none", "silu", "gelu", "gelu_tanh", "geglu"] = "none"
     residual: bool = False
     out: Literal["f16", "u4", "u8", "s32"] = "f16"
     out_scales: Literal["one", "step"] = "step"
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """y [M, n] = epilogue(a [M, k] w [n, k]^T): 4- or 8-bit codes a, 4-bit codes w; M is an argument.
+    """y [M, n] = epilogue(a [M, k] w [n, k]^T): 4- or 8-bit codes or f16 a, 4-bit codes w; M is an argument.
 
     k: codes in a row of a, a multiple of 32. With a `window`, 9 times the channels of a pixel, which are padded to 32.
+    body: "auto" leaves it to the compiler, so that one text serves several chips; only for w4a4, as others have one.
+    group: inputs that share a scale of weights, of which each column then has [ceil(k / group)]; none: all of them.
     """
 
     name: str
@@ -80,6 +97,7 @@ class Gemm:
     epilogue: Epilogue = Epilogue()
     window: Window | None = None
     tile: Tile = Tile()
+    group: Literal[128] | None = None
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -89,14 +107,14 @@ class Gemm:
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments in order."""
         return (
-            "a", "weight", "weight_sum", "weight_scale", "bias", "scale", "zero", "step", "residual", "out_inverse",
-            "out_zero", "out", "m",
+            "a", "weight", "weight_sum", "weight_scale", "bias", "scale", "zero", "step", "residual", "low", "up",
+            "out_inverse", "out_zero", "out", "m",
         )  # fmt: skip
 
     @property
     def a_bits(self) -> int:
-        """Bits of a code of a."""
-        return 4 if self.mode == "w4a4" else 8
+        """Bits of a code of a, or of an f16."""
+        return _A_BITS[self.mode]
 
     @property
     def tile_k(self) -> int:
@@ -121,17 +139,32 @@ class Gemm:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, all of it asked for at launch."""
-        return self.tile.stages * (self.tile.m * self.tile.row_bytes + self.tile.n * self.tile_k // 2)
+        terms = 0 if self.group is None else 2 if self.mode == "w4a16" else 8  # bytes of each column's
+        return self.tile.stages * (self.tile.m * self.tile.row_bytes + self.tile.n * (self.tile_k // 2 + terms))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are to fit on a multiprocessor, as far as registers go: the compiler keeps to it.
+
+        With 128 registers a thread, but groups of codes take a second set of accumulators.
+        """
+        registers = 128 if self.group is None or self.mode == "w4a16" else 255
+        return 65536 // (self.threads * registers)
 
     @property
     def multiplies(self) -> int:
-        """Tensor core instructions of a warp in one turn of the main loop: 16 x 8 outputs by 32 bytes of a's rows."""
+        """Tensor core instructions of a warp in one turn of the main loop: 16 x 8 outputs by 32 bytes of a's rows.
+
+        Raises TfqcError for body "auto": they differ between chips, see `for_arch`.
+        """
+        if self.body == "auto":
+            raise TfqcError(f"kernel {self.name}: what it multiplies with depends on the chip")
         each = 2 if self.body == "nibble" and self.mode == "w4a4" else 1
         return (64 // 16) * (32 // 8) * (self.tile.row_bytes // 32) * each
 
     def grid(self, m: int) -> tuple[int, int, int]:
-        """Blocks for m rows."""
-        return self.padded_n // self.tile.n, -(-m // self.tile.m), 1
+        """Blocks for m rows: along x those of M, along y those of N."""
+        return -(-m // self.tile.m), self.padded_n // self.tile.n, 1
 
     def _problems(self) -> Iterator[str]:
         tile = self.tile
@@ -139,27 +172,38 @@ class Gemm:
             yield _MISNAMED
         if self.mode == "w4a8" and self.body != "nibble":
             yield "8-bit codes are multiplied by the nibble body"
+        if (self.mode == "w4a16") != (self.body == "half"):
+            yield "f16 is multiplied by the half body, which multiplies nothing else"
         if self.k <= 0 or self.k % 32:
             yield f"k = {self.k} has to be a multiple of 32"
         if tile.row_bytes not in (64, 128) or tile.m % 64 or tile.n % 32 or tile.stages < 2:
             yield f"{tile} has to be whole warps of 64 x 32, rows of 64 or 128 bytes, and two stages"
         elif self.threads % (self.tile_k // 2):
             yield f"{tile} has too few threads to copy whole rows of weights"
-        elif tile.n * self.tile_k // 2 % (self.threads * 16):
-            yield f"{tile} has too many threads to copy 16 bytes of weights each"
+        elif (weights := tile.n * self.tile_k // 2) % (copied := self.threads * 16) and copied % weights:
+            yield f"{tile} has no whole number of copies of 16 bytes of weights for a thread"
         if self.window is not None and self.k % (9 * 32):
             yield f"k = {self.k} has to be 9 times the channels, padded to 32"
-        if self.k >= self._longest:
+        if self.group is not None and self.window is not None:
+            yield "a convolution of 3 x 3 has no groups"
+        if self.group is not None and (self.tile_k > self.group or tile.n % 64):
+            yield f"{tile} has to be within a group of {self.group} inputs, and columns in whole 64"
+        if self.mode != "w4a16" and self.group is None and self.k >= self._longest:
             yield f"k = {self.k}, but s32 holds the sums of {self._longest - 1} codes"
         if self.paired and self.n % 2:
             yield "geglu takes an even number of columns"
         if self.paired and tile.n % 64:
             yield f"geglu writes rows of 32 outputs, {tile} half as many as its columns"
+        if not _is_rank(self.epilogue.rank):
+            yield _RANKS
         if self.epilogue.out == "s32" and self.epilogue != Epilogue(self.epilogue.scales, out="s32"):
             yield "s32 are the sums, with nothing done to them"
+        if self.epilogue.out == "s32" and (self.mode == "w4a16" or self.group is not None):
+            yield "s32 are the sums, but those of f16 or of groups are f32"
 
     @property
     def _longest(self) -> int:
+        """The least k whose sums may not fit, with body "auto" on the chips with the longer ones."""
         most = (2**self.a_bits - 1) * 8
         factor = 1 if self.body == "s4" else 256 if self.mode == "w4a4" else 16
         return 2**31 // (most * factor)
@@ -167,13 +211,18 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Codes [rows, k padded to 32] of `bits` of f16 [rows, k]; with an `image`, of pixels with a border of one."""
+    """Codes [rows, k padded to 32] of `bits` of f16 [rows, k]; with an `image`, of pixels with a border of one.
+
+    bits: 16 copies the values as they are, with the padding and the border; it takes no scales.
+    rank: also writes low f16 [rows, rank] = x . down, of the same read of x, for the epilogue of that rank.
+    """
 
     name: str
     k: int
-    bits: Literal[4, 8]
+    bits: Literal[4, 8, 16]
     scales: Rows = "step"
     image: tuple[int, int] | None = None  # height, width
+    rank: int = 0
 
     threads = 256
     shared_bytes = 0
@@ -183,16 +232,32 @@ class Quantize:
             raise TfqcError(f"kernel {self.name}: {_MISNAMED}")
         if self.image is not None and self.scales == "token":
             raise TfqcError(f"kernel {self.name}: pixels of a convolution share their scale")
+        if self.bits == 16 and self.scales == "token":
+            raise TfqcError(f"kernel {self.name}: values of 16 bits are copied, without scales")
+        if not _is_rank(self.rank):
+            raise TfqcError(f"kernel {self.name}: {_RANKS}")
+        if self.rank and (self.scales == "token" or self.image is not None or self.bits == 16):
+            raise TfqcError(f"kernel {self.name}: a low rank goes with codes of rows whose scale is known before")
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are to fit on a multiprocessor, as far as registers go: the sums of a high rank take many."""
+        return 1 if self.rank > 64 else 2
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments in order."""
+        if self.bits == 16:
+            return "x", "out", "rows"
         if self.scales == "token":
             return "x", "scale", "zero", "out", "rows"
-        return "x", "inverse", "zero", "step", "out", "rows"
+        low_rank = ("down", "low") if self.rank else ()
+        return "x", "inverse", "zero", "step", "out", *low_rank, "rows"
 
     def grid(self, rows: int) -> tuple[int, int, int]:
-        """Blocks for so many rows: 8 codes a thread, or a warp for each token."""
+        """Blocks for so many rows: 8 codes a thread, or a warp for each token; with a rank, 16 rows each."""
+        if self.rank:
+            return -(-rows // 16), 1, 1
         items = rows * 32 if self.scales == "token" else rows * (-(-self.k // 32) * 32 // 8)
         return -(-items // self.threads), 1, 1
 
@@ -239,8 +304,8 @@ def _templates(names: Sequence[str]) -> str:
 
 _GEMM_ARGUMENTS = """\
     const u8* a, const u8* weight, const int* weight_sum, const float* weight_scale, const float* bias,
-    const float* scale, const int* zero, const int* step, const u16* residual, const float* out_inverse,
-    const int* out_zero, void* out, int m) {"""
+    const float* scale, const int* zero, const int* step, const u16* residual, const u16* low,
+    const u16* up, const float* out_inverse, const int* out_zero, void* out, int m) {"""
 
 
 def _entry(kernel: Kernel) -> Iterator[str]:
@@ -249,19 +314,24 @@ def _entry(kernel: Kernel) -> Iterator[str]:
         yield f"  {line}"
     yield "};"
     yield ""
-    # As many blocks on a multiprocessor as 128 registers a thread allow: the compiler keeps to it.
-    blocks = 65536 // (kernel.threads * 128)
-    yield f'extern "C" __global__ void __launch_bounds__({kernel.threads}, {blocks}) {kernel.name}('
+    yield f'extern "C" __global__ void __launch_bounds__({kernel.threads}, {kernel.blocks}) {kernel.name}('
     constants = f"{kernel.name}_constants"
     match kernel:
         case Gemm():
             yield _GEMM_ARGUMENTS
             yield "  const epilogue::Parameters parameters{weight_sum, weight_scale, bias, scale, zero, step,"
-            yield "                                        residual, out_inverse, out_zero, out};"
+            yield "                                        residual, low, up, out_inverse, out_zero, out};"
             yield f"  gemm::run<{constants}>(a, weight, parameters, m);"
+        case Quantize(bits=16):
+            yield "    const u16* x, u8* out, int rows) {"
+            yield f"  quantize::values<{constants}>(x, nullptr, nullptr, nullptr, out, rows);"
         case Quantize(scales="token"):
             yield "    const u16* x, float* scale, int* zero, u8* out, int rows) {"
             yield f"  quantize::tokens<{constants}>(x, scale, zero, out, rows);"
+        case Quantize(rank=rank) if rank:
+            yield "    const u16* x, const float* inverse, const int* zero, const int* step, u8* out, const u16* down,"
+            yield "    u16* low, int rows) {"
+            yield f"  quantize::values_and_low<{constants}>(x, inverse, zero, step, out, down, low, rows);"
         case Quantize():
             yield "    const u16* x, const float* inverse, const int* zero, const int* step, u8* out, int rows) {"
             yield f"  quantize::values<{constants}>(x, inverse, zero, step, out, rows);"
@@ -277,17 +347,20 @@ def _gemm_constants(kernel: Gemm) -> Iterator[str]:
         operand = f"ConvRows<{row_bytes // 9}, {window.height}, {window.width}, {window.stride}>"
     yield f"static constexpr int N = {kernel.n}, K = {kernel.k}, A_BITS = {kernel.a_bits};"
     yield f"static constexpr int TILE_M = {tile.m}, TILE_N = {tile.n}, TILE_K = {kernel.tile_k};"
-    yield f"static constexpr int STAGES = {tile.stages};"
-    yield f"static constexpr Body BODY = Body::{kernel.body.upper()};"
+    yield f"static constexpr int STAGES = {tile.stages}, GROUP = {kernel.group or 0};"
+    body = "BODY_OF_CHIP" if kernel.body == "auto" else f"Body::{kernel.body.upper()}"
+    yield f"static constexpr Body BODY = {body};"
     yield f"static constexpr Rows SCALES = Rows::{end.scales.upper()}, OUT_SCALES = Rows::{end.out_scales.upper()};"
     yield f"static constexpr Bias BIAS = Bias::{end.bias.upper()};"
     yield f"static constexpr Activation ACTIVATION = Activation::{end.activation.upper()};"
     yield f"static constexpr bool RESIDUAL = {'true' if end.residual else 'false'};"
     yield f"static constexpr Out OUT = Out::{end.out.upper()};"
+    yield f"static constexpr int RANK = {end.rank};"
     yield f"using Operand = {operand};"
 
 
 def _quantize_constants(kernel: Quantize) -> Iterator[str]:
     height, width = kernel.image or (0, 0)
     yield f"static constexpr int K = {kernel.k}, BITS = {kernel.bits}, HEIGHT = {height}, WIDTH = {width};"
+    yield f"static constexpr int RANK = {kernel.rank};"
     yield f"static constexpr Rows SCALES = Rows::{kernel.scales.upper()};"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tfqc import cache as built_kernels
 from tfqc.backends.cuda_int4 import build
-from tfqc.backends.cuda_int4 import images as kept
 from tfqc.backends.cuda_int4.build import BuildError, Compiled, MissingCompilerError, Resources
-from tfqc.backends.cuda_int4.images import TARGETS, cache_directory, fitting, images, target_for
+from tfqc.backends.cuda_int4.images import TARGETS, fitting, images, target_for
 from tfqc.backends.cuda_int4.specialise import Gemm, Quantize, source
 from tfqc.errors import TfqcError
 
@@ -83,7 +83,7 @@ AUTO = Gemm("tfqc_product", 128, 128, "w4a4", "auto")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return cache_directory()
+    return built_kernels.cache_directory()
 
 
 def entries(fatbin: bytes) -> Iterator[tuple[str, int]]:
@@ -147,8 +147,8 @@ def test_what_was_built_is_not_built_again(cache: Path, monkeypatch: pytest.Monk
     for _ in range(2):
         assert images(SMALL, ("sm_89",)) == {"sm_89": b"sm_89 cubin"}
     assert built[4:] == ["sm_89"]
-    kept._own_directory().cleanup()
-    kept._own_directory.cache_clear()
+    built_kernels._own_directory().cleanup()
+    built_kernels._own_directory.cache_clear()
 
 
 @pytest.mark.parametrize(

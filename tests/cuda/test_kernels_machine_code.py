@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 
 from tfqc.backends.cuda_int4.build import Compiled, MissingCompilerError, compile, disassemble
 from tfqc.backends.cuda_int4.sass import Listing, count, listings, opcode
-from tfqc.backends.cuda_int4.specialise import ARCHS, Epilogue, Gemm, Kernel, Mode, Quantize, Window, body_for, source
+from tfqc.backends.cuda_int4.specialise import (
+    ARCHS,
+    Epilogue,
+    Gemm,
+    Kernel,
+    Mode,
+    Quantize,
+    Tile,
+    Window,
+    body_for,
+    source,
+)
 
 MODES: tuple[Mode, ...] = ("w4a4", "w4a8")
 # What a block may ask for, of what a multiprocessor has: two blocks have to fit. 1 kB of each is the driver's.
@@ -20,6 +32,7 @@ EPILOGUES = {
     "tokens": Epilogue("token", bias="one", residual=True),
     "silu": Epilogue("step", bias="step", activation="silu", residual=True),
     "gelu": Epilogue("step", bias="one", activation="gelu", out="u4"),
+    "gelu_tanh": Epilogue("step", bias="one", activation="gelu_tanh", out="u8"),
     "geglu": Epilogue("token", bias="step", activation="geglu", residual=True, out="u8", out_scales="one"),
 }
 QUANTIZERS = (
@@ -27,11 +40,18 @@ QUANTIZERS = (
     Quantize("tfqc_odd_values", 70, 8),
     Quantize("tfqc_tokens_4", 640, 4, "token"),
     Quantize("tfqc_pixels", 320, 8, "step", (32, 32)),
+    Quantize("tfqc_copies", 320, 16, image=(32, 32)),
+    Quantize("tfqc_down_32", 640, 4, rank=32),
+    Quantize("tfqc_down_128", 70, 8, rank=128),
 )
+# Instructions for each one that multiplies, at most. The nibble body of w4a4 has 96 instructions that take codes apart
+# and 48 that shift, for its 64; f16 weights come from 9 instructions a register. Groups of codes have 4 for each sum.
+INSTRUCTIONS = {("w4a4", "s4"): 3.0, ("w4a4", "nibble"): 4.7, ("w4a8", "nibble"): 4.0, ("w4a16", "half"): 4.3}
+GROUPED = {("w4a4", "s4"): 11.3, ("w4a4", "nibble"): 8.7, ("w4a8", "nibble"): 13.0, ("w4a16", "half"): 4.8}
 
 
 def gemms(arch: str) -> list[Gemm]:
-    """Whole tiles and tails along N and K, every epilogue, both strides; each once for each mode."""
+    """Whole tiles and tails along N and K, every epilogue, both strides; each once for each mode of codes."""
     found: list[Gemm] = []
     for mode in MODES:
         body = body_for(arch, mode)
@@ -41,7 +61,39 @@ def gemms(arch: str) -> list[Gemm]:
             Gemm(f"tfqc_{mode}_window{stride}", 320, 9 * 320, mode, body, EPILOGUES["plain"], Window(32, 32, stride))
             for stride in (1, 2)
         ]
-    return found
+    return found + others(arch)
+
+
+def others(arch: str) -> list[Gemm]:
+    """Of f16 rows, of groups, and with a low rank."""
+    if arch == "sm_86":
+        return []  # what the compiler makes for sm_89
+    half, plain, codes = ("w4a16", "half"), EPILOGUES["plain"], body_for(arch, "w4a4")
+    whole, rows = Tile(row_bytes=128), Tile(row_bytes=128, stages=2)
+    return [
+        Gemm("tfqc_half", 1280, 640, *half, plain),
+        Gemm("tfqc_half_geglu", 1280, 640, *half, EPILOGUES["geglu"]),
+        Gemm("tfqc_half_tails", 70, 672, *half, EPILOGUES["silu"], tile=rows),
+        Gemm("tfqc_half_window", 320, 9 * 320, *half, plain, Window(32, 32)),
+        Gemm("tfqc_half_groups", 1280, 672, *half, plain, group=128),
+        Gemm("tfqc_half_geglu_groups", 1280, 672, *half, EPILOGUES["geglu"], group=128),
+        Gemm("tfqc_w4a4_groups", 1280, 672, "w4a4", codes, plain, group=128),
+        Gemm("tfqc_w4a4_geglu_groups", 1280, 672, "w4a4", codes, EPILOGUES["geglu"], group=128),
+        Gemm("tfqc_w4a8_groups", 1280, 672, "w4a8", "nibble", EPILOGUES["silu"], group=128),
+        Gemm("tfqc_w4a4_rank", 1280, 640, "w4a4", codes, replace(EPILOGUES["tokens"], rank=32)),
+        Gemm("tfqc_w4a4_geglu_rank", 1280, 640, "w4a4", codes, replace(EPILOGUES["geglu"], rank=128)),
+        Gemm("tfqc_w4a8_tails_rank", 70, 672, "w4a8", "nibble", replace(EPILOGUES["silu"], rank=32)),
+        Gemm("tfqc_half_rank", 1280, 640, *half, replace(plain, rank=16)),
+        Gemm("tfqc_w4a8_whole_groups", 1280, 672, "w4a8", "nibble", EPILOGUES["tokens"], tile=whole, group=128),
+    ]
+
+
+def main_loop(arch: str, kernel: Gemm) -> tuple[str, ...]:
+    """With f16, of what multiplies it, which the reader of machine code does not look for."""
+    listing = code(arch)[kernel.name]
+    if kernel.mode == "w4a16":
+        listing = replace(listing, lines=tuple(line.replace("HMMA.", "IMMA.") for line in listing.lines))
+    return listing.main_loop()
 
 
 @functools.cache
@@ -65,34 +117,51 @@ def code(arch: str) -> dict[str, Listing]:
 def test_kernels_fit_the_chip(arch: str) -> None:
     resources = compiled(arch).resources()
     assert set(resources) == {kernel.name for kernel in (*gemms(arch), *QUANTIZERS)}
-    for name, used in resources.items():
-        assert (used.spills, used.stack, used.shared) == (0, 0, 0), name
-        assert used.registers <= (128 if name.startswith("tfqc_w4") else 40), name
-    for kernel in gemms(arch):
-        assert 2 * (kernel.shared_bytes + 1024) <= SHARED[arch] * 1024
+    for kernel in (*gemms(arch), *QUANTIZERS):
+        used = resources[kernel.name]
+        shared = 4 * 16 * kernel.rank * 4 if isinstance(kernel, Quantize) else 0  # f32 of 16 rows of four warps
+        assert (used.spills, used.stack, used.shared) == (0, 0, shared), kernel.name
+        assert kernel.blocks * (kernel.shared_bytes + 1024) <= SHARED[arch] * 1024
+        if isinstance(kernel, Quantize):
+            assert used.registers <= (168 if kernel.rank > 64 else 72 if kernel.rank else 40), kernel.name
+        else:
+            assert used.registers * kernel.threads * kernel.blocks <= 65536, kernel.name
+            assert used.registers <= (128 if kernel.blocks == 2 else 240), kernel.name
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_main_loop_multiplies_as_often_as_the_tile_says(arch: str) -> None:
     for kernel in gemms(arch):
-        loop = code(arch)[kernel.name].main_loop()
+        loop, tile = main_loop(arch, kernel), kernel.tile
         assert count(loop, "IMMA") == kernel.multiplies, kernel.name
-        shape = "IMMA.16864.U4.S4" if kernel.body == "s4" else "IMMA.16832.U8.S8"
-        assert {opcode(line) for line in loop if "IMMA" in line} == {shape}
-        # 16 rows of 32 bytes of a, or 16 columns by 64 codes of w, each time; one store of 16 bytes for each copy.
-        assert count(loop, "LDSM") == 4 * kernel.tile.row_bytes // 32
-        assert count(loop, "LDS") == 2 * kernel.tile_k // 64
-        assert count(loop, "LDGSTS") * 16 * kernel.threads == kernel.shared_bytes // kernel.tile.stages
+        shapes = {"s4": "IMMA.16864.U4.S4", "nibble": "IMMA.16832.U8.S8", "half": "IMMA.16816.F32"}
+        assert {opcode(line) for line in loop if "IMMA" in line} == {shapes[kernel.body]}
+        # 16 rows of 32 bytes of a, or 16 columns by 64 codes of w (32 by 32 with f16), each time; terms of groups,
+        # scales and sums of codes, or scales of f16; one store of 16 bytes for each copy of each thread.
+        assert count(loop, "LDSM") == 4 * tile.row_bytes // 32
+        terms = 0 if kernel.group is None else 1 + kernel.paired if kernel.mode == "w4a16" else 4
+        assert count(loop, "LDS") == (kernel.tile_k // 32) + terms
+        copied = 16 * kernel.threads
+        weights = -(-tile.n * kernel.tile_k // 2 // copied)
+        assert count(loop, "LDGSTS") == tile.m * tile.row_bytes // copied + weights + (kernel.group is not None)
         assert count(loop, "BAR") == 1
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_main_loop_does_little_else(arch: str) -> None:
     for kernel in gemms(arch):
-        loop = code(arch)[kernel.name].main_loop()
-        # The nibble body of w4a4 has 96 instructions that take codes apart and 48 that shift, for its 64.
-        most = {"s4": 3.0, "nibble": 4.7 if kernel.mode == "w4a4" else 4.0}[kernel.body]
-        assert len(loop) / kernel.multiplies <= most, kernel.name
+        most = (INSTRUCTIONS if kernel.group is None else GROUPED)[kernel.mode, kernel.body]
+        assert len(main_loop(arch, kernel)) / kernel.multiplies <= most, kernel.name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_low_ranks_take_their_instructions(arch: str) -> None:
+    """16 rows by 8 columns of 64 x 32, in each turn of a loop or once; of 16 rows and 32 inputs."""
+    for kernel in gemms(arch):
+        if kernel.epilogue.rank and kernel.mode != "w4a16":
+            assert count(code(arch)[kernel.name].lines, "HMMA") == 16, kernel.name
+    for kernel in QUANTIZERS:
+        assert count(code(arch)[kernel.name].lines, "HMMA") == kernel.rank // 8 * 2, kernel.name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -7,9 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfqc.backends.cuda_int4.pack import Mode, columns, pack, unpack, weight_sums, window_codes
+from tests.ptx import layouts
+from tfqc.backends.cuda_int4.pack import (
+    Mode,
+    columns,
+    pack,
+    pack_down,
+    pack_up,
+    unpack,
+    weight_sums,
+    window_codes,
+)
 
-MODES: tuple[Mode, ...] = ("w4a4", "w4a8")
+MODES: tuple[Mode, ...] = ("w4a4", "w4a8", "w4a16")
 modes = st.sampled_from(MODES)
 tiles = st.sampled_from([32, 64, 128])
 quick = settings(deadline=None, max_examples=60)
@@ -26,7 +36,8 @@ def test_unpack_is_the_inverse(n: int, k: int, mode: Mode, tile_n: int, seed: in
     codes = codes_of(n, k, seed)
     packed = pack(codes, mode, tile_n)
     padded = -(-n // tile_n) * tile_n
-    assert packed.shape == (padded // 16, -(-k // 64), 32, 16) and packed.dtype == torch.uint8
+    columns_, inputs = (32, 32) if mode == "w4a16" else (16, 64)
+    assert packed.shape == (padded // columns_, -(-k // inputs), 32, 16) and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, n, k, mode), codes)
 
 
@@ -40,7 +51,7 @@ def test_unpack_is_the_inverse_for_values_and_gates(half: int, k: int, mode: Mod
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_codes_lie_where_the_instruction_takes_them_from(mode: Mode, paired: bool) -> None:
-    """By the fragment tables of the PTX manual: B of m16n8k64 (.s4), and of m16n8k32 (.s8) in two halves of a byte."""
+    """By the fragment tables of the PTX manual: B of m16n8k64 (.s4), of m16n8k32 (.s8), and of m16n8k16 (.f16)."""
     n, k = 64, 128
     codes = codes_of(n, k)
     packed = pack(codes, mode, 64, paired)
@@ -54,6 +65,15 @@ def test_codes_lie_where_the_instruction_takes_them_from(mode: Mode, paired: boo
                     column = warp * 16 + owner * 4 + block % 2 * 2 + which + (n // 2 if block >= 2 else 0)
                 else:
                     column = warp * 32 + owner * 8 + block * 2 + which
+                if mode == "w4a16":
+                    for i in range(4 * k // 16):  # b_i, i % 4: row = thread * 2 + (i & 1), + 8 for the second register
+                        row = i // 4 * 16 + thread * 2 + (i & 1) + (8 if i % 4 >= 2 else 0)
+                        unit, which_instruction = i // 8, i // 4 % 2
+                        mine = int.from_bytes(packed[warp, unit, lane, block * 4 : block * 4 + 4].tolist(), "little")
+                        # (x >> 8 * instruction) & 0x000F000F, or & 0x00F000F0: codes 16 bits apart are a pair
+                        nibble = mine >> 8 * which_instruction + (4 if i % 4 >= 2 else 0) + 16 * (i & 1) & 15
+                        assert (nibble ^ 8) - 8 == codes[column, row]
+                    continue
                 for unit in range(k // 64):
                     mine = packed[warp * 2 + block // 2, unit, lane, block % 2 * 8 : block % 2 * 8 + 8]
                     for i in range(16):
@@ -84,6 +104,56 @@ def test_weight_sums_are_those_of_the_columns() -> None:
     codes = codes_of(40, 70)
     assert torch.equal(weight_sums(codes, 64)[:40], codes.sum(1, dtype=torch.int32))
     assert torch.equal(weight_sums(codes, 64, True), columns(codes.sum(1, dtype=torch.int32), 64, True))
+
+
+def test_weight_sums_of_groups_are_those_of_their_inputs() -> None:
+    codes = codes_of(40, 300)
+    sums = weight_sums(codes, 64, group=128)
+    assert sums.shape == (3, 64) and sums.dtype == torch.int32
+    for group, its in enumerate(codes.split(128, 1)):
+        assert torch.equal(sums[group], weight_sums(its, 64))
+
+
+HALF_B = layouts.MMA["m16n8k16", 16].b
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_low_ranks_second_factor_lies_as_its_first_is_read(paired: bool) -> None:
+    """Row k of B is the rank that a thread has in column k of A when it reads four neighbours of low as a0 and a2."""
+    rank, n = 32, 64
+    up = torch.randn(n, rank).half()
+    packed = pack_up(up, 64, paired)
+    assert packed.shape == (2, 2, 2, 32, 8)
+    ordered = columns(up.T.contiguous(), 64, paired).T  # as the columns of accumulators
+    for lane in range(32):
+        for block in range(4):
+            for i in range(4):
+                row, column = HALF_B.at(lane, i)
+                read = row % 8 // 2 * 4 + row // 8 * 2 + row % 2  # thread row % 8 / 2 has a0 and then a2
+                mine = packed[:, :, block // 2, lane, block % 2 * 4 + i]
+                place = (
+                    16 * (block // 2) + 4 * (column // 2) + 2 * (block % 2) if paired else 8 * (column // 2) + 2 * block
+                )
+                for warp in range(2):
+                    for step in range(2):
+                        assert mine[warp, step] == ordered[warp * 32 + place + column % 2, step * 16 + read]
+
+
+def test_a_low_ranks_first_factor_lies_as_values_are_read() -> None:
+    """A thread reads eight neighbours of a row: a0 and a2 of one instruction, then of the other."""
+    k, rank = 70, 16
+    down = torch.randn(k, rank).half()
+    packed = pack_down(down)
+    assert packed.shape == (3, 2, 32, 8)
+    whole = torch.zeros(96, rank).half()
+    whole[:k] = down
+    for lane in range(32):
+        for i in range(8):
+            row, column = HALF_B.at(lane, i % 4)
+            read = row % 8 // 2 * 8 + i // 4 * 4 + row // 8 * 2 + row % 2
+            for part in range(3):
+                for block in range(2):
+                    assert packed[part, block, lane, i] == whole[part * 32 + read, block * 8 + column]
 
 
 def test_a_window_is_taps_of_padded_channels() -> None:

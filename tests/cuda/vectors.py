@@ -11,8 +11,8 @@ import torch
 
 from tests.cuda.kernels import F16, F32, Array, Problem, eighths, quantize, two_a_byte
 from tfqc.backends.cuda_int4 import pack
+from tfqc.backends.cuda_int4.checking.vectors import FILE, Tolerance, Vector, to_bytes
 from tfqc.backends.cuda_int4.specialise import Body, Epilogue, Gemm, Mode, Quantize, Rows, Tile, Window
-from tfqc.backends.cuda_int4.vectors import FILE, Tolerance, Vector, to_bytes
 from tfqc.ir.kernel_ops import quantize_tokens
 
 # mode, body, inputs in a group.

@@ -1,7 +1,8 @@
 """mma.sync and ldmatrix: products of fragments by matrices, with the layouts of `layouts`.
 
-Integer products and sums are exact (s32 wraps, or saturates with .satfinite). The sum of a floating point product and
-its accumulator is taken in float64 and rounded once: the ISA leaves order and intermediate rounding to the device.
+Integer products and sums are exact (s32 wraps, or saturates with .satfinite). Floating point products are exact, and
+their sum with the accumulator is taken in float64 and rounded once for each instruction: the ISA leaves order and
+intermediate rounding to the device, which may differ in the last bits unless all sums are exact.
 """
 
 from __future__ import annotations

@@ -68,15 +68,18 @@ def qlinear(
 
     y = float(acc) * (scale * weight_scale) + bias with acc = sum_k (codes - zero_point) * weight. Where weight_scale is
     [N, G], groups of 128 columns have sums of their own: y = (sum_g float(acc_g) * weight_scale_g) * scale + bias.
-    Without scale and zero point, codes are floating point values as they are. low [B, ..., r] times up [r, N], a branch
-    of low rank, is added before the bias.
+    Without scale and zero point, codes are floating point values as they are, and weights of groups are rounded to f16.
+    low [B, ..., r] times up [r, N], a branch of low rank, is added before the bias.
     """
     rank = codes.dim()
     x = centred(codes, zero_point, row_in)
-    if weight_scale.dim() > 1:
+    if weight_scale.dim() > 1 and scale is None:
+        wide = weight_scale.to(torch.float16).repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
+        y = F.linear(x, (weight * wide).to(torch.float64)).to(torch.float32)
+    elif weight_scale.dim() > 1:
         parts = zip(x.split(GROUP, -1), weight.to(torch.float64).split(GROUP, 1), weight_scale.T, strict=True)
         y = functools.reduce(torch.add, (F.linear(a, w).to(torch.float32) * s for a, w, s in parts))
-        y = y if scale is None else y * picked(scale, row_in, rank)
+        y = y * picked(scale, row_in, rank)  # type: ignore[arg-type]
     else:
         y = scaled(F.linear(x, weight.to(torch.float64)), scale, row_in, weight_scale)
     if low is not None and up is not None:

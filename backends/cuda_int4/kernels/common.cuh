@@ -5,15 +5,30 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 
-enum class Body { S4, NIBBLE };                        // which instruction multiplies
+enum class Body { S4, NIBBLE, HALF };                  // what is multiplied: 4-bit codes, bytes, f16
 enum class Rows { ONE, STEP, TOKEN };                  // parameters: one; of the step; of each row of the input
 enum class Bias { NONE, ONE, STEP };                   // no bias, one row, or the step's row of a table
-enum class Activation { NONE, SILU, GELU, GEGLU };
+enum class Activation { NONE, SILU, GELU, GELU_TANH, GEGLU };
 enum class Out { F16, U4, U8, S32 };                   // S32: the exact sums, for tests
+
+// The body for 4-bit codes of the chip that is compiled for: one text then serves a binary for several of them. Chips
+// after sm_89 have no 4-bit products, and emulate them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr Body BODY_OF_CHIP = Body::NIBBLE;
+#else
+constexpr Body BODY_OF_CHIP = Body::S4;
+#endif
 
 namespace machine {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// threadIdx.x, which the compiler then does not keep in a register from one use to a far one.
+__device__ __forceinline__ u32 thread() {
+  u32 x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 
 // 16 bytes from global to shared memory; zeros where `valid` is false, and nothing is read.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
@@ -23,6 +38,18 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid)
 
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// By those threads only for which `copies` is true; others neither read nor write.
+__device__ __forceinline__ void copy_async_if(bool copies, u32 to, const void* from, bool valid = true) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile(
+      "{\n\t"
+      ".reg .pred copies;\n\t"
+      "setp.ne.s32 copies, %3, 0;\n\t"
+      "@copies cp.async.cg.shared.global [%0], [%1], 16, %2;\n\t"
+      "}" ::"r"(to), "l"(from), "r"(bytes), "r"((int)copies)
+      : "memory");
 }
 
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -49,6 +76,41 @@ __device__ __forceinline__ void load_shared(u32 (&to)[4], u32 from) {
                : "memory");
 }
 
+// As one of 16 bytes, but of twice 8.
+__device__ __forceinline__ void load_shared(u32 (&to)[4], u32 first, u32 second) {
+  asm volatile(
+      "ld.shared.v2.u32 {%0, %1}, [%4];\n\t"
+      "ld.shared.v2.u32 {%2, %3}, [%5];"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+      : "r"(first), "r"(second)
+      : "memory");
+}
+
+// 8 and 16 bytes of what no kernel writes. The compiler leaves assembly where it stands.
+__device__ __forceinline__ void load_global(u32& first, u32& second, const void* from) {
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "l"(from));
+}
+
+__device__ __forceinline__ void load_global(u32 (&to)[4], const void* from) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(from));
+}
+
+// The same where `valid` is true, else zeros.
+__device__ __forceinline__ void load_global_if(bool valid, u32& first, u32& second, const void* from) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred valid;\n\t"
+      "setp.ne.s32 valid, %3, 0;\n\t"
+      "mov.u32 %0, 0;\n\t"
+      "mov.u32 %1, 0;\n\t"
+      "@valid ld.global.nc.v2.u32 {%0, %1}, [%2];\n\t"
+      "}"
+      : "=&r"(first), "=&r"(second)
+      : "l"(from), "r"((int)valid));
+}
+
 // acc [16, 8] += a [16, 64] b [64, 8]; 4-bit codes, eight a register, the lowest k in the lowest bits.
 __device__ __forceinline__ void multiply_u4s4(int (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
@@ -65,6 +127,32 @@ __device__ __forceinline__ void multiply_u8s8(int (&acc)[4], const u32 (&a)[4], 
       "{%0, %1, %2, %3};"
       : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// acc [16, 8] += a [16, 16] b [16, 8]; f16, two a register. How a chip rounds within one instruction is its own.
+__device__ __forceinline__ void multiply_f16(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two f16 at once.
+__device__ __forceinline__ u32 multiply_halves(u32 x, u32 y) {
+  u32 product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+  return product;
+}
+
+// Signed 4-bit codes 0 and 4 of a register, then 1 and 5, as two f16 each: with its sign flipped, a code is 8 more, and
+// 0x6400 | n is 1024 + n in f16.
+__device__ __forceinline__ void expand_codes(u32 (&to)[2], u32 x) {
+  u32 low, high;  // x & mask ^ number, which the compiler makes two instructions of
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(low) : "r"(x), "r"(0x000F000Fu), "r"(0x64086408u));
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(high) : "r"(x), "r"(0x00F000F0u), "r"(0x64806480u));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(to[0]) : "r"(low), "r"(0x64086408u));                        // 1032
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(to[1]) : "r"(high), "r"(0x2C002C00u), "r"(0xD480D480u));  // 1 / 16, -72
 }
 
 // 16 times the low and the high 4-bit codes of a register's bytes, as bytes: signed ones keep their sign.
@@ -84,22 +172,7 @@ __device__ __forceinline__ u32 to_halves(float low, float high) {
   return x;
 }
 
-// N f16 from an address that is aligned to all of them.
-template <int N>
-__device__ __forceinline__ void load_halves(float (&to)[N], const u16* from) {
-  static_assert(N == 4 || N == 8, "one load");
-  u32 words[N / 2];
-  if constexpr (N == 8) {
-    const uint4 all = __ldg((const uint4*)from);
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
-  } else {
-    const uint2 all = __ldg((const uint2*)from);
-    words[0] = all.x, words[1] = all.y;
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = to_float((u16)(words[i / 2] >> i % 2 * 16));
-}
-
+// N f16 to an address that is aligned to all of them.
 template <int N>
 __device__ __forceinline__ void store_halves(u16* to, const float (&y)[N]) {
   static_assert(N == 4 || N == 8, "one store");

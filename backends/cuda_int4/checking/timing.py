@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tfqc.backends.cuda_int4.checking.layers import Layer
 from tfqc.backends.cuda_int4.driver import Driver, Function
-from tfqc.backends.cuda_int4.layers import Layer
 from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, Quantize
 
 WARM_UP, GROUPS, EACH = 20, 15, 10

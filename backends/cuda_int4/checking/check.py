@@ -15,11 +15,11 @@ from typing import Any, get_args
 import torch
 
 from tfqc.artifact import read_manifest
-from tfqc.backends.cuda_int4 import timing
-from tfqc.backends.cuda_int4.built import functions
+from tfqc.backends.cuda_int4.checking import timing
+from tfqc.backends.cuda_int4.checking.built import functions
+from tfqc.backends.cuda_int4.checking.layers import IMAGES, Layer, program_layers, sdxl_layers
+from tfqc.backends.cuda_int4.checking.replay import replay
 from tfqc.backends.cuda_int4.driver import Device, Driver, NoDriverError
-from tfqc.backends.cuda_int4.layers import IMAGES, Layer, program_layers, sdxl_layers
-from tfqc.backends.cuda_int4.replay import replay
 from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, Mode, body_for
 from tfqc.driver import load as load_artifact
 from tfqc.errors import ArtifactError, TfqcError

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from tfqc.backends.cuda_int4 import vectors
-from tfqc.backends.cuda_int4.built import functions
+from tfqc.backends.cuda_int4.checking import vectors
+from tfqc.backends.cuda_int4.checking.built import functions
+from tfqc.backends.cuda_int4.checking.vectors import Array, Vector
 from tfqc.backends.cuda_int4.driver import Device, DriverError, Function
-from tfqc.backends.cuda_int4.vectors import Array, Vector
 from tfqc.passing import Progress
 
 

@@ -40,12 +40,22 @@ def _is_rank(rank: int) -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes at once: m by n outputs, `row_bytes` of each row of a, in a ring of `stages` tiles."""
+    """What a block computes at once: m by n outputs, `row_bytes` of each row of a, in a ring of `stages` tiles.
+
+    A warp computes warp_m by warp_n of them, strips of 32 columns one after the other with the same rows of a.
+    """
 
     m: int = 128
     n: int = 128
     row_bytes: int = 64
     stages: int = 3
+    warp_m: int = 64
+    warp_n: int = 32
+
+    @property
+    def large(self) -> bool:
+        """Whether a warp has more sums than 128 registers a thread hold."""
+        return self.warp_m * self.warp_n > 64 * 32
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,8 @@ class Gemm:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: a warp for each 64 x 32 outputs."""
-        return self.tile.m // 64 * (self.tile.n // 32) * 32
+        """Threads of a block."""
+        return self.tile.m // self.tile.warp_m * (self.tile.n // self.tile.warp_n) * 32
 
     @property
     def shared_bytes(self) -> int:
@@ -146,9 +156,9 @@ class Gemm:
     def blocks(self) -> int:
         """Blocks that are to fit on a multiprocessor, as far as registers go: the compiler keeps to it.
 
-        With 128 registers a thread, but groups of codes take a second set of accumulators.
+        With 128 registers a thread, but large tiles take more, and groups of codes a second set of accumulators.
         """
-        registers = 128 if self.group is None or self.mode == "w4a16" else 255
+        registers = 255 if self.tile.large or (self.group is not None and self.mode != "w4a16") else 128
         return 65536 // (self.threads * registers)
 
     @property
@@ -160,7 +170,7 @@ class Gemm:
         if self.body == "auto":
             raise TfqcError(f"kernel {self.name}: what it multiplies with depends on the chip")
         each = 2 if self.body == "nibble" and self.mode == "w4a4" else 1
-        return (64 // 16) * (32 // 8) * (self.tile.row_bytes // 32) * each
+        return (self.tile.warp_m // 16) * (self.tile.warp_n // 8) * (self.tile.row_bytes // 32) * each
 
     def grid(self, m: int) -> tuple[int, int, int]:
         """Blocks for m rows: along x those of M, along y those of N."""
@@ -176,12 +186,18 @@ class Gemm:
             yield "f16 is multiplied by the half body, which multiplies nothing else"
         if self.k <= 0 or self.k % 32:
             yield f"k = {self.k} has to be a multiple of 32"
-        if tile.row_bytes not in (64, 128) or tile.m % 64 or tile.n % 32 or tile.stages < 2:
-            yield f"{tile} has to be whole warps of 64 x 32, rows of 64 or 128 bytes, and two stages"
+        if tile.warp_m % 16 or tile.warp_n % 32 or tile.m % tile.warp_m or tile.n % tile.warp_n:
+            yield f"{tile} has to be whole warps, and they whole instructions of 16 rows and strips of 32 columns"
+        elif tile.row_bytes not in (64, 128) or tile.stages < 2:
+            yield f"{tile} has to have rows of 64 or 128 bytes, and two stages"
+        elif tile.m * tile.row_bytes % (self.threads * 16):
+            yield f"{tile} has no whole number of copies of 16 bytes of a for a thread"
         elif self.threads % (self.tile_k // 2):
             yield f"{tile} has too few threads to copy whole rows of weights"
         elif (weights := tile.n * self.tile_k // 2) % (copied := self.threads * 16) and copied % weights:
             yield f"{tile} has no whole number of copies of 16 bytes of weights for a thread"
+        if tile.large and (self.mode == "w4a16" or self.group is not None):
+            yield f"{tile} has more sums than fit beside f16 weights or those of groups"
         if self.window is not None and self.k % (9 * 32):
             yield f"k = {self.k} has to be 9 times the channels, padded to 32"
         if self.group is not None and self.window is not None:
@@ -192,7 +208,7 @@ class Gemm:
             yield f"k = {self.k}, but s32 holds the sums of {self._longest - 1} codes"
         if self.paired and self.n % 2:
             yield "geglu takes an even number of columns"
-        if self.paired and tile.n % 64:
+        if self.paired and self.padded_n < -(-self.n // 64) * 64:
             yield f"geglu writes rows of 32 outputs, {tile} half as many as its columns"
         if not _is_rank(self.epilogue.rank):
             yield _RANKS
@@ -347,6 +363,7 @@ def _gemm_constants(kernel: Gemm) -> Iterator[str]:
         operand = f"ConvRows<{row_bytes // 9}, {window.height}, {window.width}, {window.stride}>"
     yield f"static constexpr int N = {kernel.n}, K = {kernel.k}, A_BITS = {kernel.a_bits};"
     yield f"static constexpr int TILE_M = {tile.m}, TILE_N = {tile.n}, TILE_K = {kernel.tile_k};"
+    yield f"static constexpr int WARP_M = {tile.warp_m}, WARP_N = {tile.warp_n};"
     yield f"static constexpr int STAGES = {tile.stages}, GROUP = {kernel.group or 0};"
     body = "BODY_OF_CHIP" if kernel.body == "auto" else f"Body::{kernel.body.upper()}"
     yield f"static constexpr Body BODY = {body};"

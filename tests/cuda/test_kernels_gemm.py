@@ -16,6 +16,9 @@ KINDS: dict[str, tuple[Mode, Body]] = {
 }
 CODES = tuple(kind for kind in KINDS if kind != "half")
 SMALL = Tile(m=64, n=64)
+SQUARE = Tile(warp_n=64)
+WIDE = Tile(n=160, row_bytes=128, stages=2, warp_m=32, warp_n=160)
+TALL = Tile(m=224, row_bytes=128, stages=2, warp_m=112)
 kinds = pytest.mark.parametrize("kind", KINDS)
 of_codes = pytest.mark.parametrize("kind", CODES)
 
@@ -37,6 +40,9 @@ def close(got: Array, want: Array, slack: Array) -> bool:
         (64, 32, 3, SMALL),  # less than a tile
         (64, 640, 64, SMALL),  # the ring goes round, no tails
         (33, 672, 65, Tile(m=128, n=64, row_bytes=128, stages=2)),  # all banks for a row
+        (70, 160, 131, SQUARE),
+        (170, 672, 33, WIDE),  # all of a column of tiles' columns in a warp
+        (40, 288, 226, TALL),
     ],
 )
 def test_sums_are_exact(kind: str, n: int, k: int, m: int, tile: Tile) -> None:
@@ -96,6 +102,17 @@ def test_codes_for_the_next_layer_are_numpys(kind: str, end: Epilogue, n: int) -
         assert np.array_equal(problem.run(step)[0], problem.codes(problem.want(step), step))
 
 
+@pytest.mark.parametrize("kind", ["s4", "nibble", "w4a8"])
+@pytest.mark.parametrize(("tile", "m"), [(WIDE, 40), (TALL, 230)])
+def test_a_warp_finishes_its_strips_of_columns_one_after_the_other(kind: str, tile: Tile, m: int) -> None:
+    plain = Problem(product(kind, 330, 96, Epilogue("token", bias="step", residual=True), tile), m)
+    assert np.array_equal(plain.run(2)[0], plain.want(2).astype(F16))
+    gated = Problem(product(kind, 300, 96, Epilogue("step", bias="step", activation="geglu", out="u8"), tile), m)
+    got, want = gated.run(1)[0].astype(int), gated.codes(gated.want(1), 1)
+    assert np.abs(got - want).max() <= 1
+    assert (got != want).mean() < 0.002
+
+
 @pytest.mark.parametrize(("activation", "out"), [("geglu", "u4"), ("gelu", "u8"), ("gelu_tanh", "u8"), ("silu", "u4")])
 def test_codes_of_activations_differ_by_ties_alone(activation: str, out: str) -> None:
     end = Epilogue("step", bias="step", activation=activation, out=out)  # type: ignore[arg-type]
@@ -116,13 +133,17 @@ def test_a_convolution_reads_windows_where_they_lie(kind: str, stride: int) -> N
     assert np.array_equal(problem.run(1)[0], problem.sums(1))
 
 
-@pytest.mark.parametrize(("kind", "n", "k", "m", "window"), [
-    ("s4", 10240, 1280, 300, None),  # feed-forward
-    ("w4a8", 320, 9 * 320, 128 * 128, Window(128, 128)),
-    ("nibble", 640, 9 * 1920, 64 * 64, Window(64, 64)),
+@pytest.mark.parametrize(("kind", "n", "k", "m", "window", "tile"), [
+    ("s4", 10240, 1280, 300, None, Tile()),  # feed-forward
+    ("s4", 1280, 1280, 2048, None, TALL),
+    ("s4", 320, 9 * 320, 128 * 128, Window(128, 128), Tile(n=160, stages=2, warp_m=32, warp_n=160)),
+    ("w4a8", 320, 9 * 320, 128 * 128, Window(128, 128), Tile()),
+    ("nibble", 640, 9 * 1920, 64 * 64, Window(64, 64), Tile()),
 ])  # fmt: skip
-def test_the_last_block_of_layers_of_sdxl(kind: str, n: int, k: int, m: int, window: Window | None) -> None:
-    kernel = product(kind, n, k, Epilogue("step", out="s32"), Tile(), window)
+def test_the_last_block_of_layers_of_sdxl(
+    kind: str, n: int, k: int, m: int, window: Window | None, tile: Tile
+) -> None:
+    kernel = product(kind, n, k, Epilogue("step", out="s32"), tile, window)
     image = None
     if window is not None:
         size = (1, window.height + 2, window.width + 2, k // 9)
@@ -130,7 +151,7 @@ def test_the_last_block_of_layers_of_sdxl(kind: str, n: int, k: int, m: int, win
     problem = Problem(kernel, m, image)
     y, x, _ = kernel.grid(m)
     got, cost = problem.run(1, block=(y - 1, x - 1))
-    rows, columns = slice((y - 1) * 128, None), slice((x - 1) * 128, None)
+    rows, columns = slice((y - 1) * tile.m, None), slice((x - 1) * tile.n, None)
     assert np.array_equal(got[rows, columns], problem.sums(1, rows, columns))
     assert (got[: rows.start] == 77).all() and (got[:, : columns.start] == 77).all()
     assert cost.conflicts() == 0

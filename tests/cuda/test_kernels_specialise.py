@@ -26,6 +26,7 @@ ENTRY = """\
 struct tfqc_up_constants {
   static constexpr int N = 320, K = 5760, A_BITS = 8;
   static constexpr int TILE_M = 128, TILE_N = 64, TILE_K = 64;
+  static constexpr int WARP_M = 64, WARP_N = 32;
   static constexpr int STAGES = 3, GROUP = 0;
   static constexpr Body BODY = Body::NIBBLE;
   static constexpr Rows SCALES = Rows::STEP, OUT_SCALES = Rows::STEP;
@@ -95,7 +96,10 @@ def test_launches_cover_the_output() -> None:
         ({"mode": "w4a8", "body": "auto"}, "multiplied by the nibble body"),
         ({"body": "nibble", "k": 69920}, "s32 holds the sums of 69904 codes"),
         ({"body": "auto", "k": 69920}, "s32 holds the sums of 69904 codes"),
-        ({"tile": Tile(m=96)}, "whole warps of 64 x 32"),
+        ({"tile": Tile(m=96)}, "has to be whole warps"),
+        ({"tile": Tile(n=160, warp_n=80)}, "strips of 32 columns"),
+        ({"tile": Tile(row_bytes=32)}, "rows of 64 or 128 bytes"),
+        ({"tile": Tile(warp_n=64), "group": 128}, "more sums than fit"),
         ({"tile": Tile(m=64, n=32, row_bytes=128)}, "too few threads"),
         ({"tile": Tile(m=192)}, "no whole number of copies"),
         ({"mode": "w4a16"}, "f16 is multiplied by the half body"),
@@ -109,7 +113,7 @@ def test_launches_cover_the_output() -> None:
         ({"epilogue": Epilogue(rank=16, out="s32")}, "nothing done to them"),
         ({"window": Window(8, 8)}, "9 times the channels"),
         ({"n": 5, "epilogue": Epilogue(activation="geglu")}, "even number of columns"),
-        ({"tile": Tile(n=32), "epilogue": Epilogue(activation="geglu")}, "rows of 32 outputs"),
+        ({"n": 96, "tile": Tile(n=32), "epilogue": Epilogue(activation="geglu")}, "rows of 32 outputs"),
         ({"epilogue": Epilogue(out="s32", bias="one")}, "nothing done to them"),
     ],
 )

@@ -159,6 +159,19 @@ __device__ __forceinline__ void expand_codes(u32 (&to)[2], u32 x) {
 __device__ __forceinline__ u32 low_codes(u32 x) { return (x << 4) & 0xF0F0F0F0u; }
 __device__ __forceinline__ u32 high_codes(u32 x) { return x & 0xF0F0F0F0u; }
 
+// Each one instruction: numbers that are not normal are taken as zero.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float to_float(u16 half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));

@@ -13,7 +13,7 @@
 // are normal numbers. Activations are those of CUDA's fast math, a few units in the last place of f32 away from the
 // exact ones. How tensor cores round within an instruction (low ranks, and sums of f16 rows) is the chip's.
 //
-// Columns of weights lie so that a thread's eight sums of a row are neighbours: columns 8 t .. 8 t + 7 of the warp's 32
+// Columns of weights lie so that a thread's eight sums of a row are neighbours: columns 8 t .. 8 t + 7 of a strip of 32
 // for t = lane % 4, and with GEGLU, whose 32 are 16 values and their 16 gates, 4 t .. 4 t + 3 of each (pack.py).
 #pragma once
 #include "low_rank.cuh"
@@ -40,7 +40,17 @@ struct Parameters {
 };
 
 __device__ __forceinline__ float silu(float y) { return __fdividef(y, 1.0f + __expf(-y)); }
-__device__ __forceinline__ float gelu(float y) { return 0.5f * y * (1.0f + erff(y * 0.70710678f)); }
+
+// y Phi(y) = max(y, 0) - |y| Phi(-|y|), the latter by formula 7.1.26 of Abramowitz and Stegun: within 4e-7 |y| of the
+// exact value, for half of the instructions of erff, which held products of few K.
+__device__ __forceinline__ float gelu(float y) {
+  const float size = fabsf(y), t = machine::reciprocal(fmaf(size, 0.3275911f * 0.70710678f, 1.0f));
+  float tail = fmaf(t, 0.5f * 1.061405429f, 0.5f * -1.453152027f);
+  tail = fmaf(tail, t, 0.5f * 1.421413741f);
+  tail = fmaf(tail, t, 0.5f * -0.284496736f);
+  tail = fmaf(tail, t, 0.5f * 0.254829592f) * t;
+  return fmaf(-size * tail, machine::power_of_two(y * y * (-0.5f * 1.44269504f)), fmaxf(y, 0.0f));
+}
 
 // 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)) for u = sqrt(2 / pi) (y + 0.044715 y^3).
 __device__ __forceinline__ float gelu_tanh(float y) {
@@ -138,32 +148,33 @@ __device__ __forceinline__ void store(void* to, long long row, int column, const
   }
 }
 
-// Parameters of the input for a thread's rows. Tokens have their own: the four lanes of a row take two rows each, and
-// give them to the others.
-template <class S, class T>
-__device__ __forceinline__ void load_of_rows(T (&to)[2], const T* from, const Parameters& p, int m0, int m) {
+// Parameters of the input for a thread's rows. Tokens have their own: the four lanes of a row take COUNT rows each,
+// and give them to the others.
+template <class S, class T, int COUNT>
+__device__ __forceinline__ void load_of_rows(T (&to)[COUNT], const T* from, const Parameters& p, int m0, int m) {
   const int lane = threadIdx.x % 32, step = S::SCALES == Rows::STEP ? __ldg(p.step) : 0;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = min(m0 + (lane % 4 * 2 + i) * 8 + lane / 4, m - 1);
+  for (int i = 0; i < COUNT; ++i) {
+    const int row = min(m0 + (lane % 4 * COUNT + i) * 8 + lane / 4, m - 1);
     to[i] = __ldg(from + (S::SCALES == Rows::TOKEN ? row : step));
   }
 }
 
-template <class S, class T>
-__device__ __forceinline__ T of_row(const T (&loaded)[2], int i) {
-  return S::SCALES == Rows::TOKEN ? __shfl_sync(0xFFFFFFFFu, loaded[i % 2], i / 2, 4) : loaded[0];
+template <class S, class T, int COUNT>
+__device__ __forceinline__ T of_row(const T (&loaded)[COUNT], int i) {
+  return S::SCALES == Rows::TOKEN ? __shfl_sync(0xFFFFFFFFu, loaded[i % COUNT], i / COUNT, 4) : loaded[0];
 }
 
-// From sums acc of a warp's product, y of its 64 x 32 outputs at (m0, n0) before the bias; with Out::S32, the sums less
+// From sums acc of a warp's product, y of its rows by a strip of columns at (m0, n0) before the bias; with Out::S32, the sums less
 // the zero point's part. All lanes take part, also those whose rows or columns are beyond the output.
 template <class S, class Y, class T, int BLOCKS_M, int BLOCKS_N>
 __device__ __forceinline__ void scale(Y (&y)[BLOCKS_M][BLOCKS_N][4], T (&acc)[BLOCKS_M][BLOCKS_N][4],
                                       const Parameters& p, int m0, int n0, int m) {
   using L = Layout<S>;
+  constexpr int COUNT = (BLOCKS_M * 2 + 3) / 4;
   const int t = threadIdx.x % 4;
   if constexpr (L::SUMS) {
-    int zeros[2], sums[COLUMNS];
+    int zeros[COUNT], sums[COLUMNS];
     load_of_rows<S>(zeros, p.zero, p, m0, m);
     load_columns<S, int4>(sums, p.weight_sum + n0, t);
 #pragma unroll
@@ -173,7 +184,7 @@ __device__ __forceinline__ void scale(Y (&y)[BLOCKS_M][BLOCKS_N][4], T (&acc)[BL
       for (int j = 0; j < COLUMNS; ++j) acc[i / 2][j / 2][i % 2 * 2 + j % 2] -= zero * sums[j];
     }
   }
-  float inputs[2] = {1, 1}, scales[COLUMNS];
+  float inputs[COUNT], scales[COLUMNS];
   if constexpr (L::CODED && S::OUT != Out::S32) load_of_rows<S>(inputs, p.scale, p, m0, m);
   if constexpr (S::GROUP == 0 && S::OUT != Out::S32) load_columns<S, float4>(scales, p.weight_scale + n0, t);
 #pragma unroll
@@ -193,7 +204,7 @@ __device__ __forceinline__ void scale(Y (&y)[BLOCKS_M][BLOCKS_N][4], T (&acc)[BL
   }
 }
 
-// All that a warp does after its product: sums acc of the 64 x 32 outputs at (m0, n0).
+// All that a warp does after its product: sums acc of its rows by a strip of columns at (m0, n0).
 template <class S, class T, int BLOCKS_M, int BLOCKS_N>
 __device__ __forceinline__ void finish(T (&acc)[BLOCKS_M][BLOCKS_N][4], const Parameters& p, int m0, int n0, int m) {
   using L = Layout<S>;

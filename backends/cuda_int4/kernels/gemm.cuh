@@ -1,27 +1,27 @@
 // y [M, N] = epilogue(sum_k a[m, k] * w[n, k]): unsigned codes a, signed 4-bit codes w, exact s32 sums over all of K,
 // or over groups of it that are then added in f32 (group.cuh); or f16 a, and f32 sums (multiply.cuh).
 //
-// A block computes TILE_M x TILE_N, a warp 64 x 32 of them, in steps of TILE_K through a ring of STAGES tiles in
-// shared memory that cp.async fills (tile.cuh).
+// A block computes TILE_M x TILE_N, a warp WARP_M x WARP_N of them, in steps of TILE_K through a ring of STAGES tiles
+// in shared memory that cp.async fills (tile.cuh).
 #pragma once
 #include "multiply.cuh"
 #include "operand.cuh"
 
 namespace gemm {
 
-template <Body>
+template <class S, Body = S::BODY>
 struct Total {
-  using Type = Sums;
+  using Type = Sums<S>;
 };
-template <>
-struct Total<Body::HALF> {
-  using Type = Floats;
+template <class S>
+struct Total<S, Body::HALF> {
+  using Type = Floats<S>;
 };
 
-// A warp's sums: the products of all tiles that were added.
+// A warp's sums, a strip of columns after the other: the products of all tiles that were added.
 template <class S, bool GROUPED = S::GROUP != 0 && S::BODY != Body::HALF>
 struct Accumulator {
-  typename Total<S::BODY>::Type total = {};
+  typename Total<S>::Type total[Geometry<S>::STRIPS] = {};
 
   __device__ __forceinline__ Accumulator(const epilogue::Parameters&, int, int) {}
 
@@ -34,9 +34,10 @@ struct Accumulator {
 template <class S>
 struct Accumulator<S, true> {
   static constexpr int TILES = S::GROUP / S::TILE_K;  // of a group
-  Floats total = {};
-  Sums sums;
-  int zeros[BLOCKS_M * 2];
+  static_assert(Geometry<S>::STRIPS == 1, "a second set of accumulators");
+  Floats<S> total[1] = {};
+  Sums<S> sums[1];
+  int zeros[Geometry<S>::BLOCKS_M * 2];
 
   __device__ __forceinline__ Accumulator(const epilogue::Parameters& parameters, int m0, int m) {
     group::load_zeros<S>(zeros, parameters, m0, m);
@@ -44,9 +45,9 @@ struct Accumulator<S, true> {
 
   template <int UNITS>
   __device__ __forceinline__ void add(int tile, u32 a_at, u32 w_at, u32 terms_at) {
-    if (tile % TILES == 0) group::begin<S>(sums, zeros, terms_at);
+    if (tile % TILES == 0) group::begin<S>(sums[0], zeros, terms_at);
     multiply_tile<S, UNITS>(sums, a_at, w_at, terms_at);
-    if (tile % TILES == TILES - 1 || tile == Geometry<S>::TILES - 1) group::end<S>(total, sums, terms_at);
+    if (tile % TILES == TILES - 1 || tile == Geometry<S>::TILES - 1) group::end<S>(total[0], sums[0], terms_at);
   }
 };
 
@@ -63,7 +64,7 @@ __device__ __forceinline__ void run(const u8* a, const u8* weight, const epilogu
   const u32 ring = machine::shared_address(shared);
   const int m0 = blockIdx.x * S::TILE_M, n0 = blockIdx.y * S::TILE_N;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp / G::WARPS_N * WARP_M, warp_n = warp % G::WARPS_N * WARP_N;
+  const int warp_m = warp / G::WARPS_N * S::WARP_M, warp_n = warp % G::WARPS_N * S::WARP_N;
 
   const Copier<S> copier(a, weight, parameters.weight_scale, parameters.weight_sum, m0, n0, m, ring);
 #pragma unroll
@@ -96,7 +97,9 @@ __device__ __forceinline__ void run(const u8* a, const u8* weight, const epilogu
     constexpr int UNITS = G::UNITS - G::WHOLE_TILES * G::STEPS;
     sums.template add<UNITS>(G::WHOLE_TILES, a_at + full, w_at + full, terms_at + full);
   }
-  epilogue::finish<S>(sums.total, parameters, m0 + warp_m, n0 + warp_n, m);
+#pragma unroll
+  for (int strip = 0; strip < G::STRIPS; ++strip)
+    epilogue::finish<S>(sums.total[strip], parameters, m0 + warp_m, n0 + warp_n + strip * STRIP_N, m);
 }
 
 }  // namespace gemm

@@ -12,7 +12,6 @@
 
 namespace group {
 
-using gemm::BLOCKS_M;
 using gemm::BLOCKS_N;
 using epilogue::COLUMNS;
 
@@ -23,10 +22,11 @@ constexpr int MAGIC_BITS = 0x4B400000;
 
 // Zero points of a thread's rows, times -FACTOR.
 template <class S>
-__device__ __forceinline__ void load_zeros(int (&zeros)[BLOCKS_M * 2], const epilogue::Parameters& p, int m0, int m) {
+__device__ __forceinline__ void load_zeros(int (&zeros)[gemm::Geometry<S>::BLOCKS_M * 2], const epilogue::Parameters& p,
+                                           int m0, int m) {
   const int step = S::SCALES == Rows::STEP ? __ldg(p.step) : 0;
 #pragma unroll
-  for (int i = 0; i < BLOCKS_M * 2; ++i) {
+  for (int i = 0; i < gemm::Geometry<S>::BLOCKS_M * 2; ++i) {
     const int row = min(m0 + i * 8 + (int)threadIdx.x % 32 / 4, m - 1);
     zeros[i] = __ldg(p.zero + (S::SCALES == Rows::TOKEN ? row : step)) * -epilogue::Layout<S>::FACTOR;
   }
@@ -45,21 +45,22 @@ __device__ __forceinline__ void load_columns(u32 (&to)[COLUMNS], u32 terms_at) {
 }
 
 template <class S>
-__device__ __forceinline__ void begin(gemm::Sums& acc, const int (&zeros)[BLOCKS_M * 2], u32 terms_at) {
+__device__ __forceinline__ void begin(gemm::Sums<S>& acc, const int (&zeros)[gemm::Geometry<S>::BLOCKS_M * 2],
+                                      u32 terms_at) {
   u32 sums[COLUMNS];
   load_columns<S>(sums, terms_at + S::TILE_N * 4);
 #pragma unroll
-  for (int i = 0; i < BLOCKS_M * 2; ++i)
+  for (int i = 0; i < gemm::Geometry<S>::BLOCKS_M * 2; ++i)
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) acc[i / 2][j / 2][i % 2 * 2 + j % 2] = MAGIC_BITS + zeros[i] * (int)sums[j];
 }
 
 template <class S>
-__device__ __forceinline__ void end(gemm::Floats& total, const gemm::Sums& acc, u32 terms_at) {
+__device__ __forceinline__ void end(gemm::Floats<S>& total, const gemm::Sums<S>& acc, u32 terms_at) {
   u32 scales[COLUMNS];
   load_columns<S>(scales, terms_at);
 #pragma unroll
-  for (int i = 0; i < BLOCKS_M * 2; ++i)
+  for (int i = 0; i < gemm::Geometry<S>::BLOCKS_M * 2; ++i)
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
       float& y = total[i / 2][j / 2][i % 2 * 2 + j % 2];

@@ -6,14 +6,14 @@
 
 namespace low_rank {
 
-// y lies as the accumulators of the 64 x 32 outputs at (m0, n0) do. All lanes of a warp take part.
+// y lies as the accumulators of a strip at (m0, n0) do. All lanes of a warp take part.
 template <class S>
-__device__ __forceinline__ void add(gemm::Floats& y, const u16* low, const u16* up, int m0, int n0, int m) {
-  constexpr int STEPS = S::RANK / 16, BLOCKS_M = gemm::BLOCKS_M, BLOCKS_N = gemm::BLOCKS_N;
+__device__ __forceinline__ void add(gemm::Floats<S>& y, const u16* low, const u16* up, int m0, int n0, int m) {
+  constexpr int STEPS = S::RANK / 16, BLOCKS_M = S::WARP_M / 16, BLOCKS_N = gemm::BLOCKS_N;
   if (m0 >= m) return;  // which also keeps what is done here apart from what was before, as registers are few
   const int lane = threadIdx.x % 32, row = m0 + lane / 4;
   const u16* rows = low + (long long)row * S::RANK + lane % 4 * 4;
-  const uint4* columns = (const uint4*)up + n0 / gemm::WARP_N * (STEPS * 64) + lane;
+  const uint4* columns = (const uint4*)up + n0 / gemm::STRIP_N * (STEPS * 64) + lane;
 #pragma unroll 1  // the loads of more steps take too many registers
   for (int step = 0; step < STEPS; ++step, rows += 16, columns += 64) {
     const uint4 first = __ldg(columns), second = __ldg(columns + 32);

@@ -11,20 +11,24 @@
 
 namespace gemm {
 
-// One unit of K: a's chunks at a_at (of the warp's first matrix; others follow at known distances), weights at w_at.
 template <class S>
-__device__ __forceinline__ void multiply_unit(Sums& acc, u32 a_at, u32 w_at, int step) {
+using Rows16 = u32[Geometry<S>::READS][Geometry<S>::BLOCKS_M][4];
+
+// One unit of K by a strip of columns: a's chunks at a_at (of the warp's first matrix; others follow at known
+// distances), weights at w_at. The first strip reads a, the others use it again.
+template <class S>
+__device__ __forceinline__ void multiply_unit(Sums<S>& acc, Rows16<S>& rows, u32 a_at, u32 w_at, int step, int strip) {
   using G = Geometry<S>;
   u32 w[BLOCKS_N / 2][4];  // registers of blocks 2i and 2i + 1
 #pragma unroll
   for (int i = 0; i < BLOCKS_N / 2; ++i)
-    machine::load_shared(w[i], w_at + (i * G::STEPS + step) * UNIT_BYTES);
+    machine::load_shared(w[i], w_at + ((strip * (BLOCKS_N / 2) + i) * G::STEPS + step) * UNIT_BYTES);
 #pragma unroll
   for (int read = 0; read < G::READS; ++read) {
 #pragma unroll
-    for (int i = 0; i < BLOCKS_M; ++i) {
-      u32 a[4];
-      machine::load_matrices(a, (a_at ^ ((step * G::READS + read) * 32)) + i * (16 * G::ROW_BYTES));
+    for (int i = 0; i < G::BLOCKS_M; ++i) {
+      u32(&a)[4] = rows[read][i];
+      if (strip == 0) machine::load_matrices(a, (a_at ^ ((step * G::READS + read) * 32)) + i * (16 * G::ROW_BYTES));
       if constexpr (S::BODY == Body::S4) {
 #pragma unroll
         for (int j = 0; j < BLOCKS_N; ++j)
@@ -56,7 +60,7 @@ __device__ __forceinline__ void multiply_unit(Sums& acc, u32 a_at, u32 w_at, int
 
 // The same of f16: a register has the codes of a block's two instructions, one instruction's in each of its bytes.
 template <class S>
-__device__ __forceinline__ void multiply_unit(Floats& acc, u32 a_at, u32 w_at, const u32 (&scales)[BLOCKS_N],
+__device__ __forceinline__ void multiply_unit(Floats<S>& acc, u32 a_at, u32 w_at, const u32 (&scales)[BLOCKS_N],
                                               int step) {
   using G = Geometry<S>;
   u32 w[BLOCKS_N];
@@ -71,7 +75,7 @@ __device__ __forceinline__ void multiply_unit(Floats& acc, u32 a_at, u32 w_at, c
         b[j][0] = machine::multiply_halves(b[j][0], scales[j]), b[j][1] = machine::multiply_halves(b[j][1], scales[j]);
     }
 #pragma unroll
-    for (int i = 0; i < BLOCKS_M; ++i) {
+    for (int i = 0; i < G::BLOCKS_M; ++i) {
       u32 a[4];
       machine::load_matrices(a, (a_at ^ ((step * G::READS + read) * 32)) + i * (16 * G::ROW_BYTES));
 #pragma unroll
@@ -81,17 +85,22 @@ __device__ __forceinline__ void multiply_unit(Floats& acc, u32 a_at, u32 w_at, c
 }
 
 template <class S, int UNITS>
-__device__ __forceinline__ void multiply_tile(Sums& acc, u32 a_at, u32 w_at, u32) {
+__device__ __forceinline__ void multiply_tile(Sums<S> (&acc)[Geometry<S>::STRIPS], u32 a_at, u32 w_at, u32) {
 #pragma unroll
-  for (int step = 0; step < UNITS; ++step) multiply_unit<S>(acc, a_at, w_at, step);
+  for (int step = 0; step < UNITS; ++step) {
+    Rows16<S> rows;
+#pragma unroll
+    for (int strip = 0; strip < Geometry<S>::STRIPS; ++strip)
+      multiply_unit<S>(acc[strip], rows, a_at, w_at, step, strip);
+  }
 }
 
 template <class S, int UNITS>
-__device__ __forceinline__ void multiply_tile(Floats& acc, u32 a_at, u32 w_at, u32 terms_at) {
+__device__ __forceinline__ void multiply_tile(Floats<S> (&acc)[1], u32 a_at, u32 w_at, u32 terms_at) {
   u32 scales[BLOCKS_N];
   if constexpr (S::GROUP > 0) group::load_pairs<S>(scales, terms_at);
 #pragma unroll
-  for (int step = 0; step < UNITS; ++step) multiply_unit<S>(acc, a_at, w_at, scales, step);
+  for (int step = 0; step < UNITS; ++step) multiply_unit<S>(acc[0], a_at, w_at, scales, step);
 }
 
 }  // namespace gemm

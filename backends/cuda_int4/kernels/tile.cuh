@@ -9,16 +9,19 @@
 
 namespace gemm {
 
-constexpr int WARP_M = 64, WARP_N = 32;
-constexpr int BLOCKS_M = WARP_M / 16, BLOCKS_N = WARP_N / 8;  // instructions that a warp's tile takes along M and N
+constexpr int STRIP_N = 32, BLOCKS_N = STRIP_N / 8;  // a warp's columns are strips of 32, of 4 instructions each
 constexpr int UNIT_BYTES = 512;
 
-using Sums = int[BLOCKS_M][BLOCKS_N][4];  // a warp's accumulators, as instructions have them
-using Floats = float[BLOCKS_M][BLOCKS_N][4];
+// Accumulators of a strip, as instructions have them.
+template <class S>
+using Sums = int[S::WARP_M / 16][BLOCKS_N][4];
+template <class S>
+using Floats = float[S::WARP_M / 16][BLOCKS_N][4];
 
 template <class S>
 struct Geometry {
-  static constexpr int WARPS_N = S::TILE_N / WARP_N, WARPS = S::TILE_M / WARP_M * WARPS_N, THREADS = WARPS * 32;
+  static constexpr int WARPS_N = S::TILE_N / S::WARP_N, WARPS = S::TILE_M / S::WARP_M * WARPS_N, THREADS = WARPS * 32;
+  static constexpr int BLOCKS_M = S::WARP_M / 16, STRIPS = S::WARP_N / STRIP_N;  // of a warp
   static constexpr bool HALF = S::BODY == Body::HALF;
   static constexpr int UNIT_N = HALF ? 32 : 16, UNIT_K = HALF ? 32 : 64;  // columns and inputs of packed weights
   static constexpr int READS = UNIT_K * S::A_BITS / 256;  // in a unit, for ldmatrix takes 32 bytes of a row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -22,12 +23,15 @@ from tfqc.backends.cuda_int4.specialise import (
     Window,
     body_for,
 )
+from tfqc.backends.cuda_int4.tiles import tile_for
 from tfqc.ir.program import Program
-from tfqc.ir.types import TensorType
+from tfqc.ir.types import TensorType, evaluate
 
 K = TypeVar("K", Gemm, Quantize)
 PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
 _BITS: dict[str, Literal[4, 8]] = {"u4": 4, "u8": 8}
+
+_COMMON = "sm_89"  # the chip for which tiles are chosen where one text serves all of them
 
 
 @dataclass
@@ -50,7 +54,8 @@ class Selection:
         image = window_of(self.program, node)
         window = None if image is None else Window(*image, int(has["stride"]))
         mode = self._mode(has)
-        group: Literal[128] | None = 128 if self.program.types[has["weight_scale"].name].shape[1:] else None  # type: ignore[union-attr]
+        scales = self.program.tensor_type(has["weight_scale"])
+        group: Literal[128] | None = 128 if scales is not None and len(scales.shape) > 1 else None
         end = Epilogue(
             scales=_rows(has["scale"], has["row_in"]),
             bias=_bias(self.program, has["bias"]),
@@ -61,12 +66,21 @@ class Selection:
             out_scales="step" if has["out_scale"] is None or has["row"] is not None else "one",
         )
         k = _whole(channels) * (9 if window else 1)
-        rows = 1
-        for size in y.shape[1:-1] if name_of(node).startswith("tfqc.qlinear") else y.shape[2:]:
-            rows *= size if isinstance(size, int) else 1024
+        lead = y.shape[:-1] if name_of(node) == "tfqc.qlinear.default" else (y.shape[0], *y.shape[2:])
+        rows = math.prod(evaluate(size, self.program.symbols) for size in lead)
         shape = f"{n}x{k}" if window is None else f"{n}x{k}_{window.height}x{window.width}_s{window.stride}"
         what = "linear" if name_of(node) == "tfqc.qlinear.default" else f"conv{taps[0]}x{taps[1]}"
-        made = Gemm(f"tfqc_{what}_{shape}", n, k, mode, self._body(mode), end, window, _tile(n, rows), group)
+        made = Gemm(
+            f"tfqc_{what}_{shape}",
+            n,
+            k,
+            mode,
+            self._body(mode),
+            end,
+            window,
+            self._tile(n, k, rows, mode, has["act"] == "geglu", group),
+            group,
+        )
         return self._add(made)
 
     def quantizer(self, node: fx.Node, windowed: bool, rank: int = 0) -> Quantize:
@@ -109,6 +123,14 @@ class Selection:
         if name_of(codes) == "operator.getitem":
             return "w4a4" if operands(codes.args[0]).get("bits") == 4 else "w4a8"
         return "w4a4" if operands(codes)["out"] == "u4" else "w4a8"
+
+    def _tile(self, n: int, k: int, rows: int, mode: Mode, paired: bool, group: int | None) -> Tile:
+        """Of so many rows, in a batch of the size that the program knows as an example; see `tiles.py`."""
+        if mode != "w4a16" and group is None:
+            return tile_for(n, k, rows, mode, _COMMON if self.arch == "fat" else self.arch, paired)
+        wide = n > 64 and -(-n // 128) * 128 - n < 64  # else 128 columns would be half empty
+        longer = mode == "w4a8"  # turns, of which each group then has one
+        return Tile(128 if rows > 64 else 64, 128 if wide else 64, 128 if longer else 64)
 
     def _body(self, mode: Mode) -> Body:
         return "auto" if self.arch == "fat" and mode == "w4a4" else body_for(self.arch, mode)
@@ -163,9 +185,3 @@ def _rank(program: Program, up: fx.Node | None) -> int:
 def _whole(codes: int) -> int:
     """Codes of a row with its padding."""
     return -(-codes // 32) * 32
-
-
-def _tile(n: int, rows: int) -> Tile:
-    """64 columns where 128 would be half empty, 64 rows where one image has no more."""
-    wide = n > 64 and -(-n // 128) * 128 - n < 64
-    return Tile(m=128 if rows > 64 else 64, n=128 if wide else 64)

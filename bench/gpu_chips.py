@@ -4,7 +4,8 @@ A product's time is the greatest of: the tensor pipe, issue slots (one instructi
 pipe (two cycles an instruction), shared memory (128 bytes a cycle), each over what the busiest multiprocessor is given;
 and L2 and DRAM traffic over the card's bandwidth. Instructions are counted in the disassembly of the kernel: those of
 the main loop by turns, all others once. The first tile, and what is outside of the main loop, are waited for once a
-kernel; once a wave where one block alone fits on a multiprocessor.
+kernel; once a wave where one block alone fits on a multiprocessor. A block's own time is a bound too ("latency"): at a
+barrier all of its warps multiply nothing, and a turn is not shorter than its copies are under way, through the ring.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from gpu_layers import Product
 
-from tfqc.backends.cuda_int4 import build, sass
+from tfqc.backends.cuda_int4 import build, sass, tiles
 from tfqc.backends.cuda_int4.specialise import Gemm, Mode, Tile, Window, body_for, source
 from tfqc.errors import TfqcError
 
@@ -28,10 +29,12 @@ LAUNCH_US = 1.0  # of a kernel in a CUDA graph, assumed
 LATENCY_US = 0.7  # from DRAM until the first tile has come, assumed
 EXPOSED_CYCLES = 100  # in which a warp alone multiplies nothing, each turn: barrier, first ldmatrix; assumed
 SHARED_BYTES_PER_CYCLE = 128
+SECTOR = 32  # bytes of L2 that a store takes a turn of, however few it writes
 INTEGER_CYCLES = 2  # of a scheduler's 16 lanes for a warp
 RESERVED_SHARED = 1024  # of each block, the driver's
 
-TILES = tuple(Tile(m, n, row) for m, n in ((128, 128), (128, 64), (64, 64), (256, 128)) for row in (64, 128))
+# Those of the compiler's rule, and others, which are better for a few small layers alone.
+TILES = (*tiles.TILES, Tile(), Tile(n=64), Tile(row_bytes=128, warp_n=64), Tile(m=256, warp_n=64), Tile(m=256))
 _FP16_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))  # what cuBLAS can choose from, assumed
 
 _INTEGER = {"LOP3", "LOP", "SHF", "IADD3", "IADD", "LEA", "ISETP", "SEL", "PRMT", "VIADD", "IMNMX", "VIMNMX", "MOV"}
@@ -201,8 +204,11 @@ def resident(kernel: Gemm, code: Code, chip: Chip) -> int:
     return min(registers, shared, chip.threads // kernel.threads, chip.blocks)
 
 
-def bound(product: Product, kernel: Gemm, code: Code, chip: Chip) -> Bound | None:
-    """The modelled time of an int4 kernel; None where a block does not fit."""
+def bound(product: Product, kernel: Gemm, code: Code, chip: Chip, even: bool = False) -> Bound | None:
+    """The modelled time of an int4 kernel; None where a block does not fit.
+
+    even: as if blocks could be cut to give multiprocessors the same work for nothing, which no Stream-K beats.
+    """
     fits = resident(kernel, code, chip)
     if not fits:
         return None
@@ -227,16 +233,20 @@ def bound(product: Product, kernel: Gemm, code: Code, chip: Chip) -> Bound | Non
     }
     wave = fits * chip.sms
     most = blocks // wave * fits + -(-(blocks % wave) // chip.sms)  # blocks of the busiest multiprocessor
+    most = blocks / chip.sms if even else most
     waves = -(-blocks // wave)
     parts = {name: most * used / chip.ghz / 1e3 for name, used in of_block.items()}
-    # A warp's own time: in it, its scheduler may have no other one.
-    parts["latency"] = -(-most // fits) * (imma * cycles + EXPOSED_CYCLES * units / steps) / chip.ghz / 1e3
+    # A block's own time, with no other one on its multiprocessor: a barrier holds all of its warps, and a turn's copies
+    # were asked for stages - 1 turns before.
+    busy = of_block["tensor"] / (units / steps) + EXPOSED_CYCLES
+    turn = max(busy, LATENCY_US * 1e3 * chip.ghz / (kernel.tile.stages - 1))
+    parts["latency"] = (most / fits if even else -(-most // fits)) * turn * units / steps / chip.ghz / 1e3
     on_chip = max(parts.values())
     after = sum(code.outside.values()) * warps / 4 / chip.ghz / 1e3  # its issue slots
     waiting = (LATENCY_US + after) * (waves if fits == 1 else 1)
-    a, w, out = _operands(product, kernel)
+    a, w, out, stored = _operands(product, kernel)
     stages = units / steps * kernel.shared_bytes / kernel.tile.stages
-    parts["L2"] = (blocks * stages + out) / chip.l2 / 1e3
+    parts["L2"] = (blocks * stages + stored) / chip.l2 / 1e3
     passes = -(-blocks // wave) if a > chip.l2_mib * 2**19 else 1  # rows that do not stay in half of L2
     moved = int(a * min(passes, columns) + w + out)
     parts["DRAM"] = moved / chip.dram / 1e3
@@ -244,16 +254,18 @@ def bound(product: Product, kernel: Gemm, code: Code, chip: Chip) -> Bound | Non
     return Bound(us, parts, blocks, fits, blocks / wave, 1 - blocks / (most * chip.sms), moved)
 
 
-def _operands(product: Product, kernel: Gemm) -> tuple[int, int, int]:
-    """Bytes of codes, of weights, and of what the epilogue reads and writes."""
+def _operands(product: Product, kernel: Gemm) -> tuple[int, int, int, int]:
+    """Bytes of codes, of weights, and of what the epilogue reads and writes: in memory, and in whole sectors of L2."""
     window = product.window
     if window is None:
         codes = product.m * kernel.k
     else:
         codes = product.images * (window.height + 2) * (window.width + 2) * kernel.k // 9
     written = {"u4": 0.5, "u8": 1.0}.get(kernel.epilogue.out, 2.0)
-    out = product.m * product.out_n * (written + 2 * product.epilogue.residual)
-    return codes * kernel.a_bits // 8, kernel.padded_n * -(-kernel.k // 64) * 32, int(out)
+    columns = 16 if kernel.paired else 32  # that a warp stores at once, of one row
+    outputs, residual = product.m * product.out_n, 2 * product.epilogue.residual
+    in_memory, in_sectors = outputs * (written + residual), outputs * (max(written, SECTOR / columns) + residual)
+    return codes * kernel.a_bits // 8, kernel.padded_n * -(-kernel.k // 64) * 32, int(in_memory), int(in_sectors)
 
 
 def fp16_bound(product: Product, chip: Chip) -> tuple[float, float, str]:
@@ -287,9 +299,18 @@ def best(product: Product, mode: Mode, chip: Chip, work: Path) -> Gemm:
     return min(found, key=lambda item: item[0])[1]
 
 
+def ruled(product: Product, mode: Mode, chip: Chip) -> Gemm:
+    """The kernel that the compiler would emit."""
+    paired = product.epilogue.activation == "geglu"
+    tile = tiles.tile_for(product.n, product.padded_k, product.m, mode, chip.arch, paired)
+    kernel = kernel_for(product, mode, chip.arch, tile)
+    if kernel is None:
+        raise build.BuildError(f"The rule gives {product.name} {tile}, which does not suit it.")
+    return kernel
+
+
 def typical(product: Product, mode: Mode, chip: Chip, tile: Tile) -> Gemm | None:
-    """A kernel that stands for those of linear layers, or for those of 3 x 3 convolutions, to choose tiles by."""
+    """A kernel that stands for those of layers with the same epilogue, linear or 3 x 3, to choose tiles by."""
     window = Window(32, 32) if product.window else None
-    end = replace(product.epilogue, bias="one", activation="none", residual=True, out="f16")
-    like = replace(product, n=1280, k=9 * 1280 if window else 1280, window=window, epilogue=end)
+    like = replace(product, n=1280, k=9 * 1280 if window else 1280, window=window)
     return kernel_for(like, mode, chip.arch, tile)

@@ -32,6 +32,7 @@ _VIEWS = {
     "view", "reshape", "transpose", "permute", "dropout", "contiguous", "unsqueeze", "squeeze", "flatten", "expand",
     "to", "clone", "alias", "slice", "chunk", "getitem", "detach", "unflatten", "select", "_assert_tensor_metadata",
 }  # fmt: skip
+_PLAIN = Epilogue("step", "none")
 _ROLES = {"sample": "sample", "hidden_states": "sample", "timestep": "time"}
 _NORMS = {"group_norm": 3, "layer_norm": 2}  # how often memory is passed over: statistics of a group, then the values
 
@@ -112,11 +113,24 @@ class Moved:
 
 @dataclass
 class Step:
-    """How often a network step does what."""
+    """How often a network step does what.
+
+    siblings: quantized linear layers that read the same input, as q, k and v do: they are among the products too.
+    """
 
     products: Counter[Product] = field(default_factory=Counter)
+    siblings: Counter[tuple[Product, ...]] = field(default_factory=Counter)
     attentions: Counter[Attention] = field(default_factory=Counter)
     moved: Counter[Moved] = field(default_factory=Counter)
+
+    def joined(self) -> Step:
+        """The same with siblings as one product, their columns beside each other."""
+        products = Counter(self.products)
+        for several, count in self.siblings.items():
+            for product in several:
+                products[product] -= count
+            products[replace(several[0], n=sum(product.n for product in several))] += count
+        return replace(self, products=+products, siblings=Counter())
 
 
 def step_of(model: str, batch: int) -> Step:
@@ -149,8 +163,13 @@ class _Reader:
             if _op(node) in ("linear", "conv2d"):
                 self.ends[node] = self._epilogue(node)
         written = self._codes([node for node in self.ends if self._product(node).quantized])
+        readers: dict[Node, list[Product]] = {}
         for node in reversed(self.ends):
-            self.step.products[self._product(node, codes=node in written)] += 1
+            product = self._product(node, codes=node in written)
+            self.step.products[product] += 1
+            if product.quantized and product.kind == "linear" and product.epilogue == _PLAIN:
+                readers.setdefault(_origin(node.args[0]), []).append(product)
+        self.step.siblings.update(tuple(several) for several in readers.values() if len(several) > 1)
         for node in self.nodes:
             self._other(node)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cpu_models import ARCHITECTURES
-from gpu_chips import CHIPS, LAUNCH_US, TILES, Bound, Chip, Code, best, bound, codes, fp16_bound, typical
+from gpu_chips import CHIPS, LAUNCH_US, TILES, Bound, Chip, Code, best, bound, codes, fp16_bound, ruled, typical
 from gpu_layers import Attention, Product, Step, step_of
 from tabulate import tabulate
 
@@ -79,7 +79,9 @@ def main() -> int:
                     if model == options.models[0]:
                         print(kernel_table(mode, chip, options.work), flush=True)
                     print(layer_table(f"{model}, {mode}", chip, found, options.rows), flush=True)
-                    cases.append(record(model, mode, options.batch, chip, step, found))
+                    joined = layers(step.joined(), mode, chip, options.work)
+                    rule = layers(step, mode, chip, options.work, by_rule=True)
+                    cases.append(record(model, mode, options.batch, chip, step, found, joined, rule))
                     write(options.results / "gpu-model.json", cases)
                 print(step_table([case for case in cases if (case["model"], case["mode"]) == (model, mode)]))
     except BuildError as error:
@@ -91,12 +93,15 @@ def main() -> int:
     return 0
 
 
-def layers(step: Step, mode: Mode, chip: Chip, work: Path) -> list[Layer]:
-    """Each quantized product with its kernel."""
+def layers(step: Step, mode: Mode, chip: Chip, work: Path, by_rule: bool = False) -> list[Layer]:
+    """Each quantized product with its kernel: of the best tile, or of the one that the compiler's rule says."""
     every = [(product, count) for product, count in step.products.items() if product.quantized]
-    kinds = [typical(product, mode, chip, tile) for product, _ in every for tile in TILES]
-    codes(list({kernel.name: kernel for kernel in kinds if kernel is not None}.values()), chip.arch, work)
-    chosen = [best(product, mode, chip, work) for product, _ in every]
+    if by_rule:
+        chosen = [ruled(product, mode, chip) for product, _ in every]
+    else:
+        kinds = [typical(product, mode, chip, tile) for product, _ in every for tile in TILES]
+        codes(list({kernel.name: kernel for kernel in kinds if kernel is not None}.values()), chip.arch, work)
+        chosen = [best(product, mode, chip, work) for product, _ in every]
     own = codes(list({kernel.name: kernel for kernel in chosen}.values()), chip.arch, work)
     found: list[Layer] = []
     for (product, count), kernel in zip(every, chosen, strict=True):
@@ -108,8 +113,20 @@ def layers(step: Step, mode: Mode, chip: Chip, work: Path) -> list[Layer]:
     return found
 
 
-def record(model: str, mode: Mode, batch: int, chip: Chip, step: Step, found: Sequence[Layer]) -> dict[str, Any]:
-    """What is written of one case; times in microseconds."""
+def record(
+    model: str,
+    mode: Mode,
+    batch: int,
+    chip: Chip,
+    step: Step,
+    found: Sequence[Layer],
+    joined: Sequence[Layer],
+    rule: Sequence[Layer],
+) -> dict[str, Any]:
+    """What is written of one case; times in microseconds.
+
+    joined: with layers of one input as one product. rule: with the tiles that the compiler chooses.
+    """
     ours = sum(layer.count * layer.bound.us for layer in found)
     fp16 = sum(layer.count * layer.fp16 for layer in found)
     held: Counter[str] = Counter()
@@ -118,8 +135,7 @@ def record(model: str, mode: Mode, batch: int, chip: Chip, step: Step, found: Se
         held[layer.binds] += layer.count * layer.bound.us / ours
     for factor in L2_FACTORS:
         other = replace(chip, l2=chip.l2 * factor)
-        again = [(layer.count, bound(layer.product, layer.kernel, layer.code, other)) for layer in found]
-        ratios[f"L2 x {factor}"] = fp16 / sum(count * made.us for count, made in again if made)
+        ratios[f"L2 x {factor}"] = fp16 / _total(found, other)
     return {
         "title": TITLE,
         "model": model,
@@ -132,10 +148,23 @@ def record(model: str, mode: Mode, batch: int, chip: Chip, step: Step, found: Se
         "gemm_fp16_without_tails_us": sum(layer.count * layer.fp16_without_tails for layer in found),
         "gemm_ratio": fp16 / ours,
         "gemm_ratio_if": ratios,
+        "gemm_us_by_rule": _total(rule, chip),
+        "gemm_ratio_even": fp16 / _total(found, chip, even=True),
+        "joined": {
+            "products": sum(step.products.values()) - sum(step.joined().products.values()),
+            "gemm_us": sum(layer.count * layer.bound.us for layer in joined),
+            "gemm_fp16_us": sum(layer.count * layer.fp16 for layer in joined),
+        },
         "binds": dict(held.most_common()),
         "step": _step(mode, chip, step, found),
         "layers": [_line(layer) for layer in found],
     }
+
+
+def _total(found: Sequence[Layer], chip: Chip, even: bool = False) -> float:
+    """Microseconds of the same kernels on another chip, or with their work spread evenly."""
+    again = [(layer.count, bound(layer.product, layer.kernel, layer.code, chip, even)) for layer in found]
+    return sum(count * made.us for count, made in again if made)
 
 
 def _line(layer: Layer) -> dict[str, Any]:
@@ -264,9 +293,14 @@ def goal_table(cases: Sequence[dict[str, Any]]) -> str:
         verdict = "" if goal is None else f"≥ {goal:.0f}: {'yes' if case['gemm_ratio'] >= goal else 'no'}"
         others = [f"{ratio:.2f}" for ratio in case["gemm_ratio_if"].values()]
         line = [case["model"], case["mode"], case["card"], f"{case['gemm_us'] / 1e3:.2f}"]
+        both, theirs = case["joined"], case["gemm_fp16_us"]
+        levers = [case["gemm_ratio_even"], theirs / both["gemm_us"], both["gemm_fp16_us"] / both["gemm_us"]]
+        others += [f"{ratio:.2f}" for ratio in levers]
+        others += [f"{100 * (case['gemm_us_by_rule'] / case['gemm_us'] - 1):.1f}%"]
         lines.append([*line, f"{case['gemm_ratio']:.2f}", f"{ideal:.2f}", *others, verdict, held])
     head = ["model", "mode", "card", "modelled ms", "× fp16", "× fp16 without tails"]
     head += [f"× fp16 if L2 × {factor}" for factor in L2_FACTORS]
+    head += ["if work were even", "with q, k, v joined", "in fp16 too", "tiles by rule slower by"]
     return _table(
         f"Quantized products over fp16, and what holds them, {TITLE}", [*head, "goal", "time by what binds"], lines
     )

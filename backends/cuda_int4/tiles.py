@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tfqc.errors import TfqcError
-
 from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Mode, Tile, body_for
+from tfqc.errors import TfqcError
 
 WIDE = Tile(128, 160, 64, 2, 32, 160)  # SDXL's widths are multiples of 160
 DEEP = Tile(128, 160, 128, 2, 32, 160)  # the same with longer turns: for a block that is alone, and for 8-bit codes

@@ -15,7 +15,7 @@ from tfqc.ir.types import TensorType
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 
 # What works in f32 whatever it is given: quantizers that no kernel took, stored weights, reads of tables.
-_WIDE = ("tfqc.quantize", "tfqc.dequantize", "tfqc.table_", "tfqc.request_read", "tfqc.channels_last", "tfqc.plain")
+_WIDE = ("tfqc.quantize", "tfqc.dequantize", "tfqc.table_", "tfqc.request_read")
 _VALUES = {"codes", "x", "residual", "low", "up"}  # of kernels; their scales, zero points and biases stay f32
 _FLOATS = (torch.float32, torch.float16)
 
@@ -43,7 +43,11 @@ class HalfPrecision(Pass):
                 node.replace_input_with(value, _cast(program, node, value, _wanted(node, value), casts))
             if stores(node) and operands(node)["out"] == "f32":
                 node.args = changed(node, out="f16")
-            elif name_of(node) == "aten.to.dtype" and node.args[1] is torch.float32:
+            elif (
+                name_of(node) == "aten.to.dtype"
+                and node.args[1] is torch.float32
+                and not _was_half(program, node, halves)
+            ):
                 node.args = (node.args[0], torch.float16, *node.args[2:])
             narrowed = any(n in halves for n in node.all_input_nodes)
             if narrowed or node.args != before:
@@ -52,10 +56,17 @@ class HalfPrecision(Pass):
         program.prune()
 
 
+def _was_half(program: Program, cast: fx.Node, halves: set[fx.Node]) -> bool:
+    """True for a cast of what was f16 before: one that is meant, or that this pass made when it ran before."""
+    value = cast.all_input_nodes[0]
+    type_ = program.types[value.name]
+    return isinstance(type_, TensorType) and type_.dtype is torch.float16 and value not in halves
+
+
 def _wanted(node: fx.Node, value: fx.Node) -> torch.dtype | None:
     """The floating point type in which an operation reads a value; None if it does not read it."""
     name = name_of(node)
-    if name in SHAPE_ONLY:
+    if name in SHAPE_ONLY or name == "aten.to.dtype":
         return None
     if name == "tfqc.quantize_tokens.default":
         return torch.float16

@@ -47,7 +47,9 @@ class _Captured:
 
     def replay(self, values: Mapping[str, Tensor], fixed: set[str]) -> Any:
         for name, value in values.items():
-            if name not in fixed or self._given.get(name) is not value:
+            if name not in fixed:
+                self._inputs[name].copy_(value)
+            elif self._given.get(name) is not value:
                 self._inputs[name].copy_(value)
                 self._given[name] = value
         self._graph.replay()

@@ -26,7 +26,8 @@ class Tensors:
     def get(self, name: str) -> Tensor:
         """A tensor as it is; those of the time function are read when it is first called."""
         if name not in self._tensors:
-            self._tensors |= load_file(self._directory / "time.safetensors", str(self.device))
+            found = load_file(self._directory / "time.safetensors")
+            self._tensors |= {name: value.to(self.device) for name, value in found.items()}
         return self._tensors[name]
 
     def put(self, name: str, value: Tensor) -> None:

@@ -111,6 +111,7 @@ def distance(want: Tensor, got: Tensor) -> float:
     [
         ("arch=sm_90a mode=w4a8 group=128", 0.0),
         ("arch=sm_86 mode=w4a4 rank=16", 1e-3),
+        ("arch=sm_86 mode=w4a16 group=128 rank=16", 1e-3),
         ("arch=sm_86 mode=w4a16", 1e-3),
     ],
 )

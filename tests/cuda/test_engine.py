@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.cuda.test_emit import emitted, finished, loaded, small
 from tests.helpers import first
-from tests.subjects import Subject
+from tests.subjects import Subject, Subjects
 from tfqc.backends.cuda_int4 import ops
 from tfqc.backends.cuda_int4.engine import Engine
 from tfqc.backends.cuda_int4.graphs import Graphs
@@ -258,6 +258,18 @@ def test_a_step_on_the_meta_device(made: tuple[Subject, Program, Engine]) -> Non
     with torch.no_grad():
         out = model.step(x=torch.empty(3, 32, 4, 4, device=META), row=row)
     assert out.shape == (3, 32, 4, 4) and out.dtype is F32 and out.is_meta
+
+
+def test_what_is_made_of_nothing_is_made_where_the_inputs_are(subject: Subjects, tmp_path: Path) -> None:
+    """Timesteps that are not in the schedule go through sines of an `arange` that was captured on a CPU."""
+    its = subject("unet-sd")
+    program = finished(its)
+    model = loaded(emitted(program=program), tmp_path / "out").to("meta")
+    inputs = {i.name: torch.empty(1, *i.type.shape[1:], dtype=i.type.dtype, device=META) for i in program.inputs}  # type: ignore[arg-type]
+    assert model.time is not None
+    with torch.no_grad():
+        found = model.time(**inputs)
+    assert all(t.is_meta for t in found)
 
 
 def test_a_cpu_is_warned_of(made: tuple[Subject, Program, Engine]) -> None:

@@ -140,9 +140,7 @@ def test_a_convolution_reads_windows_where_they_lie(kind: str, stride: int) -> N
     ("w4a8", 320, 9 * 320, 128 * 128, Window(128, 128), Tile()),
     ("nibble", 640, 9 * 1920, 64 * 64, Window(64, 64), Tile()),
 ])  # fmt: skip
-def test_the_last_block_of_layers_of_sdxl(
-    kind: str, n: int, k: int, m: int, window: Window | None, tile: Tile
-) -> None:
+def test_the_last_block_of_layers_of_sdxl(kind: str, n: int, k: int, m: int, window: Window | None, tile: Tile) -> None:
     kernel = product(kind, n, k, Epilogue("step", out="s32"), tile, window)
     image = None
     if window is not None:

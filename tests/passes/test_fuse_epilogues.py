@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tests.helpers import find
 from tests.lowered import apply, before, example, parts, round_trip
 from tests.subjects import Subjects, of_example
+from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
@@ -22,6 +23,10 @@ def epilogue(program: Program, name: str) -> tuple[object, ...]:
     at = {"tfqc.qlinear.default": 7, "tfqc.qconv.default": 10}[str(node.target)]
     act, *rest = node.args[at : at + 3]
     return (act, *(None if n is None else str(n) for n in rest))
+
+
+def products(program: Program) -> list[fx.Node]:
+    return [n for n in program.nodes() if name_of(n) in ("tfqc.qlinear.default", "tfqc.qconv.default")]
 
 
 def test_every_ending() -> None:
@@ -39,6 +44,23 @@ def test_every_ending() -> None:
     # Of a norm; not onto a product; and two that nothing follows.
     assert [n.name for n in find(program, "aten.silu")] == ["silu_1"]
     assert epilogue(program, "conv2d_3") == epilogue(program, "linear_1") == ("none", None, None)
+    round_trip(its, program)
+
+
+def test_gates_are_left_where_kernels_have_none() -> None:
+    """And what follows them: the sum behind a gate is no sum of the product."""
+    its = parts()
+    old = before("fuse-epilogues", its)
+    program = apply("fuse-epilogues{gates=false}", old)
+    assert epilogue(program, "linear_8") == ("none", None, None)
+    assert [str(n) for n in program.node("mul_4").args] == ["linear_8", "unsqueeze_3"]
+    assert [str(n) for n in program.node("add_5").args] == ["mul_4", "add_4"]
+    assert all(epilogue(program, n.name)[1] is None for n in products(program))
+    # All else is as it is with gates.
+    gated = apply("fuse-epilogues", old)
+    assert [n.name for n in products(gated)] == [n.name.replace("linear_8", "add_5") for n in products(program)]
+    for name in ("silu", "add_2", "add_3", "mul_3", "gelu_1"):
+        assert epilogue(program, name) == epilogue(gated, name)
     round_trip(its, program)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.helpers import find
-from tests.lowered import PER_TOKEN, apply, before, parts, round_trip
-from tests.subjects import Subjects
+from tests.lowered import PER_TOKEN, apply, before, example, parts, round_trip
+from tests.subjects import Subjects, of_example
 from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
@@ -68,6 +70,50 @@ def test_tokens_keep_their_own_ranges() -> None:
     program = apply("fuse-quantize", old)
     assert len(find(program, "quantize_tokens")) == len(find(old, "quantize_tokens")) == 6
     assert stored(program, "layer_norm") is torch.float32
+
+
+class Rows(nn.Module):
+    """Products that read what a product gives: as it is, through a view, as windows of an image, and both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.enter = nn.Linear(1, 2), nn.Conv2d(2, 16, 1)
+        self.pixels, self.both, self.one = (nn.Conv2d(16, 16, 1) for _ in range(3))
+        self.window, self.nine = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.wide, self.narrow, self.image = nn.Linear(16, 64), nn.Linear(32, 16), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        x = x + self.time(time.float()[:, None] / 1000)[:, :, None, None]
+        h = self.both(self.window(self.pixels(self.enter(x))))
+        h = self.one(h) + self.nine(h)
+        value, gate = self.wide(h.flatten(2).transpose(1, 2)).chunk(2, dim=-1)
+        h = self.narrow(value * F.gelu(gate))
+        return self.image(h.transpose(1, 2).reshape(x.shape[0], 16, 6, 6))
+
+
+ROWS = example(Rows, 2, 6, 6)
+W4, A4 = "calibrate-weights{bits=4 method=min-max}", "calibrate-activations{bits=4 mode=per-step}"
+
+
+def test_rows_alone() -> None:
+    """Kernels write rows: what is read as windows of an image, or through a view, is quantized by itself."""
+    its = of_example("rows-int4", ROWS)
+    old = before("fuse-quantize", its, "cuda-int4", W4, A4)
+    program = apply("fuse-quantize{rows=true}", old)
+    assert {stored(program, name) for name in ("conv2d", "conv2d_2", "mul")} == {torch.uint8}
+    assert program.node("mul").args[7] == "geglu" and program.node("mul").args[-1] == "u4"
+    left = [str(n.args[0]) for n in find(program, "tfqc.map")]
+    assert left == ["add", "conv2d_1", "conv2d_3", "transpose", "reshape"]
+    round_trip(its, program)
+    more = apply("fuse-quantize", old)
+    assert {stored(more, name) for name in ("conv2d_1", "conv2d_3", "reshape")} == {torch.uint8}
+
+
+def test_rows_unchanged() -> None:
+    done = apply(
+        "fuse-quantize{rows=true}", before("fuse-quantize", of_example("rows-int4", ROWS), "cuda-int4", W4, A4)
+    )
+    assert render(apply("fuse-quantize{rows=true}", done)) == render(done)
 
 
 def test_refused() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import fx
 
-from tfqc.emission.expressions import Stored, expression, variable
+from tfqc.emission.expressions import DEVICE, Stored, expression, variable
 from tfqc.emission.fused import is_fused_dequantize, is_fused_quantize
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 
@@ -32,6 +33,8 @@ def body(
     def has_line(node: fx.Node) -> bool:
         return node.op == "call_function" and stored(node) is None and not is_fused_quantize(node)
 
+    if any(isinstance(item, torch.device) for node in graph.nodes for item in (*node.args, *node.kwargs.values())):
+        yield f"    {DEVICE} = {variable(next(n for n in graph.nodes if n.op == 'placeholder'))}.device"
     for node in graph.nodes:
         if node.op == "output":
             yield f"    return {expression(node, stored)}"

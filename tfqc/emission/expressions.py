@@ -18,6 +18,9 @@ from tfqc.emission.fused import is_fused_dequantize
 from tfqc.ir import kernel_ops, ops
 from tfqc.ir.ops import op_name
 
+# What is made of nothing is made where the inputs are, wherever the model was captured; `bodies.body` defines it.
+DEVICE = "device_of_inputs"
+
 Stored = Callable[[fx.Node], str | None]
 
 _FUNCTIONS = {
@@ -92,7 +95,7 @@ def value(item: Any, stored: Stored) -> str:
         case float() if not math.isfinite(item):
             return f'float("{item}")'
         case torch.device():
-            return f'torch.device("{item}")'
+            return DEVICE
         case slice():
             return f"slice({value(item.start, stored)}, {value(item.stop, stored)}, {value(item.step, stored)})"
         case _:

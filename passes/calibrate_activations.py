@@ -24,7 +24,7 @@ class CalibrateActivations(Pass):
     Options: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
     for each step); edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only inside
     the temporal information block); skip (module path prefixes left in floating point). Per token is for linears;
-    convolutions are static there. An input that another pass has calibrated already keeps its parameters.
+    convolutions have a row for each step there. An input that another pass has calibrated already keeps its parameters.
     """
 
     name: ClassVar[str] = "calibrate-activations"
@@ -72,7 +72,7 @@ class CalibrateActivations(Pass):
             value = node.all_input_nodes[0]
             # What waits for nothing but the request runs once per image, where there are no steps.
             waits = bool(roles[node.name] & {Role.SAMPLE, Role.TIME})
-            per_step = self.mode == "per-step" and waits and has_rows(program, value)
+            per_step = self.mode != "static" and waits and has_rows(program, value)
             bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
             grid = Grid(bits, symmetric=False)
             scale, zero_point = ranges[value.name].qparams(grid, self.method, per_step, self.intervals)

@@ -17,7 +17,7 @@ from tfqc.backends.cuda_int4.ops import register
 from tfqc.backends.cuda_int4.reference import Given
 from tfqc.backends.cuda_int4.specialise import Gemm, Kernel
 from tfqc.backends.cuda_int4.tensors import Tensors
-from tfqc.runtime import Plan, Stepper
+from tfqc.runtime import Output, Plan, Stepper
 
 Scales = tuple[str, str] | tuple[Tensor, Tensor] | None
 """A scale and a zero point: names of tensors with rows of the schedule, or one of each for every token."""
@@ -29,7 +29,8 @@ class Engine(Stepper):
     """A compiled model, called like the one that was captured. Not safe for use from several threads at once.
 
     `to("cuda")` brings it to a device, where each new combination of input shapes is captured as one CUDA graph; on a
-    CPU it computes the same with torch. batched: which dimension of a step's parameters is the batch.
+    CPU it computes the same with torch. Inputs may be in f16 or bf16, as pipelines have them: outputs are then, too.
+    batched: which dimension of a step's parameters is the batch.
     """
 
     lines: Callable[..., Any]
@@ -39,6 +40,8 @@ class Engine(Stepper):
 
     def __init__(self, directory: Path, plan: Plan, kernels: Sequence[Kernel], batched: Mapping[str, int]) -> None:
         super().__init__(plan)
+        self._widened: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._given = torch.float32
         self._graphs = Graphs({*plan.hoisted, *plan.request_tables})
         self.tensors = Tensors(directory, self._graphs.clear)
         self.runner = Runner(directory / "kernels.cu")
@@ -46,6 +49,31 @@ class Engine(Stepper):
         self._batched = {**batched, **dict.fromkeys(plan.label_rows, 0)}
         for name, value in self.constants(self.get_tensor).items() if self.constants else ():
             self.tensors.put(name, value)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """As `Stepper.bind`, in the types of the captured model."""
+        values = super().bind(args, kwargs)
+        roles = {name: role for name, role, _ in self.plan.inputs}
+        self._given = next(value.dtype for name, value in values.items() if roles[name] == "sample")
+        return {name: value if roles[name] == "time" else self._wide(name, value) for name, value in values.items()}
+
+    def _wide(self, name: str, value: Tensor) -> Tensor:
+        """An input in f32, the same tensor for the same input: what it gives once an image is known by it."""
+        if value.dtype not in (torch.float16, torch.bfloat16):
+            return value
+        version = -1 if value.is_inference() else value._version
+        narrow, known, wide = self._widened.get(name, (None, 0, value))
+        if narrow is not value or known != version:
+            wide = value.to(torch.float32)
+            self._widened[name] = (value, version, wide)
+        return wide
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The captured model's inputs in, its outputs out."""
+        result = super().forward(*args, **kwargs)
+        if self._given not in (torch.float16, torch.bfloat16):
+            return result
+        return result.to(self._given) if isinstance(result, Tensor) else Output(t.to(self._given) for t in result)
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor of the program."""

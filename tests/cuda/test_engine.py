@@ -272,6 +272,26 @@ def test_what_is_made_of_nothing_is_made_where_the_inputs_are(subject: Subjects,
     assert all(t.is_meta for t in found)
 
 
+@cpu
+def test_inputs_of_a_pipeline_in_half_precision(subject: Subjects, tmp_path: Path) -> None:
+    """What is computed once an image is, and outputs are of the type of the sample."""
+    its = subject("unet-sd")
+    model = loaded(emitted(program=finished(its)), tmp_path / "out")
+    call = its.call([750.0, 750.0])
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in call.items()}
+    want = run(model, {k: v.float() if v.is_floating_point() else v for k, v in halves.items()})
+    begun: list[int] = []
+    begin = model.begin
+    assert begin is not None
+    model.begin = lambda **inputs: begun.append(1) or begin(**inputs)  # type: ignore[method-assign]
+    for _ in range(2):
+        got = run(model, halves)
+        assert got.dtype is torch.float16 and torch.equal(got, want.half())
+    assert len(begun) == 1
+    halves["encoder_hidden_states"].mul_(-1)
+    assert not torch.equal(run(model, halves), got) and len(begun) == 2
+
+
 def test_a_cpu_is_warned_of(made: tuple[Subject, Program, Engine]) -> None:
     its, _, model = made
     with pytest.warns(UserWarning, match=r"^Kernels for CUDA run with torch here, slowly: move the model and its"):

@@ -77,10 +77,10 @@ FAULTS = {
         "numbers",
     ),
     "rows of low beyond M are read": ("low rank", "row + i * 16 + 8 < m", "true", "argument 9"),
-    "the low rank of other columns": ("low rank", "n0 / gemm::WARP_N", "0", "numbers"),
+    "the low rank of other columns": ("low rank", "n0 / gemm::STRIP_N", "0", "numbers"),
     "low ranks in another order than up": ("low rank", "a[0], a[2], rows", "a[2], a[0], rows", "numbers"),
     "the last ranks are left out": ("low rank", "step < STEPS", "step < STEPS - 1", "numbers"),
-    "tokens get the scale of another row": ("low rank", "i / 2, 4)", "i / 4, 4)", "numbers"),
+    "tokens get the scale of another row": ("low rank", "i / COUNT, 4)", "i / COUNT / 2, 4)", "numbers"),
     "scales of groups for their sums": ("s4 groups", "terms_at + S::TILE_N * 4", "terms_at", "numbers"),
 }  # fmt: skip
 

@@ -165,8 +165,8 @@ __device__ __forceinline__ T of_row(const T (&loaded)[COUNT], int i) {
   return S::SCALES == Rows::TOKEN ? __shfl_sync(0xFFFFFFFFu, loaded[i % COUNT], i / COUNT, 4) : loaded[0];
 }
 
-// From sums acc of a warp's product, y of its rows by a strip of columns at (m0, n0) before the bias; with Out::S32, the sums less
-// the zero point's part. All lanes take part, also those whose rows or columns are beyond the output.
+// From sums acc of a warp's product, y of its rows by a strip of columns at (m0, n0) before the bias; with Out::S32,
+// the sums less the zero point's part. All lanes take part, also those whose rows or columns are beyond the output.
 template <class S, class Y, class T, int BLOCKS_M, int BLOCKS_N>
 __device__ __forceinline__ void scale(Y (&y)[BLOCKS_M][BLOCKS_N][4], T (&acc)[BLOCKS_M][BLOCKS_N][4],
                                       const Parameters& p, int m0, int n0, int m) {

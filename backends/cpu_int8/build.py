@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from tfqc.cache import kept
+from tfqc.emission.sources import joined
 
 ISAS = ("amx", "avx512_vnni", "avx2")  # best first
 
@@ -95,18 +96,4 @@ def _call(command: list[str]) -> None:
 
 def source_of(*names: str) -> str:
     """The text of kernel files of this package, with their own headers put in where they are first included."""
-    seen: set[str] = set()
-
-    def text(name: str) -> str:
-        lines: list[str] = []
-        for line in Path(__file__).with_name("kernels").joinpath(name).read_text().splitlines():
-            included = re.fullmatch(r'#include "(.+)"', line)
-            if included is None:
-                if line != "#pragma once":
-                    lines.append(line)
-            elif included.group(1) not in seen:
-                seen.add(included.group(1))
-                lines.append(text(included.group(1)))
-        return "\n".join(lines)
-
-    return "\n".join(text(name) for name in names) + "\n"
+    return joined(Path(__file__).with_name("kernels"), *names)

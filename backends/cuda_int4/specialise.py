@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from tfqc.emission.sources import joined
 from tfqc.errors import TfqcError
 
 Mode = Literal["w4a4", "w4a8", "w4a16"]
@@ -293,29 +294,14 @@ def source(kernels: Sequence[Kernel]) -> str:
         if names.count(name) > 1:
             raise TfqcError(f"kernel {name}: two kernels have this name")
     files = [file for kind, file in _TEMPLATES.items() if any(isinstance(kernel, kind) for kernel in kernels)]
-    parts = [_templates(files), *("\n".join(_entry(kernel)) + "\n" for kernel in kernels)]
+    parts = [
+        joined(Path(__file__).with_name("kernels"), *files),
+        *("\n".join(_entry(kernel)) + "\n" for kernel in kernels),
+    ]
     return "\n".join(parts)
 
 
 _TEMPLATES: dict[type[Kernel], str] = {Gemm: "gemm.cuh", Quantize: "quantize.cuh"}
-
-
-def _templates(names: Sequence[str]) -> str:
-    """Text of templates, with what each includes put in where it is first included."""
-    seen: set[str] = set()
-
-    def text(name: str) -> Iterator[str]:
-        if name in seen:
-            return
-        seen.add(name)
-        for line in Path(__file__).with_name("kernels").joinpath(name).read_text().splitlines():
-            included = re.fullmatch(r'#include "(.+)"', line)
-            if included is not None:
-                yield from text(included.group(1))
-            elif line != "#pragma once":
-                yield line
-
-    return "\n".join(line for name in names for line in text(name)) + "\n"
 
 
 _GEMM_ARGUMENTS = """\

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pprint
 from collections.abc import Iterator
-from itertools import count
 
 from torch import fx
 
@@ -13,8 +12,9 @@ from tfqc.artifact import Artifact
 from tfqc.backends.cpu_int8.build import source_of
 from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
 from tfqc.emission.bodies import DOCS, body
-from tfqc.emission.expressions import Stored, arguments, expression, value, variable
+from tfqc.emission.expressions import Stored, arguments, expression, value
 from tfqc.emission.files import tensor_files
+from tfqc.emission.models import helpers, model_class, parameters
 from tfqc.interpret import plan_of
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
@@ -101,21 +101,8 @@ def _model(program: Program, isa: str) -> Iterator[str]:
     yield f"TILES: dict[str, tuple[tuple[int, ...], int, bool, int]] = {pprint.pformat(_tiles(program), width=110)}"
     yield ""
     yield ""
-    yield "class Model(Engine):"
-    yield f'    """{program.model}: called with the inputs of the model that was captured."""'
-    yield ""
-    yield "    lines = staticmethod(step)"
-    for function in (BEGIN, TIME):
-        if function in program.functions:
-            yield ""
-            yield f"    def {function}(self, **inputs: Tensor) -> Any:"
-            yield f'        """{DOCS[function]}"""'
-            yield f"        return {function}(self.get_tensor, **inputs)"
-    yield ""
-    yield ""
-    yield "def load(directory: str | Path) -> Model:"
-    yield '    """The model, from the directory that holds this file."""'
-    yield f'    return Model(Path(directory), PLAN, MEMORY, TILES, "{isa}").eval()'
+    arguments = f'Path(directory), PLAN, MEMORY, TILES, "{isa}"'
+    yield from model_class(program, ["lines = staticmethod(step)"], arguments)
 
 
 def _tiles(program: Program) -> dict[str, tuple[object, ...]]:
@@ -126,13 +113,6 @@ def _tiles(program: Program) -> dict[str, tuple[object, ...]]:
             assert isinstance(tensor, fx.Node)
             found[str(tensor.target)] = (tuple(shape), *rest)  # type: ignore[arg-type]
     return found
-
-
-def _helpers(graph: fx.Graph) -> tuple[str, str, str]:
-    """How kernels, tensors and packed weights are called: k, w and t, but where a value has that name."""
-    taken = {variable(n) for n in graph.nodes}
-    k, w, t = (next(n for i in count() if (n := letter + "_" * i) not in taken) for letter in "kwt")
-    return k, w, t
 
 
 def _stored(w: str, t: str = "") -> Stored:
@@ -148,9 +128,9 @@ def _stored(w: str, t: str = "") -> Stored:
 
 def _step(program: Program) -> Iterator[str]:
     graph = program.step
-    k, w, t = _helpers(graph)
+    k, w, t = helpers(graph, "kwt")
     stored = _stored(w, t)
-    yield f"def step({k}: Any, {w}: Any, {t}: Any, /, {_parameters(graph)}) -> Any:"
+    yield f"def step({k}: Any, {w}: Any, {t}: Any, /, {parameters(graph)}) -> Any:"
     yield f'    """{DOCS[STEP]}"""'
     yield from body(program, STEP, stored, lambda node: _line(program, node, k, stored))
 
@@ -176,12 +156,7 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
 
 def _plain(program: Program, function: str) -> Iterator[str]:
     graph = program.functions[function]
-    _, w, _ = _helpers(graph)
-    yield f"def {function}({w}: Any, /, {_parameters(graph)}) -> Any:"
+    _, w, _ = helpers(graph, "kwt")
+    yield f"def {function}({w}: Any, /, {parameters(graph)}) -> Any:"
     yield f'    """{DOCS[function]}"""'
     yield from body(program, function, _stored(w))
-
-
-def _parameters(graph: fx.Graph) -> str:
-    parameters = [f"{variable(n)}: Tensor" for n in graph.nodes if n.op == "placeholder"]
-    return ", ".join(["*", *parameters, "**_: Tensor"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pprint
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from itertools import count
 from typing import Any
 
 from torch import Tensor, fx
@@ -18,8 +17,9 @@ from tfqc.backends.cuda_int4.lines import Lines
 from tfqc.backends.cuda_int4.selection import PRODUCTS
 from tfqc.backends.cuda_int4.specialise import source
 from tfqc.emission.bodies import DOCS, body
-from tfqc.emission.expressions import Stored, expression, variable
+from tfqc.emission.expressions import Stored, expression
 from tfqc.emission.files import WEIGHTS, tensor_files
+from tfqc.emission.models import helpers, model_class, parameters
 from tfqc.interpret import plan_of
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
@@ -106,40 +106,26 @@ class _Writer:
         yield f"BATCHED = {pprint.pformat(self._batched(), width=110)}"
         yield ""
         yield ""
-        yield "class Model(Engine):"
-        yield f'    """{program.model}: called with the inputs of the model that was captured."""'
-        yield ""
-        yield "    lines = staticmethod(step)"
-        yield "    constants = staticmethod(constants)"
-        for function in (BEGIN, TIME):
-            if function in program.functions:
-                yield ""
-                yield f"    def {function}(self, **inputs: Tensor) -> Any:"
-                yield f'        """{DOCS[function]}"""'
-                yield f"        return {function}(self.get_tensor, **inputs)"
-        yield ""
-        yield ""
-        yield "def load(directory: str | Path) -> Model:"
-        yield '    """The model, from the directory that holds this file."""'
-        yield "    return Model(Path(directory), PLAN, KERNELS, BATCHED).eval()"
+        members = ["lines = staticmethod(step)", "constants = staticmethod(constants)"]
+        yield from model_class(program, members, "Path(directory), PLAN, KERNELS, BATCHED")
 
     def _step(self) -> Iterator[str]:
         graph = self.program.step
-        k, w = _helpers(graph)
+        k, w = helpers(graph, "kw")
         stored = self._stored(w)
 
         def passed(node: fx.Node) -> str | None:
             done = (is_step_row(self.program, node) and _only_biases(node)) or self.lines.is_done(node)
             return "" if done else stored(node)
 
-        yield f"def step({k}: Any, {w}: Any, /, {_parameters(graph)}) -> Any:"
+        yield f"def step({k}: Any, {w}: Any, /, {parameters(graph)}) -> Any:"
         yield f'    """{DOCS[STEP]}"""'
         yield from body(self.program, STEP, passed, lambda node: self.lines.write(node, k, stored))
 
     def _plain(self, function: str) -> Iterator[str]:
         graph = self.program.functions[function]
-        _, w = _helpers(graph)
-        yield f"def {function}({w}: Any, /, {_parameters(graph)}) -> Any:"
+        _, w = helpers(graph, "kw")
+        yield f"def {function}({w}: Any, /, {parameters(graph)}) -> Any:"
         yield f'    """{DOCS[function]}"""'
         yield from body(self.program, function, self._stored(w))
 
@@ -185,18 +171,6 @@ def _constants(graph: fx.Graph) -> dict[fx.Node, None]:
 def _only_biases(read: fx.Node) -> bool:
     """True for a read that products do themselves."""
     return all(name_of(u) in PRODUCTS and operands(u)["bias"] is read for u in read.users)
-
-
-def _helpers(graph: fx.Graph) -> tuple[str, str]:
-    """How kernels and tensors are called: k and w, but where a value has that name."""
-    taken = {variable(n) for n in graph.nodes}
-    k, w = (next(n for i in count() if (n := letter + "_" * i) not in taken) for letter in "kw")
-    return k, w
-
-
-def _parameters(graph: fx.Graph) -> str:
-    parameters = [f"{variable(n)}: Tensor" for n in graph.nodes if n.op == "placeholder"]
-    return ", ".join(["*", *parameters, "**_: Tensor"])
 
 
 def _written(item: Any) -> str:

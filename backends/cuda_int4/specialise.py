@@ -21,7 +21,13 @@ Body = Literal["s4", "nibble", "half", "auto"]
 Rows = Literal["one", "step", "token"]
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
-_NATIVE_S4 = {"sm_80", "sm_86", "sm_89"}  # later chips emulate 4-bit products with some 180 instructions
+_NATIVE_S4 = {
+    "sm_80",
+    "sm_86",
+    "sm_87",
+    "sm_88",
+    "sm_89",
+}  # later ones emulate them with some 180 instructions
 _A_BITS: dict[Mode, int] = {"w4a4": 4, "w4a8": 8, "w4a16": 16}
 _NAME = re.compile(r"tfqc_[A-Za-z0-9_]+")  # which is unlike every name in the templates
 _RANKS = "a rank has to be a multiple of 16, at most 128"

@@ -163,10 +163,14 @@ class Gemm:
     def blocks(self) -> int:
         """Blocks that are to fit on a multiprocessor, as far as registers go: the compiler keeps to it.
 
-        With 128 registers a thread, but large tiles take more, and groups of codes a second set of accumulators.
+        With 128 registers a thread, but large tiles take more, and groups of codes a second set of accumulators. So
+        does what expands both codes where a tail of K, a low rank and scales of tokens come together.
         """
-        registers = 255 if self.tile.large or (self.group is not None and self.mode != "w4a16") else 128
-        return 65536 // (self.threads * registers)
+        groups = self.group is not None and self.mode != "w4a16"
+        expands = self.mode == "w4a4" and self.body != "s4"
+        crowded = expands and self.epilogue.rank > 0 and self.epilogue.scales == "token" and self.k % self.tile_k > 0
+        registers = 255 if self.tile.large or groups or crowded else 128
+        return max(1, 65536 // (self.threads * registers))
 
     @property
     def multiplies(self) -> int:

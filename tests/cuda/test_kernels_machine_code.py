@@ -95,6 +95,7 @@ def others(arch: str) -> list[Gemm]:
         Gemm("tfqc_w4a4_geglu_groups", 1280, 672, "w4a4", codes, EPILOGUES["geglu"], group=128),
         Gemm("tfqc_w4a8_groups", 1280, 672, "w4a8", "nibble", EPILOGUES["silu"], group=128),
         Gemm("tfqc_w4a4_rank", 1280, 640, "w4a4", codes, replace(EPILOGUES["tokens"], rank=32)),
+        Gemm("tfqc_w4a4_tails_rank", 1280, 672, "w4a4", codes, replace(EPILOGUES["tokens"], rank=32)),
         Gemm("tfqc_w4a4_geglu_rank", 1280, 640, "w4a4", codes, replace(EPILOGUES["geglu"], rank=128)),
         Gemm("tfqc_w4a8_tails_rank", 70, 672, "w4a8", "nibble", replace(EPILOGUES["silu"], rank=32)),
         Gemm("tfqc_half_rank", 1280, 640, *half, replace(plain, rank=16)),

@@ -57,12 +57,14 @@ class Engine(Stepper):
         """An input in f32, the same tensor for the same input: what it gives once an image is known by it."""
         if value.dtype not in (torch.float16, torch.bfloat16):
             return value
-        version = -1 if value.is_inference() else value._version
-        narrow, known, wide = self._widened.get(name, (None, 0, value))
-        if narrow is not value or known != version:
-            wide = value.to(torch.float32)
-            self._widened[name] = (value, version, wide)
-        return wide
+        narrow, version, wide = self._widened.get(name, (None, 0, value))
+        by_value = (
+            value.is_inference() or value.device.type == "cpu"
+        )  # versions miss some writes
+        if narrow is value and (torch.equal(value.to(torch.float32), wide) if by_value else value._version == version):
+            return wide
+        self._widened[name] = (value, 0 if value.is_inference() else value._version, value.to(torch.float32))
+        return self._widened[name][2]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured model's inputs in, its outputs out."""

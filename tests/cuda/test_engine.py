@@ -290,6 +290,12 @@ def test_inputs_of_a_pipeline_in_half_precision(subject: Subjects, tmp_path: Pat
     assert len(begun) == 1
     halves["encoder_hidden_states"].mul_(-1)
     assert not torch.equal(run(model, halves), got) and len(begun) == 2
+    with torch.inference_mode():
+        halves["encoder_hidden_states"] = halves["encoder_hidden_states"].clone()  # which has no version
+        for changed in (1, -1):
+            halves["encoder_hidden_states"].mul_(changed)
+            got = run(model, halves)
+    assert len(begun) == 4 and torch.equal(got, want.half())
 
 
 def test_a_cpu_is_warned_of(made: tuple[Subject, Program, Engine]) -> None:

@@ -58,9 +58,7 @@ class Engine(Stepper):
         if value.dtype not in (torch.float16, torch.bfloat16):
             return value
         narrow, version, wide = self._widened.get(name, (None, 0, value))
-        by_value = (
-            value.is_inference() or value.device.type == "cpu"
-        )  # versions miss some writes
+        by_value = value.is_inference() or value.device.type == "cpu"  # versions miss some writes
         if narrow is value and (torch.equal(value.to(torch.float32), wide) if by_value else value._version == version):
             return wide
         self._widened[name] = (value, 0 if value.is_inference() else value._version, value.to(torch.float32))

@@ -111,6 +111,18 @@ def test_options_are_checked() -> None:
             Target.parse(f"cuda-int4{{{options}}}")
 
 
+def test_pipelines_have_what_the_options_say() -> None:
+    target = Target.parse("cuda-int4{mode=w4a8 group=128 rank=32}")
+    text = target.backend.pipeline(target.options, "fold")
+    assert text.index("split-low-rank{rank=32}") < text.index("reconstruct-weights")
+    for name in ("reconstruct-weights", "calibrate-weights"):  # groups for linears, channels for what is left
+        shared = "bits=4 method=mse edge-bits=8"
+        assert f"{name}{{{shared} group=128 scope=linear}},{name}{{{shared}}}" in text
+    plain = Target.parse("cuda-int4{mode=w4a16}")
+    text = plain.backend.pipeline(plain.options, "fold")
+    assert not any(word in text for word in ("group", "low-rank", "calibrate-activations"))
+
+
 def test_what_multiplies_is_said_before_anything_is_compiled() -> None:
     said = {arch: Target.parse(f"cuda-int4{{arch={arch}}}") for arch in ("sm_86", "sm_90a", "fat")}
     found = {arch: target.backend.remarks(target.options) for arch, target in said.items()}

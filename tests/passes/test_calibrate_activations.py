@@ -101,6 +101,9 @@ def test_per_token(subject: Subjects, tmp_path: Path) -> None:
         linear = "linear" in str(program.node(name).target)
         assert (row.input_how == "per-token") == linear
         assert bool(row.input_scale) != linear
+        assert linear or len(program.tensors[row.input_scale]) == len(
+            its.timesteps
+        )  # convolutions: a row for each step
 
 
 def test_skip_and_second_runs(subject: Subjects, tmp_path: Path) -> None:

@@ -121,3 +121,16 @@ def test_one_weight_read_twice(subject: Subjects) -> None:
 def test_refused_before_it_is_known_what_runs(subject: Subjects) -> None:
     with pytest.raises(PipelineError, match=r"needs stage analyzed .* put select-maintenance before it"):
         subject("unet2d").run("calibrate-weights")
+
+
+def test_linears_alone(subject: Subjects) -> None:
+    """Groups of columns are those of linears and of convolutions of 1 x 1; what is left is another pass's."""
+    its = subject("unet-sd")
+    text = "select-maintenance,calibrate-weights{bits=4 group=8 scope=linear},calibrate-weights{bits=4}"
+    program = its.run(text)
+    groups: dict[bool, set[bool]] = {True: set(), False: set()}
+    for name, row in program.table(Quantizer).items():
+        windows = max(program.tensors[row.codes].shape[2:], default=1)
+        groups[windows == 1].add("group" in row.weight_how)
+        assert program.node(name)
+    assert groups == {True: {True}, False: {False}}

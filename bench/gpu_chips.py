@@ -21,8 +21,9 @@ from pathlib import Path
 
 from gpu_layers import Product
 
-from tfqc.backends.cuda_int4 import build, sass, tiles
-from tfqc.backends.cuda_int4.specialise import Gemm, Mode, Tile, Window, body_for, source
+from tfqc.backends.cuda_int4 import sass, tiles
+from tfqc.backends.cuda_int4.runtime import build
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Mode, Tile, Window, body_for, source
 from tfqc.errors import TfqcError
 
 LAUNCH_US = 1.0  # of a kernel in a CUDA graph, assumed

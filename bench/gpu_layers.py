@@ -20,7 +20,7 @@ from cpu_models import ARCHITECTURES, Architecture, Case
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from tfqc.backends.cuda_int4.specialise import Epilogue, Window
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Window
 from tfqc.zoo import fashion
 
 FEWEST_ROWS = 32  # products of fewer rows (of time embeddings) stay in fp16: a tile of 64 is empty with them

@@ -27,8 +27,8 @@ from gpu_chips import CHIPS, LAUNCH_US, TILES, Bound, Chip, Code, best, bound, c
 from gpu_layers import Attention, Product, Step, step_of
 from tabulate import tabulate
 
-from tfqc.backends.cuda_int4.build import BuildError
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Mode, Tile
+from tfqc.backends.cuda_int4.runtime.build import BuildError
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Mode, Tile
 
 TITLE = "modelled, no GPU was used"
 GOALS = {("sm_80", "w4a4"): 3.0, ("sm_89", "w4a4"): 5.0}  # of products, over fp16

@@ -19,9 +19,9 @@ from tfqc.analysis.rewrite import (
     stores,
 )  # fmt: skip
 from tfqc.analysis.tensor_cores import window_of
-from tfqc.ir.kernel_ops import CODES
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context, Numerics, Pass, close
+from tfqc.runtime.kernel_ops import CODES
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from tfqc.analysis.weighted import LEFT_IN_FLOAT, WEIGHTED
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
 from tfqc.ir.rows import Quantizer, RowSource
-from tfqc.packing import pack_int4
 from tfqc.passing import LOSSY, Context, Numerics, Pass
+from tfqc.runtime.packing import pack_int4
 
 ours = torch.ops.tfqc
 

@@ -10,16 +10,16 @@ from torch import fx
 
 from tfqc.analysis.rewrite import changed, name_of, operands
 from tfqc.ir.program import Program, Stage
-from tfqc.packing import pack_int4
 from tfqc.passing import EXACT, Context, Numerics, Pass
-from tfqc.tiles import pack, sums, tiles_shape
+from tfqc.runtime.packing import pack_int4
+from tfqc.runtime.tiles import pack, sums, tiles_shape
 
 _PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
 
 
 @dataclass(frozen=True)
 class PrepackWeights(Pass):
-    """Store codes in tiles (`tfqc.tiles`), two a byte where 4 bits hold them and `bits` is 4.
+    """Store codes in tiles (`tfqc.runtime.tiles`), two a byte where 4 bits hold them and `bits` is 4.
 
     bits: of what is stored; products are 8-bit ones in any case.
     """

@@ -109,5 +109,5 @@ def test_a_file_holds_one_pass_and_is_named_after_it(file: Path) -> None:
 def test_every_registered_name_has_its_file_or_folder() -> None:
     assert {p.partition(":")[0] for p in registry.PASSES.values()} == set(map(name_of, PASSES))
     folders = {f.parent.name for f in BACKENDS if f.name == "backend.py"}  # without it, it is not one yet
-    assert {p.partition(":")[0] for p in registry.BACKENDS.values()} == {f"tfqc.backends.{f}" for f in folders}
+    assert {p.partition(":")[0] for p in registry.BACKENDS.values()} == {f"tfqc.backends.{f}.backend" for f in folders}
     assert {name.replace("-", "_") for name in registry.BACKENDS} == folders

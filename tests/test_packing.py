@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfqc.errors import TfqcError
-from tfqc.packing import pack_int4, unpack_int4
+from tfqc.runtime.packing import pack_int4, unpack_int4
 
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3)
 

@@ -1,4 +1,4 @@
-"""tfqc.tiles: every code has one place, whatever the shape."""
+"""tfqc.runtime.tiles: every code has one place, whatever the shape."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfqc.packing import pack_int4
-from tfqc.tiles import columns, pack, sums, tiles_shape, unpack
+from tfqc.runtime.packing import pack_int4
+from tfqc.runtime.tiles import columns, pack, sums, tiles_shape, unpack
 
 linears = st.tuples(st.integers(1, 40), st.integers(1, 140))
 pairs = st.tuples(st.integers(1, 3).map(lambda n: 32 * n), st.integers(1, 140))

@@ -44,9 +44,9 @@ PASSES = {
     "plan-memory": "tfqc.passes.plan_memory:PlanMemory",
 }
 BACKENDS = {
-    "fake-quant": "tfqc.backends.fake_quant:FakeQuantBackend",
-    "cuda-int4": "tfqc.backends.cuda_int4:CudaInt4Backend",
-    "cpu-int8": "tfqc.backends.cpu_int8:CpuInt8Backend",
+    "fake-quant": "tfqc.backends.fake_quant.backend:FakeQuantBackend",
+    "cuda-int4": "tfqc.backends.cuda_int4.backend:CudaInt4Backend",
+    "cpu-int8": "tfqc.backends.cpu_int8.backend:CpuInt8Backend",
 }
 _KINDS = {"passes": "pass", "backends": "backend"}
 

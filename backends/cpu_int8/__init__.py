@@ -1,5 +1,1 @@
-"""The cpu-int8 backend."""
-
-from tfqc.backends.cpu_int8.backend import CpuInt8Backend
-
-__all__ = ["CpuInt8Backend"]
+"""cpu-int8: integer products and what lies between them as C++ kernels for x86 CPUs."""

@@ -9,7 +9,7 @@ from torch import fx
 
 from tfqc.analysis.rewrite import name_of
 from tfqc.artifact import Artifact
-from tfqc.backends.cpu_int8.build import source_of
+from tfqc.backends.cpu_int8.runtime.build import source_of
 from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
 from tfqc.emission.bodies import DOCS, body
 from tfqc.emission.expressions import Stored, arguments, expression, value
@@ -75,9 +75,8 @@ def _model(program: Program, isa: str) -> Iterator[str]:
     yield "import torch.nn.functional as F"
     yield "from torch import Tensor"
     yield ""
-    yield "from tfqc.backends.cpu_int8.engine import Engine"
-    yield "from tfqc.emission.fused import fake_quantize"
-    yield "from tfqc.ir.ops import *"
+    yield "from tfqc.backends.cpu_int8.runtime.engine import Engine"
+    yield "from tfqc.runtime.ops import *"
     yield "from tfqc.runtime import Plan, Table"
     yield ""
     yield "aten = torch.ops.aten"

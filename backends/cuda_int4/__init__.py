@@ -1,5 +1,1 @@
-"""The cuda-int4 backend."""
-
-from tfqc.backends.cuda_int4.backend import CudaInt4Backend
-
-__all__ = ["CudaInt4Backend"]
+"""cuda-int4: weights of 4 bits on the tensor cores of NVIDIA GPUs."""

@@ -16,13 +16,13 @@ from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
-from tfqc.backends.cuda_int4.specialise import ARCHS, Body, Mode, body_for
+from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Body, Mode, body_for
 from tfqc.emission.importing import load_model
-from tfqc.ir.kernel_ops import GROUP
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass, Progress
 from tfqc.recipes import quantization_pipeline
+from tfqc.runtime.kernel_ops import GROUP
 
 _INSTRUCTIONS: dict[tuple[Body, Mode], str] = {
     ("s4", "w4a4"): "m16n8k64 u4 x s4",

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from tfqc.analysis.rewrite import name_of, operands
 from tfqc.analysis.tensor_cores import is_step_row
 from tfqc.artifact import Artifact
-from tfqc.backends.cuda_int4 import pack
 from tfqc.backends.cuda_int4.lines import Lines
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.specialise import source
 from tfqc.backends.cuda_int4.selection import PRODUCTS
-from tfqc.backends.cuda_int4.specialise import source
 from tfqc.emission.bodies import DOCS, body
 from tfqc.emission.expressions import Stored, expression
 from tfqc.emission.files import WEIGHTS, tensor_files
@@ -75,11 +75,10 @@ class _Writer:
         yield "import torch.nn.functional as F"
         yield "from torch import Tensor"
         yield ""
-        yield "from tfqc.backends.cuda_int4.engine import Engine"
-        yield "from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Quantize, Tile, Window"
-        yield "from tfqc.emission.fused import fake_quantize"
-        yield "from tfqc.ir.ops import *"
-        yield "from tfqc.ir.kernel_ops import channels_last, plain"
+        yield "from tfqc.backends.cuda_int4.runtime.engine import Engine"
+        yield "from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, Tile, Window"
+        yield "from tfqc.runtime.ops import *"
+        yield "from tfqc.runtime.kernel_ops import channels_last, plain"
         yield "from tfqc.runtime import Plan, Table"
         yield ""
         yield "aten = torch.ops.aten"

@@ -9,8 +9,8 @@ from torch import fx
 
 from tfqc.analysis.rewrite import is_branch, name_of, operands
 from tfqc.analysis.tensor_cores import window_of
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm
 from tfqc.backends.cuda_int4.selection import PRODUCTS, Selection, is_image
-from tfqc.backends.cuda_int4.specialise import Gemm
 from tfqc.emission.expressions import Stored, expression, value
 from tfqc.ir.program import Program
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from tfqc.analysis.rewrite import name_of, operands
 from tfqc.analysis.tensor_cores import is_step_row, window_of
-from tfqc.backends.cuda_int4.specialise import (
+from tfqc.backends.cuda_int4.runtime.specialise import (
     Body,
     Epilogue,
     Gemm,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Mode, Tile, body_for
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Mode, Tile, body_for
 from tfqc.errors import TfqcError
 
 WIDE = Tile(128, 160, 64, 2, 32, 160)  # SDXL's widths are multiples of 160

@@ -10,18 +10,15 @@ from types import ModuleType
 
 from torch import fx
 
-import tfqc.runtime
 from tfqc.artifact import Artifact
-from tfqc.emission import fused
 from tfqc.emission.bodies import DOCS, body
 from tfqc.emission.expressions import expression, variable
 from tfqc.emission.files import TIME_WEIGHTS, WEIGHTS, tensor_files
 from tfqc.interpret import plan_of
-from tfqc.ir import ops
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
-from tfqc.runtime import buffer_name
+from tfqc.runtime import buffer_name, ops, stepper
 
 
 def emit(program: Program) -> Artifact:
@@ -54,7 +51,7 @@ def _model(program: Program, only_time: bool) -> Iterator[str]:
     yield "aten = torch.ops.aten"
     yield "# -- run time: rows of the schedule, tables built once per image " + "-" * 50
     yield ""
-    yield _body(tfqc.runtime)
+    yield _body(stepper)
     yield "# -- operations " + "-" * 99
     yield ""
     yield from _operations(program)
@@ -99,7 +96,7 @@ def _operations(program: Program) -> Iterator[str]:
         used.add("dequantize_weight")
     names = [n for n in ("quantize", "dequantize") if n in used]
     for name in ["_rows"] * bool(names) + sorted(used):
-        function = getattr(ops, name, None) or getattr(fused, name)
+        function = getattr(ops, name)
         source = inspect.getsource(function)
         yield source[source.index("def ") :]
         yield ""

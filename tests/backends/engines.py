@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tests.helpers import first
 from tests.lowered import EXACT, example, finished
 from tests.subjects import Subject
-from tfqc.backends.cpu_int8.build import best_isa
-from tfqc.backends.cpu_int8.engine import Engine
+from tfqc.backends.cpu_int8.runtime.build import best_isa
+from tfqc.backends.cpu_int8.runtime.engine import Engine
 from tfqc.driver import load
 from tfqc.ir.program import Program
 from tfqc.target import Target

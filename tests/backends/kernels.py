@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfqc.backends.cpu_int8 import abi
-from tfqc.backends.cpu_int8.build import ISAS, build, runs_here, source_of
+from tfqc.backends.cpu_int8.runtime import abi
+from tfqc.backends.cpu_int8.runtime.build import ISAS, build, runs_here, source_of
 
 EVERY_ISA = pytest.mark.parametrize(
     "isa", [pytest.param(isa, marks=pytest.mark.skipif(not runs_here(isa), reason=f"no {isa} here")) for isa in ISAS]

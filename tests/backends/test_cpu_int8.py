@@ -15,8 +15,8 @@ from tests.backends.conformance import Conformance, compile_for
 from tests.backends.conformance import pytest_generate_tests as pytest_generate_tests
 from tests.helpers import first
 from tests.subjects import Subjects
-from tfqc.backends.cpu_int8.build import ISAS, runs_here
-from tfqc.backends.cpu_int8.eager import Eager
+from tfqc.backends.cpu_int8.runtime.build import ISAS, runs_here
+from tfqc.backends.cpu_int8.runtime.eager import Eager
 from tfqc.driver import load
 
 EXACT = "cpu-int8{residual=fp32 attention=fp32}"
@@ -115,8 +115,8 @@ def lines(loaded: Any, call: dict[str, Any]) -> list[tuple[Any, Tensor, Tensor]]
 
 def test_structs_are_those_of_the_header() -> None:
     """Sizes that g++ gives the structs of abi.h: ctypes and C++ agree."""
-    from tfqc.backends.cpu_int8 import abi
-    from tfqc.backends.cpu_int8.build import best_isa, build, source_of
+    from tfqc.backends.cpu_int8.runtime import abi
+    from tfqc.backends.cpu_int8.runtime.build import best_isa, build, source_of
 
     names = [n for n in vars(abi) if n.endswith("Args") or n in ("Rows", "Quant", "Epilogue", "Command")]
     body = "".join(

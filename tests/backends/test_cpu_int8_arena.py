@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfqc.backends.cpu_int8.arena import ALIGNMENT, pack
+from tfqc.backends.cpu_int8.runtime.arena import ALIGNMENT, pack
 
 buffers = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 12), st.integers(0, 6)), max_size=14)
 

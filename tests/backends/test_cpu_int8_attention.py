@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfqc.backends.cpu_int8 import abi, build
+from tfqc.backends.cpu_int8.runtime import abi, build
 
 ISAS = [isa for isa in build.ISAS if build.runs_here(isa)]
 MODES = (0, 1, 2)

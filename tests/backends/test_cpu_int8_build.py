@@ -14,10 +14,10 @@ import torch
 from tests.backends.engines import BATCHES, ODD, built, differ, made, save
 from tests.lowered import finished, parts
 from tests.subjects import Subject, of_example
-from tfqc.backends.cpu_int8 import build as building
-from tfqc.backends.cpu_int8 import engine
-from tfqc.backends.cpu_int8.build import ISAS, BuildError, best_isa, build, runs_here
-from tfqc.backends.cpu_int8.engine import Engine
+from tfqc.backends.cpu_int8.runtime import build as building
+from tfqc.backends.cpu_int8.runtime import engine
+from tfqc.backends.cpu_int8.runtime.build import ISAS, BuildError, best_isa, build, runs_here
+from tfqc.backends.cpu_int8.runtime.engine import Engine
 from tfqc.driver import load
 from tfqc.errors import ArtifactError
 
@@ -110,7 +110,7 @@ def test_two_processes_build_at_once(no_cache: Path) -> None:
     isa = best_isa()
     script = f"""
 import ctypes, sys
-from tfqc.backends.cpu_int8.build import build
+from tfqc.backends.cpu_int8.runtime.build import build
 sys.stdin.read(1)
 print(build('extern "C" int answer() {{ return 42; }}', {isa!r}).answer())
 """

@@ -21,8 +21,8 @@ from tests.helpers import first
 from tests.lowered import EXACT, PER_TOKEN, STEPS, example, parts
 from tests.models import odd_names
 from tests.subjects import Subject, Subjects
-from tfqc.backends.cpu_int8.build import best_isa
-from tfqc.backends.cpu_int8.engine import Engine
+from tfqc.backends.cpu_int8.runtime.build import best_isa
+from tfqc.backends.cpu_int8.runtime.engine import Engine
 from tfqc.driver import compile
 from tfqc.errors import TfqcError
 from tfqc.frontend import capture

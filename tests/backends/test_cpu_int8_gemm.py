@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.backends.kernels import DTYPES, EVERY_ISA, Guarded, by_row
-from tfqc import tiles
-from tfqc.backends.cpu_int8 import abi
-from tfqc.backends.cpu_int8.build import build, source_of
+from tfqc.backends.cpu_int8.runtime import abi
+from tfqc.backends.cpu_int8.runtime.build import build, source_of
+from tfqc.runtime import tiles
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 ACTS: dict[abi.Act, Callable[[Tensor], Tensor]] = {

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.backends.kernels import DTYPES, EVERY_ISA, Guarded, by_row, quant, run
-from tfqc.backends.cpu_int8 import abi
-from tfqc.ir import ops
+from tfqc.backends.cpu_int8.runtime import abi
+from tfqc.runtime import ops
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 ACTS = {

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.lowered import finished
 from tests.subjects import Subject
 from tfqc.backends.cpu_int8.emit import emit
-from tfqc.backends.cpu_int8.memory import LINE, load_aligned, room
+from tfqc.backends.cpu_int8.runtime.memory import LINE, load_aligned, room
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -12,9 +12,9 @@ from tests.backends.conformance import Conformance, compile_for, pytest_generate
 from tests.helpers import first
 from tests.subjects import Subjects
 from tfqc.driver import load
-from tfqc.emission.fused import fake_quantize
 from tfqc.errors import SpecError
-from tfqc.ir import ops
+from tfqc.runtime import ops
+from tfqc.runtime.ops import fake_quantize
 from tfqc.target import Target
 
 __all__ = ["pytest_generate_tests"]

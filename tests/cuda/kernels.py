@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from tests.ptx import Counters, run
-from tfqc.backends.cuda_int4 import pack
-from tfqc.backends.cuda_int4.build import MissingCompilerError, compile
-from tfqc.backends.cuda_int4.specialise import Body, Gemm, Kernel, source
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.build import MissingCompilerError, compile
+from tfqc.backends.cuda_int4.runtime.specialise import Body, Gemm, Kernel, source
 
 F32, F16 = np.float32, np.float16
 Array = NDArray[np.generic]

@@ -17,10 +17,10 @@ from tests.helpers import find, first
 from tests.lowered import PER_TOKEN, before, example
 from tests.subjects import Subject, of_example
 from tfqc.artifact import Artifact
-from tfqc.backends.cuda_int4 import pack
-from tfqc.backends.cuda_int4.build import MissingCompilerError, compile
-from tfqc.backends.cuda_int4.engine import Engine
-from tfqc.backends.cuda_int4.specialise import ARCHS, Gemm, Kernel, source
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.build import MissingCompilerError, compile
+from tfqc.backends.cuda_int4.runtime.engine import Engine
+from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Gemm, Kernel, source
 from tfqc.driver import load
 from tfqc.frontend import capture
 from tfqc.ir.program import Program

@@ -19,10 +19,10 @@ from tests.lowered import before, example, parts
 from tests.ptx import run
 from tests.subjects import of_example
 from tfqc.artifact import Artifact
-from tfqc.backends.cuda_int4.build import MissingCompilerError, compile
-from tfqc.backends.cuda_int4.engine import Engine
-from tfqc.backends.cuda_int4.reference import Given
-from tfqc.backends.cuda_int4.specialise import Kernel
+from tfqc.backends.cuda_int4.runtime.build import MissingCompilerError, compile
+from tfqc.backends.cuda_int4.runtime.engine import Engine
+from tfqc.backends.cuda_int4.runtime.reference import Given
+from tfqc.backends.cuda_int4.runtime.specialise import Kernel
 from tfqc.driver import load
 from tfqc.frontend import capture
 from tfqc.ir.program import Program

@@ -15,11 +15,11 @@ from torch import Tensor
 from tests.cuda.test_emit import emitted, finished, loaded, small
 from tests.helpers import first
 from tests.subjects import Subject, Subjects
-from tfqc.backends.cuda_int4 import ops
-from tfqc.backends.cuda_int4.engine import Engine
-from tfqc.backends.cuda_int4.reference import Given
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Kernel, Quantize, Window
-from tfqc.backends.cuda_int4.tensors import Tensors
+from tfqc.backends.cuda_int4.runtime import ops
+from tfqc.backends.cuda_int4.runtime.engine import Engine
+from tfqc.backends.cuda_int4.runtime.reference import Given
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Kernel, Quantize, Window
+from tfqc.backends.cuda_int4.runtime.tensors import Tensors
 from tfqc.ir.program import Program
 
 cpu = pytest.mark.filterwarnings("ignore:Kernels for CUDA")

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from tests.cli.factories import unet
 from tests.cuda import stub
 from tests.cuda.test_kernels_build import without_nvcc
-from tfqc.backends.cuda_int4 import build
 from tfqc.backends.cuda_int4.checking import check, timing
 from tfqc.backends.cuda_int4.checking.layers import Layer, sdxl_layers
 from tfqc.backends.cuda_int4.checking.vectors import load
-from tfqc.backends.cuda_int4.specialise import Gemm, Mode, Window, body_for
+from tfqc.backends.cuda_int4.runtime import build
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Mode, Window, body_for
 from tfqc.cli import app
 from tfqc.driver import compile
 from tfqc.errors import TfqcError

@@ -11,9 +11,9 @@ import pytest
 
 from tests.cuda.vectors import vectors
 from tests.ptx import run
-from tfqc.backends.cuda_int4.build import MissingCompilerError, compile
 from tfqc.backends.cuda_int4.checking.vectors import FILE, Tolerance, Vector, described, kernel_of, load, to_bytes
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Quantize, source
+from tfqc.backends.cuda_int4.runtime.build import MissingCompilerError, compile
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, source
 
 STORED = {vector.kernel.name: vector for vector in load()}
 

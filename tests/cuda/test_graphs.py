@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfqc.backends.cuda_int4.graphs import Graphs
+from tfqc.backends.cuda_int4.runtime.graphs import Graphs
 
 
 class Cuda:

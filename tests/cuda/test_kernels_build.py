@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tfqc import cache as built_kernels
-from tfqc.backends.cuda_int4 import build
-from tfqc.backends.cuda_int4.build import BuildError, Compiled, MissingCompilerError, Resources
-from tfqc.backends.cuda_int4.images import TARGETS, fitting, images, target_for
-from tfqc.backends.cuda_int4.specialise import Gemm, Quantize, source
+from tfqc.backends.cuda_int4.runtime import build
+from tfqc.backends.cuda_int4.runtime.build import BuildError, Compiled, MissingCompilerError, Resources
+from tfqc.backends.cuda_int4.runtime.images import TARGETS, fitting, images, target_for
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Quantize, source
 from tfqc.errors import TfqcError
+from tfqc.runtime import cache as built_kernels
 
 KERNELS = (Gemm("tfqc_product", 128, 128, "w4a4", "s4"), Quantize("tfqc_codes", 128, 4))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.kernels import F16, Problem
-from tfqc.backends.cuda_int4.specialise import Body, Epilogue, Gemm, Mode, Tile
+from tfqc.backends.cuda_int4.runtime.specialise import Body, Epilogue, Gemm, Mode, Tile
 
 KINDS: dict[str, tuple[Mode, Body]] = {
     "s4": ("w4a4", "s4"),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cuda.kernels import F16, F32, Array, Problem, eighths, ptx_of
 from tests.ptx import run
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Quantize, Tile, Window
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, Tile, Window
 
 SMALL = Tile(m=64, n=64)
 groups = pytest.mark.parametrize("group", [None, 128])

@@ -10,8 +10,8 @@ import torch
 
 from tests.cuda.kernels import F16, F32, Array, Problem, eighths, one_a_byte, ptx_of, quantize
 from tests.ptx import run
-from tfqc.backends.cuda_int4 import pack
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Quantize, Tile
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, Tile
 
 SMALL = Tile(m=64, n=64)
 END = Epilogue("step", bias="step", residual=True, rank=32)

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tfqc.backends.cuda_int4.build import Compiled, MissingCompilerError, compile, disassemble
-from tfqc.backends.cuda_int4.sass import Listing, count, listings, opcode
-from tfqc.backends.cuda_int4.specialise import (
+from tfqc.backends.cuda_int4.runtime.build import Compiled, MissingCompilerError, compile, disassemble
+from tfqc.backends.cuda_int4.runtime.specialise import (
     ARCHS,
     Epilogue,
     Gemm,
@@ -21,6 +20,7 @@ from tfqc.backends.cuda_int4.specialise import (
     body_for,
     source,
 )
+from tfqc.backends.cuda_int4.sass import Listing, count, listings, opcode
 
 MODES: tuple[Mode, ...] = ("w4a4", "w4a8")
 # What a block may ask for, of what a multiprocessor has: two blocks have to fit. 1 kB of each is the driver's.

@@ -13,7 +13,7 @@ import pytest
 
 from tests.cuda.kernels import F16, Problem
 from tests.ptx import PtxError
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Tile
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Tile
 
 SMALL = Tile(m=64, n=64)
 END = Epilogue("step", bias="step", residual=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ptx import layouts
-from tfqc.backends.cuda_int4.pack import (
+from tfqc.backends.cuda_int4.runtime.pack import (
     Mode,
     columns,
     pack,

@@ -10,8 +10,8 @@ import torch
 
 from tests.cuda.kernels import F16, F32, STEPS, Array, Problem, one_a_byte, ptx_of, quantize
 from tests.ptx import run
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Quantize, Tile, Window
-from tfqc.ir.kernel_ops import quantize_tokens
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, Tile, Window
+from tfqc.runtime.kernel_ops import quantize_tokens
 
 INVERSE = np.array([0.5, 40.0, 1e6], F32)  # all in the middle; the usual; beyond all codes
 

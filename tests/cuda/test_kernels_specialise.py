@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.cuda.kernels import ptx_of
-from tfqc.backends.cuda_int4.specialise import (
+from tfqc.backends.cuda_int4.runtime.specialise import (
     ARCHS,
     Epilogue,
     Gemm,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.cuda import stub
-from tfqc.backends.cuda_int4 import loaded
-from tfqc.backends.cuda_int4.loaded import Loaded
-from tfqc.backends.cuda_int4.specialise import Gemm, Quantize, source
+from tfqc.backends.cuda_int4.runtime import loaded
+from tfqc.backends.cuda_int4.runtime.loaded import Loaded
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Quantize, source
 
 GEMM, QUANTIZE = Gemm("tfqc_product", 64, 64, "w4a4", "s4"), Quantize("tfqc_codes", 64, 4)
 

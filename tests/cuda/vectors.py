@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from tests.cuda.kernels import F16, F32, Array, Problem, eighths, quantize, two_a_byte
-from tfqc.backends.cuda_int4 import pack
 from tfqc.backends.cuda_int4.checking.vectors import FILE, Tolerance, Vector, to_bytes
-from tfqc.backends.cuda_int4.specialise import Body, Epilogue, Gemm, Mode, Quantize, Rows, Tile, Window
-from tfqc.ir.kernel_ops import quantize_tokens
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.specialise import Body, Epilogue, Gemm, Mode, Quantize, Rows, Tile, Window
+from tfqc.runtime.kernel_ops import quantize_tokens
 
 # mode, body, inputs in a group.
 KINDS: dict[str, tuple[Mode, Body, Literal[128] | None]] = {

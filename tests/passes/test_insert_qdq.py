@@ -16,9 +16,9 @@ from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer
-from tfqc.packing import unpack_int4
 from tfqc.pipeline import Pipeline
 from tfqc.quant import Grid, dequantize, quantize
+from tfqc.runtime.packing import unpack_int4
 from tfqc.trajectories import trajectories
 
 CALIBRATED = "select-maintenance,calibrate-weights{{{w}}},calibrate-activations{{{a}}},fold-cache,hoist-request"

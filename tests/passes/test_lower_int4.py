@@ -18,9 +18,9 @@ from tfqc.errors import PipelineError
 from tfqc.frontend import capture
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
-from tfqc.packing import unpack_int4
 from tfqc.passing import Context
 from tfqc.pipeline import Pipeline
+from tfqc.runtime.packing import unpack_int4
 
 W4 = "calibrate-weights{bits=4 method=min-max}"
 A4 = "calibrate-activations{bits=4 mode=per-step}"

@@ -16,7 +16,7 @@ from tfqc.analysis.weighted import WEIGHTED
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
-from tfqc.packing import unpack_int4
+from tfqc.runtime.packing import unpack_int4
 
 ENDING = ("none", None, None, None, None, None, "f32")
 

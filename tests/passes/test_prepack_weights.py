@@ -13,8 +13,8 @@ from tests.subjects import of_example
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
-from tfqc.packing import pack_int4
-from tfqc.tiles import pack, sums
+from tfqc.runtime.packing import pack_int4
+from tfqc.runtime.tiles import pack, sums
 
 W4 = "calibrate-weights{method=min-max bits=4 edge-bits=8}"
 

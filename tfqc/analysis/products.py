@@ -10,7 +10,7 @@ from torch import fx
 
 from tfqc.analysis.rewrite import become, name_of
 from tfqc.ir.program import Program
-from tfqc.packing import unpack_int4
+from tfqc.runtime.packing import unpack_int4
 
 ours = torch.ops.tfqc
 

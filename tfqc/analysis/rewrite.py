@@ -46,7 +46,7 @@ def changed(node: fx.Node, **values: Any) -> tuple[Any, ...]:
 
 
 def stores(node: Any) -> bool:
-    """True for an operation of `tfqc.ir.kernel_ops` that stores its result as its argument `out` says."""
+    """True for an operation of `tfqc.runtime.kernel_ops` that stores its result as its argument `out` says."""
     return name_of(node).startswith("tfqc.") and "out" in operands(node)
 
 

@@ -8,9 +8,9 @@ from torch import fx
 
 from tfqc.analysis.rewrite import keeps_batch, name_of
 from tfqc.analysis.weighted import WEIGHTED
-from tfqc.ir.kernel_ops import GROUP
 from tfqc.ir.program import Program
 from tfqc.ir.rows import RowSource
+from tfqc.runtime.kernel_ops import GROUP
 
 LONGEST = 65_536  # codes of a row of the input: s32 holds any sum of so many products
 

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from tfqc.emission.fused import is_fused_dequantize
-from tfqc.ir import kernel_ops, ops
 from tfqc.ir.ops import op_name
+from tfqc.runtime import kernel_ops, ops
 
 # What is made of nothing is made where the inputs are, wherever the model was captured; `bodies.body` defines it.
 DEVICE = "device_of_inputs"

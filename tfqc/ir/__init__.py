@@ -1,6 +1,5 @@
 """The intermediate representation: programs, their types and side tables, their text, their invariants."""
 
-from tfqc.ir import kernel_ops  # registers its operations
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.parse import parse
 from tfqc.ir.program import BEGIN, STEP, TIME, Input, Origin, Program, Role, Stage
@@ -24,7 +23,6 @@ __all__ = [
     "TensorType",
     "TupleType",
     "Type",
-    "kernel_ops",
     "op_by_name",
     "op_name",
     "parse",

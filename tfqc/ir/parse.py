@@ -92,6 +92,13 @@ class _Reader:
                     raise IRError(f"input %{name} is no tensor.")
                 item = Input(name, Role(role), tuple(path), type_, int(domain[1]) if domain else None)
                 program.inputs = (*program.inputs, item)
+            case "arguments":
+                program.arguments = tuple(json.loads(rest))
+            case "constant":
+                path, end = _JSON.raw_decode(rest)
+                program.constants[tuple(path)] = json.loads(rest[end:])
+            case "guard":
+                program.guards = (*program.guards, json.loads(rest))
             case "tensor":
                 self.tensor(rest)
             case "func":

@@ -24,6 +24,7 @@ from tfqc.runtime import buffer_name
 
 R = TypeVar("R", bound=Row)
 STEP, TIME, BEGIN = "step", "time", "begin"
+Constant = bool | int | float | str | None
 
 
 class Stage(enum.IntEnum):
@@ -77,6 +78,10 @@ class Program:
 
     `tensors` holds every parameter, buffer and table by dotted name; `get_attr` nodes refer to it. `symbols` gives a
     small example value for each symbolic dimension. `outputs` in a graph keep the model's own structure.
+
+    How it is called: `arguments` are the names of the model's arguments in order, `constants` what was captured of
+    those that are no tensors (path in the call -> None, bool, int, float or str), `guards` comparisons over the
+    symbols that calls have to fulfil, such as `H % 2 == 0`.
     """
 
     functions: dict[str, fx.Graph]
@@ -88,6 +93,9 @@ class Program:
     stage: Stage = Stage.CAPTURED
     tables: dict[str, Table] = field(default_factory=dict[str, Table])
     model: str = "model"
+    arguments: tuple[str, ...] = ()
+    constants: dict[tuple[str, ...], Constant] = field(default_factory=dict[tuple[str, ...], Constant])
+    guards: tuple[str, ...] = ()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -246,6 +254,9 @@ class Program:
             self.stage,
             {name: dict(rows) for name, rows in self.tables.items()},
             self.model,
+            self.arguments,
+            dict(self.constants),
+            self.guards,
         )
 
     # -- running ---------------------------------------------------------------------------------------------------

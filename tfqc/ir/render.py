@@ -37,6 +37,11 @@ def _lines(program: Program) -> Iterator[str]:
     for item in program.inputs:
         domain = "" if item.domain is None else f" domain={item.domain}"
         yield f"input %{item.name} {item.role} {json.dumps(list(item.path))}: {item.type}{domain}"
+    if program.arguments:
+        yield f"arguments {_json(list(program.arguments))}"
+    for path, value in sorted(program.constants.items()):
+        yield f"constant {_json(list(path))} {_json(value)}"
+    yield from (f"guard {_json(guard)}" for guard in program.guards)
     for name in sorted(program.tensors):
         tensor = program.tensors[name]
         yield f"tensor @{name}: {TensorType(tensor.dtype, tuple(tensor.shape))}"

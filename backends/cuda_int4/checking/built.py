@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tfqc.backends.cuda_int4.driver import Device, Function
-from tfqc.backends.cuda_int4.images import fitting, images, target_for
-from tfqc.backends.cuda_int4.specialise import Kernel, source
+from tfqc.backends.cuda_int4.runtime.driver import Device, Function
+from tfqc.backends.cuda_int4.runtime.images import fitting, images, target_for
+from tfqc.backends.cuda_int4.runtime.specialise import Kernel, source
 from tfqc.passing import Progress
 
 _AT_ONCE = 8  # kernels in one text for the compiler

@@ -19,8 +19,8 @@ from tfqc.backends.cuda_int4.checking import timing
 from tfqc.backends.cuda_int4.checking.built import functions
 from tfqc.backends.cuda_int4.checking.layers import IMAGES, Layer, program_layers, sdxl_layers
 from tfqc.backends.cuda_int4.checking.replay import replay
-from tfqc.backends.cuda_int4.driver import Device, Driver, NoDriverError
-from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, Mode, body_for
+from tfqc.backends.cuda_int4.runtime.driver import Device, Driver, NoDriverError
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, Mode, body_for
 from tfqc.driver import load as load_artifact
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.ir.store import load_program

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Kernel, Mode, Quantize, Window, body_for
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Kernel, Mode, Quantize, Window, body_for
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType, evaluate
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from tfqc.backends.cuda_int4.specialise import Epilogue, Gemm, Kernel, Quantize, Tile, Window
+from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Kernel, Quantize, Tile, Window
 
 Array = NDArray[Any]
 FILE = Path(__file__).with_name("vectors.safetensors")

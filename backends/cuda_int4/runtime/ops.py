@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tfqc.backends.cuda_int4.reference import Given
-from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, Quantize
+from tfqc.backends.cuda_int4.runtime.reference import Given
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, Quantize
 
 
 class Runner(Protocol):

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tfqc.cache import kept
-from tfqc.emission.sources import joined
+from tfqc.runtime.cache import kept
+from tfqc.runtime.sources import joined
 
 ISAS = ("amx", "avx512_vnni", "avx2")  # best first
 
@@ -96,4 +96,4 @@ def _call(command: list[str]) -> None:
 
 def source_of(*names: str) -> str:
     """The text of kernel files of this package, with their own headers put in where they are first included."""
-    return joined(Path(__file__).with_name("kernels"), *names)
+    return joined(Path(__file__).parents[1] / "kernels", *names)

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, cat
 
-from tfqc.backends.cpu_int8.tiles import Tiles
-from tfqc.ir import kernel_ops, ops
+from tfqc.backends.cpu_int8.runtime.tiles import Tiles
+from tfqc.runtime import kernel_ops, ops
 
 
 class Eager:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfqc.backends.cuda_int4 import pack
-from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, Quantize, Rows
-from tfqc.ir.kernel_ops import CODES, activate, quantize_tokens
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, Quantize, Rows
+from tfqc.runtime.kernel_ops import CODES, activate, quantize_tokens
 
 Given = Mapping[str, Tensor | None]
 

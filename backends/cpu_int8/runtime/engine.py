@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tfqc.backends.cpu_int8 import abi
-from tfqc.backends.cpu_int8.arena import pack
-from tfqc.backends.cpu_int8.build import BuildError, best_isa, build, runs_here
-from tfqc.backends.cpu_int8.eager import Eager
-from tfqc.backends.cpu_int8.memory import load_aligned, room
-from tfqc.backends.cpu_int8.schedule import Line, Recorder
-from tfqc.backends.cpu_int8.tiles import Tiles
+from tfqc.backends.cpu_int8.runtime import abi
+from tfqc.backends.cpu_int8.runtime.arena import pack
+from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build, runs_here
+from tfqc.backends.cpu_int8.runtime.eager import Eager
+from tfqc.backends.cpu_int8.runtime.memory import load_aligned, room
+from tfqc.backends.cpu_int8.runtime.schedule import Line, Recorder
+from tfqc.backends.cpu_int8.runtime.tiles import Tiles
 from tfqc.runtime import Plan, Stepper
 
 SHARED = 1 << 20  # bytes for what threads tell each other: 32 for each group of a norm and thread

@@ -43,7 +43,7 @@ def pack(codes: Tensor, groups: int = 1, paired: bool = False) -> Tensor:
 
 
 def unpack(tiles: Tensor, shape: Sequence[int], groups: int, paired: bool, bits: int) -> Tensor:
-    """Inverse of `pack`; with bits = 4 from flat u8 that holds two codes a byte, as `tfqc.packing` has it."""
+    """Inverse of `pack`; with bits = 4 from flat u8 that holds two codes a byte, as `tfqc.runtime.packing` has it."""
     if bits == 4:
         nibbles = torch.stack([tiles & 15, tiles >> 4], dim=-1).flatten().to(torch.int8)
         full = tiles_shape(shape, groups)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfqc.ir.ops import _define, quantize
+from tfqc.runtime.ops import _define, quantize
 
 ENDING = "str act, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scale, Tensor? out_zero_point, str out"
 _INPUT = "Tensor codes, Tensor? scale, Tensor? zero_point, Tensor? row_in"
@@ -33,11 +33,11 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
 
 @_define("unpack_tiles(Tensor packed, Tensor sums, int[] shape, int groups, bool paired, int bits) -> Tensor")
 def unpack_tiles(packed: Tensor, sums: Tensor, shape: list[int], groups: int, paired: bool, bits: int) -> Tensor:
-    """Weight codes int8 of `shape` [N, K] or [N, C, kh, kw] from the tiles of `tfqc.tiles`; bits = 4: two a byte.
+    """Weight codes int8 of `shape` [N, K] or [N, C, kh, kw] from tiles (`tfqc.runtime.tiles`); bits = 4: two a byte.
 
     sums i32, of each output's codes in the order of the tiles: kernels take zero points off with them.
     """
-    from tfqc.tiles import unpack  # which needs no operation
+    from tfqc.runtime.tiles import unpack  # which needs no operation
 
     return unpack(packed, shape, groups, paired, bits)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfqc.backends.cuda_int4 import pack
-from tfqc.backends.cuda_int4.specialise import Gemm, Kernel
-from tfqc.backends.cuda_int4.tensors import Tensors
+from tfqc.backends.cuda_int4.runtime import pack
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel
+from tfqc.backends.cuda_int4.runtime.tensors import Tensors
 
 Scales = tuple[str, str] | tuple[Tensor, Tensor] | None
 """A scale and a zero point: names of tensors with rows of the schedule, or one of each for every token."""

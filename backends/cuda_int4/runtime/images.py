@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tfqc.backends.cuda_int4 import build
-from tfqc.backends.cuda_int4.specialise import ARCHS
-from tfqc.cache import kept
+from tfqc.backends.cuda_int4.runtime import build
+from tfqc.backends.cuda_int4.runtime.specialise import ARCHS
 from tfqc.errors import TfqcError
+from tfqc.runtime.cache import kept
 
 PTX = "compute_80"  # which the driver compiles for chips that came later
 TARGETS = (*ARCHS, PTX)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfqc.backends.cpu_int8 import abi
-from tfqc.backends.cpu_int8.abi import Act, DType
-from tfqc.backends.cpu_int8.tiles import Tiles
+from tfqc.backends.cpu_int8.runtime import abi
+from tfqc.backends.cpu_int8.runtime.abi import Act, DType
+from tfqc.backends.cpu_int8.runtime.tiles import Tiles
 
 _DTYPES = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.uint8: DType.U8}
 _OUT = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}

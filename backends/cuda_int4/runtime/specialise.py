@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tfqc.emission.sources import joined
 from tfqc.errors import TfqcError
+from tfqc.runtime.sources import joined
 
 Mode = Literal["w4a4", "w4a8", "w4a16"]
 Body = Literal["s4", "nibble", "half", "auto"]
@@ -305,7 +305,7 @@ def source(kernels: Sequence[Kernel]) -> str:
             raise TfqcError(f"kernel {name}: two kernels have this name")
     files = [file for kind, file in _TEMPLATES.items() if any(isinstance(kernel, kind) for kernel in kernels)]
     parts = [
-        joined(Path(__file__).with_name("kernels"), *files),
+        joined(Path(__file__).parents[1] / "kernels", *files),
         *("\n".join(_entry(kernel)) + "\n" for kernel in kernels),
     ]
     return "\n".join(parts)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfqc.backends.cuda_int4 import reference
-from tfqc.backends.cuda_int4.graphs import Graphs
-from tfqc.backends.cuda_int4.launches import Launches
-from tfqc.backends.cuda_int4.loaded import Loaded
-from tfqc.backends.cuda_int4.ops import register
-from tfqc.backends.cuda_int4.reference import Given
-from tfqc.backends.cuda_int4.specialise import Kernel
-from tfqc.backends.cuda_int4.tensors import Tensors
+from tfqc.backends.cuda_int4.runtime import reference
+from tfqc.backends.cuda_int4.runtime.graphs import Graphs
+from tfqc.backends.cuda_int4.runtime.launches import Launches
+from tfqc.backends.cuda_int4.runtime.loaded import Loaded
+from tfqc.backends.cuda_int4.runtime.ops import register
+from tfqc.backends.cuda_int4.runtime.reference import Given
+from tfqc.backends.cuda_int4.runtime.specialise import Kernel
+from tfqc.backends.cuda_int4.runtime.tensors import Tensors
 from tfqc.runtime import Output, Plan, Stepper
 
 

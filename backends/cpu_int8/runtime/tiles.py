@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tfqc import tiles
-from tfqc.packing import unpack_int4
+from tfqc.runtime import tiles
+from tfqc.runtime.packing import unpack_int4
 
 
 @dataclass
 class Tiles:
-    """Weight codes of `shape`, in tiles (`tfqc.tiles`), and their `sums`; `paired` for GEGLU."""
+    """Weight codes of `shape`, in tiles (`tfqc.runtime.tiles`), and their `sums`; `paired` for GEGLU."""
 
     packed: Tensor
     sums: Tensor

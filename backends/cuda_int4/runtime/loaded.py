@@ -6,10 +6,10 @@ import warnings
 
 import torch
 
-from tfqc.backends.cuda_int4.driver import Driver, Function
-from tfqc.backends.cuda_int4.images import images, target_for
-from tfqc.backends.cuda_int4.reference import Given
-from tfqc.backends.cuda_int4.specialise import Gemm, Kernel, body_for
+from tfqc.backends.cuda_int4.runtime.driver import Driver, Function
+from tfqc.backends.cuda_int4.runtime.images import images, target_for
+from tfqc.backends.cuda_int4.runtime.reference import Given
+from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, body_for
 
 
 class Loaded:

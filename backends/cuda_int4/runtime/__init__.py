@@ -1,0 +1,1 @@
+"""What a loaded artifact of this backend imports, beside `tfqc.runtime`."""

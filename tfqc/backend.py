@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tfqc.artifact import Artifact
+from tfqc.emission.rebuild import rebuild
 from tfqc.errors import TfqcError
 from tfqc.ir.program import Program
 from tfqc.passing import Pass, Progress
@@ -71,9 +72,13 @@ class Backend(ABC):
     def emit(self, program: Program, options: Any) -> Artifact:
         """Source files and tensors of a lowered program. Pure: no compiler, no device, the same result twice."""
 
-    @abstractmethod
     def load(self, directory: Path) -> torch.nn.Module:
-        """A callable module from a saved artifact whose hashes have been checked. May compile, may use a device."""
+        """A callable module from a saved artifact whose hashes have been checked. May compile, may use a device.
+
+        As it stands here it emits anew for the artifact's `program.ir` and imports that `model.py`, so that nothing in
+        the directory is run. A backend that overrides it has to take the directory for data, too.
+        """
+        return rebuild(self, directory)
 
     def check(self, artifact: Path | None, progress: Progress) -> dict[str, Any]:
         """What the device of this machine says of the backend's kernels, and of an artifact; `tfqc gpu-check` shows it.

@@ -24,6 +24,7 @@ from tfqc.models import ModelSpec, find_model, from_diffusers
 from tfqc.passing import Context, Progress, Silent
 from tfqc.pipeline import Pipeline
 from tfqc.registry import find_backend
+from tfqc.runtime import VERSION, Stepper
 from tfqc.schedule import SamplingSchedule
 from tfqc.target import Target
 
@@ -113,15 +114,24 @@ def compile(
     return artifact
 
 
-def load(directory: str | Path) -> torch.nn.Module:
+def load(directory: str | Path, *, check_finite: bool = False) -> torch.nn.Module:
     """Load a saved artifact; it is called like the model that was captured.
+
+    The directory is taken for data, whoever made it: the model is rebuilt from the artifact's program and tensors, and
+    no code in the directory runs. `tfqc.runtime.load` runs it, without the compiler.
+
+    Args:
+        check_finite: raise FloatingPointError at the first NaN or infinity, naming layer and step.
 
     Raises:
         ArtifactError: a file is missing or changed, or the format is newer than this tfqc.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     manifest = check_files(directory)
-    return find_backend(manifest["backend"])().load(directory)
+    model = find_backend(manifest["backend"])().load(directory)
+    if isinstance(model, Stepper):
+        model.reload, model.check_finite = (load, str(directory)), check_finite
+    return model
 
 
 def clean(workdir: Path) -> None:
@@ -153,6 +163,7 @@ def _facts(program: Program, target: Target, passes: Pipeline, context: Context)
     schedule = context.schedule
     return {
         "backend": target.name,
+        "runtime": VERSION,
         "target": str(target),
         "pipeline": str(passes),
         "model": program.model,

@@ -11,7 +11,7 @@ from tfqc.errors import TfqcError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program, Role
 from tfqc.ir.rows import RowSource, Schedule
-from tfqc.runtime import Plan, Stepper, Table, buffer_name
+from tfqc.runtime import Input, Plan, Stepper, Table, buffer_name
 
 
 def plan_of(program: Program) -> Plan:
@@ -22,9 +22,10 @@ def plan_of(program: Program) -> Plan:
                ("row", "begin", "time", "table", "activation")}  # fmt: skip
     domain = {i.name: i.domain or 1 for i in program.inputs}
     return Plan(
-        inputs=tuple((i.name, str(i.role), i.path) for i in program.inputs),
-        positional=tuple(dict.fromkeys(i.path[0] for i in program.inputs)),
-        time_is_float=program.input(Role.TIME)[0].type.dtype.is_floating_point,
+        inputs=tuple(Input(i.name, str(i.role), i.path, i.type.dtype, i.type.shape) for i in program.inputs),
+        arguments=program.arguments or tuple(dict.fromkeys(i.path[0] for i in program.inputs)),
+        constants=tuple(sorted(program.constants.items())),
+        guards=program.guards,
         timesteps=schedule.timesteps if schedule else (),
         policy=schedule.policy if schedule else "recompute",
         row=next((name for name, row in by_kind["row"].items() if not row.label), ""),
@@ -53,7 +54,6 @@ class Interpreter(Stepper):
         }
         self.time = self._time if TIME in program.functions else None
         self.begin = self._begin if BEGIN in program.functions else None
-        self._tensors = program.tensors
 
     def _call(self, function: str, values: dict[str, Any]) -> Any:
         return self._modules_by_name[function](*(values[name] for name in self._parameters_of[function]))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
 
 from tfqc.artifact import Artifact
@@ -14,7 +12,6 @@ from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cpu_int8.emit import emit
 from tfqc.backends.cpu_int8.legalize import legalize
 from tfqc.backends.cpu_int8.support import why_not_real
-from tfqc.emission.importing import load_model
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
 from tfqc.recipes import quantization_pipeline
@@ -73,7 +70,3 @@ class CpuInt8Backend(Backend):
     def emit(self, program: Program, options: CpuInt8Options) -> Artifact:
         """`model.py` with the schedule of a step, `kernels.cpp`, the program's text, and its tensors."""
         return emit(program, options.isa)
-
-    def load(self, directory: Path) -> torch.nn.Module:
-        """The model of `model.py`; builds the kernels, unless that was done before."""
-        return load_model(directory)

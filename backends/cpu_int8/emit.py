@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pprint
 from collections.abc import Iterator
 
 from torch import fx
@@ -14,8 +13,7 @@ from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
 from tfqc.emission.bodies import DOCS, body
 from tfqc.emission.expressions import Stored, arguments, expression, value
 from tfqc.emission.files import tensor_files
-from tfqc.emission.models import helpers, model_class, parameters
-from tfqc.interpret import plan_of
+from tfqc.emission.module import ModuleWriter, engine_class, helpers, parameters
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
@@ -33,7 +31,7 @@ def emit(program: Program, isa: str) -> Artifact:
     kernels = _kernels(program)
     extra = {"linear.cpp"} if "qconv" in kernels.values() else set[str]()  # what a convolution of one by one is
     texts = {
-        "model.py": "\n".join(_model(program, isa)) + "\n",
+        "model.py": _model(program, isa).text(),
         "kernels.cpp": source_of("schedule.cpp", *sorted({SOURCES[kernel] for kernel in kernels.values()} | extra)),
         "program.ir": render(program),
     }
@@ -57,51 +55,27 @@ def _method(program: Program, node: fx.Node) -> str:
     return "view" if is_view(node) else "torch"
 
 
-def _model(program: Program, isa: str) -> Iterator[str]:
-    yield f'"""{program.model}, compiled by tfqc for CPUs in 8-bit integers. Generated.'
-    yield ""
-    yield "`step` is what runs at every timestep, a line for each kernel: k.KERNEL(value, operands...) appends it to"
-    yield "the schedule and gives back the memory that it will write; w(name) is a tensor, t(name) packed weights."
-    yield "`begin` runs once per image, `time` for timesteps that are not in the schedule. `load(directory)` makes the"
-    yield "model."
-    yield '"""'
-    yield ""
-    yield "from __future__ import annotations"
-    yield ""
-    yield "from pathlib import Path"
-    yield "from typing import Any"
-    yield ""
-    yield "import torch"
-    yield "import torch.nn.functional as F"
-    yield "from torch import Tensor"
-    yield ""
-    yield "from tfqc.backends.cpu_int8.runtime.engine import Engine"
-    yield "from tfqc.runtime.ops import *"
-    yield "from tfqc.runtime import Plan, Table"
-    yield ""
-    yield "aten = torch.ops.aten"
-    yield ""
-    yield ""
-    yield from _step(program)
-    for function in (BEGIN, TIME):
-        if function in program.functions:
-            yield ""
-            yield ""
-            yield from _plain(program, function)
-    yield ""
-    yield ""
-    yield f"PLAN = {pprint.pformat(plan_of(program), width=110)}"
-    yield ""
-    yield "# Where values lie: the buffer, and the first and last line that needs it."
+def _model(program: Program, isa: str) -> ModuleWriter:
     memory = {name: (row.buffer, row.first, row.last) for name, row in program.table(Memory).items()}
-    yield f"MEMORY: dict[str, tuple[int, int, int]] = {pprint.pformat(memory, width=110)}"
-    yield ""
-    yield "# Packed weights: their own shape, groups, whether columns are paired for GEGLU, bits."
-    yield f"TILES: dict[str, tuple[tuple[int, ...], int, bool, int]] = {pprint.pformat(_tiles(program), width=110)}"
-    yield ""
-    yield ""
-    arguments = f'Path(directory), PLAN, MEMORY, TILES, "{isa}"'
-    yield from model_class(program, ["lines = staticmethod(step)"], arguments)
+    return ModuleWriter(
+        program,
+        "for CPUs in 8-bit integers",
+        "`step` is what runs at every timestep, a line for each kernel: k.KERNEL(value, operands...) appends it to the "
+        "schedule and gives back the memory that it will write; w(name) is a tensor, t(name) packed weights. `begin` "
+        "runs once per image, `time` for timesteps that are not in the schedule. `load(directory)` makes the model.",
+        ["from tfqc.backends.cpu_int8.runtime.engine import Engine"],
+        [_step(program), *(_plain(program, f) for f in (BEGIN, TIME) if f in program.functions)],
+        engine_class(program, ["lines = staticmethod(step)"]),
+        f'PLAN, MEMORY, TILES, "{isa}"',
+        {
+            "MEMORY": ("Where values lie: the buffer, and the first and last line that needs it.", memory),
+            "TILES": (
+                "Packed weights: their own shape, groups, whether columns are paired for GEGLU, bits.",
+                _tiles(program),
+            ),
+        },
+        "kernels.cpp",
+    )
 
 
 def _tiles(program: Program) -> dict[str, tuple[object, ...]]:
@@ -131,7 +105,7 @@ def _step(program: Program) -> Iterator[str]:
     stored = _stored(w, t)
     yield f"def step({k}: Any, {w}: Any, {t}: Any, /, {parameters(graph)}) -> Any:"
     yield f'    """{DOCS[STEP]}"""'
-    yield from body(program, STEP, stored, lambda node: _line(program, node, k, stored))
+    yield from body(program, STEP, stored, lambda node: _line(program, node, k, stored), fused=False)
 
 
 def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from tabulate import tabulate
 from torch import fx
 
@@ -17,7 +16,6 @@ from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Body, Mode, body_for
-from tfqc.emission.importing import load_model
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass, Progress
@@ -105,10 +103,6 @@ class CudaInt4Backend(Backend):
     def emit(self, program: Program, options: CudaInt4Options) -> Artifact:
         """`model.py` with the lines of a step, `kernels.cu`, the program's text, and its tensors."""
         return emit(program, options.arch)
-
-    def load(self, directory: Path) -> torch.nn.Module:
-        """The model of `model.py`, on the CPU; `to("cuda")` brings it to a device."""
-        return load_model(directory)
 
     def check(self, artifact: Path | None, progress: Progress) -> dict[str, Any]:
         """Stored vectors and times on this machine's GPU."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pprint
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -19,8 +18,7 @@ from tfqc.backends.cuda_int4.selection import PRODUCTS
 from tfqc.emission.bodies import DOCS, body
 from tfqc.emission.expressions import Stored, expression
 from tfqc.emission.files import WEIGHTS, tensor_files
-from tfqc.emission.models import helpers, model_class, parameters
-from tfqc.interpret import plan_of
+from tfqc.emission.module import ModuleWriter, engine_class, helpers, parameters
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.types import TensorType
@@ -29,7 +27,7 @@ from tfqc.ir.types import TensorType
 def emit(program: Program, arch: str) -> Artifact:
     """Files of a lowered program. Tensors that only @time reads lie in `time.safetensors`."""
     lines = Lines(program, arch)
-    model = "\n".join(_Writer(program, lines).model()) + "\n"
+    model = _Writer(program, lines).model()
     files = tensor_files(program)
     files[WEIGHTS] = dict(_packed(files[WEIGHTS], lines))
     kernels = list(lines.selection.kernels.values())
@@ -55,58 +53,30 @@ class _Writer:
         # What needs tensors alone is computed when the model is loaded.
         self._constant = [n for f in (STEP, BEGIN) if f in program.functions for n in _constants(program.functions[f])]
 
-    def model(self) -> Iterator[str]:
-        """Its lines."""
+    def model(self) -> str:
+        """The file."""
         program = self.program
         step = list(self._step())  # which selects the kernels
-        yield f'"""{program.model}, compiled by tfqc for CUDA devices in 4-bit integers. Generated.'
-        yield ""
-        yield "`step` is what runs at every timestep: k.product, k.quantize and k.quantize_tokens launch the kernel of"
-        yield "that name, everything else is torch in f16; w(name) is a tensor. `begin` runs once per image, `time` for"
-        yield "timesteps that are not in the schedule. `load(directory)` makes the model, which builds `kernels.cu`."
-        yield '"""'
-        yield ""
-        yield "from __future__ import annotations"
-        yield ""
-        yield "from pathlib import Path"
-        yield "from typing import Any"
-        yield ""
-        yield "import torch"
-        yield "import torch.nn.functional as F"
-        yield "from torch import Tensor"
-        yield ""
-        yield "from tfqc.backends.cuda_int4.runtime.engine import Engine"
-        yield "from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, Tile, Window"
-        yield "from tfqc.runtime.ops import *"
-        yield "from tfqc.runtime.kernel_ops import channels_last, plain"
-        yield "from tfqc.runtime import Plan, Table"
-        yield ""
-        yield "aten = torch.ops.aten"
-        yield ""
-        yield ""
-        yield from step
-        for function in (BEGIN, TIME):
-            if function in program.functions:
-                yield ""
-                yield ""
-                yield from self._plain(function)
-        yield ""
-        yield ""
-        yield from self._constants()
-        yield ""
-        yield ""
-        yield f"PLAN = {pprint.pformat(plan_of(program), width=110)}"
-        yield ""
-        yield "KERNELS = ["
-        yield from (f"    {_written(kernel)}," for kernel in self.lines.selection.kernels.values())
-        yield "]"
-        yield ""
-        yield "# Which dimension of a parameter of `step` is the batch."
-        yield f"BATCHED = {pprint.pformat(self._batched(), width=110)}"
-        yield ""
-        yield ""
-        members = ["lines = staticmethod(step)", "constants = staticmethod(constants)"]
-        yield from model_class(program, members, "Path(directory), PLAN, KERNELS, BATCHED")
+        kernels = "".join(f"    {_written(kernel)},\n" for kernel in self.lines.selection.kernels.values())
+        return ModuleWriter(
+            program,
+            "for CUDA devices in 4-bit integers",
+            "`step` is what runs at every timestep: k.product, k.quantize and k.quantize_tokens launch the kernel of "
+            "that name, everything else is torch in f16; w(name) is a tensor. `begin` runs once per image, `time` for "
+            "timesteps that are not in the schedule. `load(directory)` makes the model, which builds `kernels.cu`.",
+            [
+                "from tfqc.backends.cuda_int4.runtime.engine import Engine",
+                "from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Gemm, Quantize, Tile, Window",
+            ],
+            [step, *(self._plain(f) for f in (BEGIN, TIME) if f in program.functions), self._constants()],
+            engine_class(program, ["lines = staticmethod(step)", "constants = staticmethod(constants)"]),
+            "PLAN, KERNELS, BATCHED",
+            {
+                "KERNELS": ("What kernels.cu holds.", f"[\n{kernels}]"),
+                "BATCHED": ("Which dimension of a parameter of `step` is the batch.", self._batched()),
+            },
+            "kernels.cu",
+        ).text()
 
     def _step(self) -> Iterator[str]:
         graph = self.program.step

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
 
 from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
 from tfqc.backends.fake_quant.emit import emit
 from tfqc.backends.fake_quant.legalize import legalize
-from tfqc.emission.importing import load_model
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
@@ -76,7 +73,3 @@ class FakeQuantBackend(Backend):
     def emit(self, program: Program, options: FakeQuantOptions) -> Artifact:
         """`model.py`, the program's text, and its tensors; those of @time apart."""
         return emit(program)
-
-    def load(self, directory: Path) -> torch.nn.Module:
-        """The model of `model.py`."""
-        return load_model(directory)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.backends.border import Border
 from tests.backends.conformance import Conformance, compile_for
 from tests.backends.conformance import pytest_generate_tests as pytest_generate_tests
 from tests.helpers import first
@@ -23,6 +24,10 @@ EXACT = "cpu-int8{residual=fp32 attention=fp32}"
 DEFAULT = "cpu-int8"
 
 
+class TestCpuInt8Border(Border):
+    target = "cpu-int8"
+
+
 class TestCpuInt8(Conformance):
     backend = "cpu-int8"
     targets = (EXACT, "cpu-int8{}", "cpu-int8{activations=static}", "cpu-int8{weights=4 activations=per-token}")
@@ -30,7 +35,6 @@ class TestCpuInt8(Conformance):
     # One code that rounding turns the other way moves the outputs of these small random networks by percents: what
     # rounding does is held line by line below.
     tolerance = 0.3
-    modules = ("torch", "safetensors", "tfqc")
 
     def check(self, want: Any, got: Any) -> None:
         a, b = first(want), first(got)

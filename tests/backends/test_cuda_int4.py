@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.backends.border import Border
 from tests.backends.conformance import Conformance, compile_for
 from tests.backends.conformance import pytest_generate_tests as pytest_generate_tests
 from tests.helpers import first
@@ -24,11 +25,14 @@ from tfqc.target import Target
 pytestmark = pytest.mark.filterwarnings("ignore:Kernels for CUDA")
 
 
+class TestCudaInt4Border(Border):
+    target = "cuda-int4{arch=sm_86}"
+
+
 class TestCudaInt4(Conformance):
     backend = "cuda-int4"
     targets = ("cuda-int4{arch=sm_86}", "cuda-int4{arch=sm_90a mode=w4a8 activations=per-token}")
     models: ClassVar = ("unet2d", "unet-sd", "unet-sdxl", "dit")
-    modules = ("torch", "safetensors", "tfqc")
 
     def want(self, program: Program, call: dict[str, Any]) -> Tensor:
         """A batch of several timesteps as one batch for each: torch rounds f16 differently in batches of other sizes,

@@ -1,5 +1,12 @@
-"""The run time of compiled models: all that an artifact's own code imports, with torch, safetensors and numpy."""
+"""The run time of compiled models: all that an artifact's own code imports, with torch, safetensors and numpy.
 
-from tfqc.runtime.stepper import Output, Plan, Stepper, Table, buffer_name, encode_row
+Nothing of the compiler is imported here. README.md beside this file says what is trusted.
+"""
 
-__all__ = ["Output", "Plan", "Stepper", "Table", "buffer_name", "encode_row"]
+from tfqc.runtime.encoding import encode_row
+from tfqc.runtime.files import VERSION
+from tfqc.runtime.loading import load
+from tfqc.runtime.plan import Input, Output, Plan, Table, buffer_name
+from tfqc.runtime.stepper import Stepper
+
+__all__ = ["VERSION", "Input", "Output", "Plan", "Stepper", "Table", "buffer_name", "encode_row", "load"]

@@ -1,101 +1,35 @@
-"""The run time of a folded model: which row of the schedule a timestep is, and what is computed once per image.
-
-It needs torch alone. The interpreter uses it, and emitters copy it into the `model.py` that they write.
-"""
+"""A model in up to three functions, called like the model that was captured."""
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tfqc.runtime.call import Call
+from tfqc.runtime.encoding import encode_row
+from tfqc.runtime.plan import Input, Output, Plan, buffer_name
+from tfqc.runtime.requests import Request, broken_images
+from tfqc.runtime.untraced import untraced
+from tfqc.runtime.watching import first_not_finite
 
-@dataclass(frozen=True)
-class Table:
-    """A tensor of rows over the schedule, made from one output of the time function.
-
-    With a `label` (a request input of class labels) it has `classes` rows for each timestep, one for each label.
-    """
-
-    tensor: str
-    output: int
-    encoding: str = "fp"
-    scale: str = ""
-    zero_point: str = ""
-    label: str = ""
-    classes: int = 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a call of the model becomes calls of its functions.
-
-    `inputs` are (name, role, path in the call); `positional` the names of the model's positional arguments;
-    `time_is_float` whether the model was captured with floating point timesteps; `per_image` the request inputs that
-    have a row for each image. `label_rows` maps parameters of the step function to (input of class labels, how many
-    labels there are): the parameter is row * labels + label. The other dictionaries map parameters of the step
-    function to outputs of `begin` and of `time`.
-    """
-
-    inputs: tuple[tuple[str, str, tuple[str, ...]], ...]
-    positional: tuple[str, ...]
-    time_is_float: bool = False
-    timesteps: tuple[float, ...] = ()
-    policy: str = "recompute"
-    row: str = ""
-    label_rows: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    per_image: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    activations: tuple[str, ...] = ()
-    hoisted: Mapping[str, int] = field(default_factory=dict)
-    request_tables: Mapping[str, int] = field(default_factory=dict)
-
-
-class Output(tuple[Any, ...]):
-    """The model's outputs as a tuple; `.sample` is the first, as in the outputs of diffusers."""
-
-    @property
-    def sample(self) -> Any:
-        """The first output."""
-        return self[0]
-
-
-@dataclass
-class _Request:
-    """What was computed for one set of request inputs; holding the inputs keeps their identities from being reused."""
-
-    inputs: dict[str, Tensor]
-    batch: int
-    versions: tuple[int, ...]
-    copies: dict[str, Tensor]
-    hoisted: dict[str, Tensor]
-    tables: dict[str, Tensor]
-
-    def serves(self, inputs: Mapping[str, Tensor], batch: int) -> bool:
-        """True if the inputs are the same tensors, unchanged.
-
-        Versions miss what is written past torch (`.data`, numpy), and inference tensors have none. So values are
-        compared too, but for those on a device that would have to be waited for.
-        """
-        if batch != self.batch or any(self.inputs[k] is not v for k, v in inputs.items()):
-            return False
-        if self.versions != _versions(inputs):
-            return False
-        return all(torch.equal(copied, inputs[k]) for k, copied in self.copies.items())
-
-
-def _versions(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
-    return tuple(-1 if t.is_inference() else t._version for t in inputs.values())
+_ALIVE: weakref.WeakSet[Stepper] = weakref.WeakSet()
 
 
 class Stepper(torch.nn.Module):
-    """A model in up to three functions, called like the model that was captured.
+    """A compiled model: `step` for every timestep, `begin` once an image, `time` for timesteps without a row.
 
     Subclasses define `step`, and `time` and `begin` where the plan uses them; each takes the captured inputs (and,
-    for `step`, the plan's parameters) by keyword. Not safe for use from several threads at once.
+    for `step`, the plan's parameters) by keyword. Several threads may call one model: they take turns.
+
+    Attributes:
+        check_finite: raise FloatingPointError at the first NaN or infinity, naming the layer and the step; each step is
+            computed a second time for it, by torch. Without it, an image is NaN of whose inputs one is not finite.
     """
 
     MAX_EXTRA_ROWS = 1000
@@ -108,12 +42,20 @@ class Stepper(torch.nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
+        self.check_finite = False
+        self.reload: tuple[Callable[..., Any], str] | None = None
+        self._device = torch.device("cpu")
+        self._calls = Call(plan)
         # Calls bring timesteps in float32 at best, so the schedule is known by what it is in float32.
         self._schedule = torch.tensor(plan.timesteps, dtype=torch.float32).tolist()
         self._known: dict[float, int] = {t: i for i, t in enumerate(self._schedule)}
         self._original: dict[str, Tensor] = {}
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         self._row_tensors: dict[tuple[int, torch.device], Tensor] = {}
+        self._requested = [i.name for i in plan.inputs if i.role == "request"]
+        self._sampled = [i.name for i in plan.inputs if i.role == "sample"]
+        self._lock, self._process = threading.RLock(), os.getpid()
+        _ALIVE.add(self)
 
     # -- what a subclass may override -------------------------------------------------------------------------------
 
@@ -125,62 +67,73 @@ class Stepper(torch.nn.Module):
         """Replace a table, when it gets a row more."""
         setattr(self, buffer_name(name), value)
 
+    def move(self, device: torch.device) -> None:
+        """Follow to a device, or refuse it."""
+
+    def watched_step(self, **values: Any) -> Any:
+        """A step by operations of torch alone, which can be watched."""
+        return self.step(**values)
+
     # -- one call ---------------------------------------------------------------------------------------------------
 
+    @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The captured model's inputs in, its outputs out."""
-        values = self.bind(args, kwargs)
-        plan = self.plan
-        if plan.row or plan.label_rows:
-            rows = self._rows(values)
-            values |= {name: _with_label(rows, values[k], k, n) for name, (k, n) in plan.label_rows.items()}
-            values |= {plan.row: rows} if plan.row else {}
-        if plan.hoisted or plan.request_tables:
-            entry = self._request(values)
-            values |= entry.hoisted | entry.tables
-        result = self.step(**values)
-        return Output(result) if isinstance(result, tuple) else result
+        """The captured model's inputs in, its outputs out, in the dtype of the sample."""
+        with self._lock:
+            if self._process != os.getpid():
+                self._in_a_fork()
+            values, dtype = self.bind(args, kwargs)
+            kind = values[self.plan.sample.name].device.type
+            if not torch.is_autocast_enabled(kind):
+                return self._run(values, dtype)
+            with torch.autocast(kind, enabled=False):  # it computes in what it was compiled for
+                return self._run(values, dtype)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Name the tensors of a call; timesteps become one value for each batch entry.
+    def _run(self, values: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        broken = self._broken(values)
+        plan = self.plan
+        with torch.inference_mode(False), torch.no_grad():  # what is kept has to serve calls of every mode
+            if plan.row or plan.label_rows:
+                rows = self._rows(values)
+                values |= {name: _with_label(rows, values[k], k, n) for name, (k, n) in plan.label_rows.items()}
+                values |= {plan.row: rows} if plan.row else {}
+            else:
+                self._timesteps(values)
+            if self._requested:
+                entry = self._request(values)
+                values |= entry.hoisted | entry.tables
+                broken = _either(broken, entry.broken)
+        if self.check_finite:
+            self._check_finite(values)
+        result = self.step(**values)
+        finish = _Finish(self.plan.sample, dtype, broken)
+        return Output(map(finish, result)) if isinstance(result, tuple) else finish(result)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
+        """The tensors of a call by name, as they were captured, and the dtype in which outputs are wanted.
 
         Raises:
-            TypeError: an input is missing, or one is given that the captured model did not use.
+            TypeError, ValueError: the call does not fit the captured model (`tfqc.runtime.call`).
         """
-        call = dict(zip(self.plan.positional, args, strict=False)) | dict(kwargs)
-        if len(args) > len(self.plan.positional):
-            raise TypeError(f"The model takes {len(self.plan.positional)} positional arguments, {len(args)} given.")
-        values: dict[str, Any] = {}
-        for name, _, path in self.plan.inputs:
-            value: Any = call
-            for key in path:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if value is None:
-                raise TypeError(f"The model needs the input {'.'.join(path)!r}.")
-            values[name] = value
-        used = {path[0] for _, _, path in self.plan.inputs} | {"return_dict"}
-        if strange := [k for k, v in call.items() if k not in used and v is not None]:
-            raise TypeError(f"The model was captured without {strange[0]!r}; it takes {sorted(used)}.")
-        sample = next(values[name] for name, role, _ in self.plan.inputs if role == "sample")
-        for name, role, _ in self.plan.inputs:
-            if role == "time":
-                values[name] = self._timesteps(values[name], sample)
-        return values
+        return self._calls.bind(args, kwargs)
 
-    def _timesteps(self, t: Any, sample: Tensor) -> Tensor:
-        t = torch.as_tensor(t, device=sample.device).reshape(-1)
-        if self.plan.time_is_float and not t.is_floating_point():
-            t = t.to(torch.float32)
-        elif not self.plan.time_is_float and t.is_floating_point() and bool((t == t.round()).all()):
-            t = t.to(torch.int64)
-        return t.expand(sample.shape[0]) if t.shape[0] == 1 else t
+    def _broken(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        return broken_images({name: values[name] for name in self._sampled}, len(values[self._sampled[0]]))
+
+    def _check_finite(self, values: Mapping[str, Tensor]) -> None:
+        step = f"at timestep {float(values[self.plan.time.name][0]):g}"
+        for item in self.plan.inputs:
+            found = broken_images({item.name: values[item.name]}, len(values[self._sampled[0]]))
+            if found is not None and bool(found.any()):
+                raise FloatingPointError(f"The input {item.name!r} holds NaN or infinity {step}.")
+        if where := first_not_finite(lambda: self.watched_step(**values)):
+            raise FloatingPointError(f"The model computes NaN or infinity {step}; first {where}.")
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def _rows(self, values: Mapping[str, Tensor]) -> Tensor:
         """Row of each batch entry's timestep: [1] where they are all equal, else [B]."""
-        time = next(values[name] for name, role, _ in self.plan.inputs if role == "time")
-        timesteps = _distinct(time)
+        time, timesteps = values[self.plan.time.name], self._timesteps(values)
         unknown = {t for t in timesteps if t not in self._known}
         if len(self._known) - len(self._schedule) + len(unknown) > self.MAX_EXTRA_ROWS:
             self._forget_extra_rows()  # before any row of this call is looked up
@@ -191,6 +144,14 @@ class Stepper(torch.nn.Module):
         if key not in self._row_tensors:
             self._row_tensors[key] = torch.tensor(rows, device=time.device)
         return self._row_tensors[key]
+
+    def _timesteps(self, values: Mapping[str, Tensor]) -> list[float]:
+        """One timestep if all are equal, else one for each batch entry."""
+        timesteps: list[float] = values[self.plan.time.name].to(torch.float32).tolist()
+        for t in timesteps:
+            if t - t != 0:
+                raise ValueError(f"{'.'.join(self.plan.time.path)} is {t}, which is no timestep.")
+        return timesteps[:1] if all(t == timesteps[0] for t in timesteps) else timesteps
 
     def _row_of(self, t: float, values: Mapping[str, Tensor]) -> int:
         if t in self._known:
@@ -208,25 +169,25 @@ class Stepper(torch.nn.Module):
     def _add_row(self, t: float, nearest: int, values: Mapping[str, Tensor]) -> int:
         """Compute the rows of an unknown timestep in full precision, once, and append them to every table."""
         calls: dict[str, tuple[Tensor, ...]] = {}  # what the time function gives, by the label that is enumerated
+        added: dict[str, Tensor] = {}
         for table in self.plan.tables:
             if table.label not in calls:
                 calls[table.label] = self._features(t, values, table.label, table.classes)
             rows = calls[table.label][table.output][: table.classes]
             if table.encoding == "fp":
-                self._append(table.tensor, rows)
+                added[table.tensor] = rows
             else:
                 parts = zip(*(encode_row(row[None], table.encoding) for row in rows), strict=True)
                 for name, part in zip((table.tensor, table.scale, table.zero_point), parts, strict=True):
-                    self._append(name, torch.cat(part))
+                    added[name] = torch.cat(part)
         for name in self.plan.activations:
-            self._append(name, self.get_tensor(name)[nearest : nearest + 1])
+            added[name] = self.get_tensor(name)[nearest : nearest + 1]
+        for name, row in added.items():  # what an interrupted call appended before is written over
+            tensor = self.get_tensor(name)[: len(self._known) * len(row)]
+            self._original.setdefault(name, tensor)
+            self.set_tensor(name, torch.cat([tensor, row.to(tensor.dtype)]))
         self._known[t] = len(self._known)
         return self._known[t]
-
-    def _append(self, name: str, row: Tensor) -> None:
-        tensor = self.get_tensor(name)
-        self._original.setdefault(name, tensor)
-        self.set_tensor(name, torch.cat([tensor, row.to(tensor.dtype)]))
 
     def _forget_extra_rows(self) -> None:
         for name, tensor in self._original.items():
@@ -241,62 +202,102 @@ class Stepper(torch.nn.Module):
         """Outputs of the time function at one timestep: for the whole batch, or for every value of a label input."""
         if self.time is None:
             raise RuntimeError("This model holds no time function: compile it with policy=recompute.")
-        inputs = {name: values[name] for name, role, _ in self.plan.inputs if role != "sample"}
+        inputs = {i.name: values[i.name] for i in self.plan.inputs if i.role != "sample"}
         if label:
             everything = torch.arange(classes, dtype=inputs[label].dtype, device=inputs[label].device)
             for name in self.plan.per_image:  # the first image's stand in for the others: rows wait for the label alone
                 inputs[name] = inputs[name][:1].expand(classes, *inputs[name].shape[1:])
             inputs[label] = everything
-        for name, role, _ in self.plan.inputs:
-            if role == "time":
-                size = (classes,) if label else inputs[name].shape
-                inputs[name] = inputs[name].new_full(size, t, dtype=_time_dtype(inputs[name], t))
+        time = self.plan.time.name
+        size = (classes,) if label else inputs[time].shape
+        inputs[time] = inputs[time].new_full(size, t, dtype=_time_dtype(inputs[time], t))
         return self.time(**inputs)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def _request(self, values: Mapping[str, Tensor]) -> _Request:
-        request = {name: values[name] for name, role, _ in self.plan.inputs if role == "request"}
-        batch = next(len(values[name]) for name, role, _ in self.plan.inputs if role == "sample")
+    def _request(self, values: Mapping[str, Tensor]) -> Request:
+        request = {name: values[name] for name in self._requested}
+        batch = len(values[self._sampled[0]])
         entry = next((e for e in self._requests if e.serves(request, batch)), None)
         if entry is None:
-            hoisted: dict[str, Tensor] = {}
+            entry = Request.of(request, batch)
             if self.plan.hoisted:
                 assert self.begin is not None
                 outputs = self.begin(**request)
-                hoisted = {name: outputs[i] for name, i in self.plan.hoisted.items()}
-            copies = {k: v.clone() for k, v in request.items() if v.is_inference() or v.device.type == "cpu"}
-            entry = _Request(request, batch, _versions(request), copies, hoisted, {})
+                entry.hoisted = {name: outputs[i] for name, i in self.plan.hoisted.items()}
             self._requests = [entry, *self._requests[: self.MAX_REQUESTS - 1]]
         if self.plan.request_tables:
             done = len(next(iter(entry.tables.values()))) if entry.tables else 0
             missing = [self._features(t, values) for t in list(self._known)[done:]]
-            for name, output in self.plan.request_tables.items() if missing else ():
-                rows = torch.stack([features[output] for features in missing])
-                entry.tables[name] = torch.cat([entry.tables[name], rows]) if done else rows
+            if missing:
+                rows = {k: torch.stack([f[i] for f in missing]) for k, i in self.plan.request_tables.items()}
+                entry.tables = {k: torch.cat([entry.tables[k], new]) if done else new for k, new in rows.items()}
         return entry
 
+    # -- as a module among others -----------------------------------------------------------------------------------
 
-def buffer_name(tensor: str) -> str:
-    """Name of the buffer that holds a tensor of the program: modules do not allow dots."""
-    return tensor.replace(".", "__")
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stepper:
+        """`.to(device)` moves the model; a change of dtype is refused, since what it computes in was compiled."""
+        probe = fn(torch.empty(0))
+        if probe.dtype != torch.float32:
+            raise ValueError(
+                f"A compiled model cannot be turned into {str(probe.dtype).removeprefix('torch.')}: its numbers are "
+                "what they were compiled to. Call it with inputs of that dtype: its outputs have it then."
+            )
+        if probe.is_meta:
+            raise ValueError("A compiled model without values is of no use: it does not go to the meta device.")
+        with self._lock:
+            self.move(probe.device)
+            self._device = probe.device
+            return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: weights of a compiled model are tied to its ranges and tables."""
+        raise RuntimeError("A compiled model takes no other weights: load the artifact that holds them.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.reload is None:
+            raise TypeError("This model was not loaded from a directory, so it can be neither copied nor pickled.")
+        return (again, (*self.reload, str(self._device), self.check_finite))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        make, arguments = self.__reduce_ex__(2)
+        return make(*arguments)
+
+    def _in_a_fork(self) -> None:
+        """OpenMP's threads are not here, and waiting for them would be for ever: one thread, as in torch's loaders."""
+        torch.set_num_threads(1)
+        self._process = os.getpid()
 
 
-def encode_row(row: Tensor, encoding: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a table row [1, ...] with one asymmetric scale: codes, scale [1], zero point [1] (i32).
+def again(load: Callable[[str], Any], directory: str, device: str, check_finite: bool) -> Any:
+    """A model that was copied, pickled or sent to another process: loaded anew from its directory."""
+    model = load(directory)
+    model.check_finite = check_finite
+    return model if device == "cpu" else model.to(device)
 
-    `int8` codes are -128..127, of the row's shape; `int4` codes are 0..15, packed two a byte, low nibble first.
-    """
-    top = 255 if encoding == "int8" else 15
-    low, high = row.min().clamp(max=0), row.max().clamp(min=0)
-    scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny * 1e6)
-    zero_point = torch.round(-low / scale)
-    codes = torch.clamp(torch.round(row / scale) + zero_point, 0, top)
-    if encoding == "int8":
-        return (codes - 128).to(torch.int8), scale.reshape(1), (zero_point - 128).to(torch.int32).reshape(1)
-    flat = codes.to(torch.uint8).flatten()
-    flat = torch.cat([flat, flat.new_zeros(flat.numel() % 2)])
-    return (flat[::2] | (flat[1::2] << 4))[None], scale.reshape(1), zero_point.to(torch.int32).reshape(1)
+
+class _Finish:
+    """An output as its caller wants it."""
+
+    def __init__(self, sample: Input, dtype: torch.dtype, broken: Tensor | None) -> None:
+        self._dtype = None if dtype == sample.dtype else dtype
+        self._broken = broken
+
+    def __call__(self, out: Any) -> Any:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        if self._broken is not None:
+            whole = out.shape[:1] != self._broken.shape
+            mask = self._broken.any() if whole else self._broken.reshape(-1, *[1] * (out.dim() - 1))
+            out = out.masked_fill(mask, float("nan"))
+        return out if self._dtype is None else out.to(self._dtype)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a | b
 
 
 def _with_label(rows: Tensor, labels: Tensor, name: str, classes: int) -> Tensor:
@@ -306,11 +307,13 @@ def _with_label(rows: Tensor, labels: Tensor, name: str, classes: int) -> Tensor
     return rows * classes + labels
 
 
-def _distinct(t: Tensor) -> list[float]:
-    """One timestep if all are equal, else one for each batch entry."""
-    values = t.to(torch.float32).tolist()
-    return values[:1] if all(v == values[0] for v in values) else values
-
-
 def _time_dtype(like: Tensor, t: float) -> torch.dtype:
     return like.dtype if like.is_floating_point() or t == int(t) else torch.float32
+
+
+def _fresh_locks() -> None:
+    for model in list(_ALIVE):
+        model._lock = threading.RLock()  # its owner is no thread of this process
+
+
+os.register_at_fork(after_in_child=_fresh_locks)

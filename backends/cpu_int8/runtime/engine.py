@@ -28,13 +28,14 @@ SHARED = 1 << 20  # bytes for what threads tell each other: 32 for each group of
 
 
 class Engine(Stepper):
-    """A compiled model, called like the one that was captured. Not safe for use from several threads at once.
+    """A compiled model, called like the one that was captured.
 
-    memory: value -> (buffer, first, last). tiles: tensor of packed weights -> (shape, groups, paired, bits).
-    isa: `auto`, or one of `build.ISAS`. Without a compiler, or on another CPU, it computes with torch, and says so.
+    kernels: the text of kernels.cpp. memory: value -> (buffer, first, last). tiles: tensor of packed weights ->
+    (shape, groups, paired, bits). isa: `auto`, or one of `build.ISAS`. Without a compiler, or on another CPU, it
+    computes with torch, and says so.
     """
 
-    MAX_SCHEDULES = 8
+    MAX_SCHEDULES = 64  # one lock holds the model, so they share one arena, and a schedule more costs little
 
     lines: Callable[..., Any]
     """The model's step: `lines(k, w, t, **inputs)` with kernels k, tensors w, packed weights t."""
@@ -42,6 +43,7 @@ class Engine(Stepper):
     def __init__(
         self,
         directory: Path,
+        kernels: str,
         plan: Plan,
         memory: Mapping[str, tuple[int, int, int]],
         tiles: Mapping[str, tuple[tuple[int, ...], int, bool, int]],
@@ -54,13 +56,24 @@ class Engine(Stepper):
         self._tiles = {name: Tiles.of(taken(name), taken(f"{name}.sums"), *its) for name, its in tiles.items()}
         self._schedules: dict[Any, Schedule] = {}
         self._rooms: dict[str, Tensor] = {}
-        self.isa, self._library = _kernels(directory / "kernels.cpp", isa)
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self.isa, self._library = _kernels(kernels, isa)
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor of the program; those of the time function are read when it is first called."""
         if name not in self._tensors:
             self._tensors |= load_file(self.directory / "time.safetensors")
         return self._tensors[name]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every tensor of the artifact by its name in the program; packed weights as they are packed."""
+        packed = {name: part for k, t in self._tiles.items() for name, part in ((k, t.packed), (f"{k}.sums", t.sums))}
+        return {**self._tensors, **packed}
+
+    def move(self, device: torch.device) -> None:
+        """Kernels are for CPUs alone."""
+        if device.type != "cpu":
+            raise ValueError(f"This model is compiled for CPUs and does not go to {device}: compile it for cuda-int4.")
 
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Replace a table. Schedules point into the old one, so it gets spare rows, and they stay for as long as these
@@ -74,9 +87,13 @@ class Engine(Stepper):
     def step(self, **values: Any) -> Any:
         """One timestep."""
         if self._library is None:
-            return self.lines(Eager(), self.get_tensor, self._tiles.__getitem__, **values)
-        with torch.no_grad():
+            return self.watched_step(**values)
+        with torch.inference_mode(False), torch.no_grad():  # what is recorded has to serve calls of every mode
             return self.schedule(values).run(values)
+
+    def watched_step(self, **values: Any) -> Any:
+        """With torch instead of kernels."""
+        return self.lines(Eager(), self.get_tensor, self._tiles.__getitem__, **values)
 
     def schedule(self, values: Mapping[str, Tensor]) -> Schedule:
         """The schedule for inputs of these shapes; made on their first call."""
@@ -96,17 +113,20 @@ class Engine(Stepper):
         return value.shape
 
     def _record(self, values: Mapping[str, Tensor]) -> Schedule:
-        nowhere = Recorder(self.memory)
+        rows = len(self._known)
+        nowhere = Recorder(self.memory, rows=rows)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             shapes = {k: mode.from_tensor(v.new_empty(self._shape(k, v))) for k, v in values.items()}
             self.lines(nowhere, self.get_tensor, self._tiles.__getitem__, **shapes)
         offsets, size = pack(nowhere.sizes, nowhere.spans)
         inputs = {k: v.new_zeros(self._shape(k, v)) for k, v in values.items()}
-        recorder = Recorder(self.memory, room(size), offsets)
+        if self._arena.numel() < size:
+            self._arena = room(size)
+        recorder = Recorder(self.memory, self._arena[:size], offsets, rows=rows)
         outputs = self.lines(recorder, self.get_tensor, self._tiles.__getitem__, **inputs)
         fixed = {*self.plan.hoisted, *self.plan.request_tables}
-        rows = inputs[self.plan.row] if self.plan.row else None
-        return Schedule(self._library, recorder, inputs, outputs, fixed, rows, self.plan)
+        row = inputs[self.plan.row] if self.plan.row else None
+        return Schedule(self._library, recorder, inputs, outputs, fixed, row, self.plan)
 
 
 class Schedule:
@@ -116,14 +136,13 @@ class Schedule:
         self, library: Any, recorder: Recorder, inputs: dict[str, Tensor], outputs: Any, fixed: set[str],
         rows: Tensor | None, plan: Plan,
     ) -> None:  # fmt: skip
-        sample = next(name for name, role, _ in plan.inputs if role == "sample")
         self.inputs, self.outputs, self.lines = inputs, outputs, recorder.lines
         self.arena_bytes = 0 if recorder.arena is None else recorder.arena.numel()
         self.reorders = recorder.reorders
         self._kept = (recorder.kept, recorder.arena)
         self._given: dict[str, Tensor] = {}
         self._fixed, self._row_input = fixed, rows
-        self._rows = torch.zeros(inputs[sample].shape[0], dtype=torch.int64)
+        self._rows = torch.zeros(inputs[plan.sample.name].shape[0], dtype=torch.int64)
         self._threads = torch.get_num_threads()
         self._scratch_size = -(-recorder.scratch // 64) * 64
         self._scratch = room(self._threads * self._scratch_size)
@@ -196,14 +215,14 @@ def _aligned(memory: Tensor) -> int:
     return -(-memory.data_ptr() // 64) * 64
 
 
-def _kernels(source: Path, isa: str) -> tuple[str, Any]:
+def _kernels(source: str, isa: str) -> tuple[str, Any]:
     """The instruction set that is used, and the built kernels; ("torch", None) where there can be none."""
     wanted = os.environ.get("TFQC_ISA", isa)
     chosen = best_isa() if wanted == "auto" else wanted
     try:
         if chosen is None or not runs_here(chosen):
             raise BuildError(f"This CPU has not the instructions that the kernels need ({wanted}).")
-        library = build(source.read_text(), chosen)
+        library = build(source, chosen)
         return chosen, library
     except BuildError as error:
         warnings.warn(f"{error} The model runs with torch instead, slowly.", stacklevel=3)

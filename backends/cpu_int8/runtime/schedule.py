@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tfqc.backends.cpu_int8.runtime import abi
 from tfqc.backends.cpu_int8.runtime.abi import Act, DType
+from tfqc.backends.cpu_int8.runtime.fitting import check_quantizer, check_row, check_values, check_weight, need
 from tfqc.backends.cpu_int8.runtime.tiles import Tiles
 
 _DTYPES = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.uint8: DType.U8}
@@ -50,7 +51,8 @@ class Recorder:
     """Writes a schedule down.
 
     memory: value -> (buffer, first, last), as plan-memory has it. arena: the memory of all buffers, at `offsets`; None
-    to find out `sizes` and `spans` only, with tensors that have no memory.
+    to find out `sizes` and `spans` only, with tensors that have no memory. rows: of the schedule, with those that were
+    added; kernels go to any of them.
     """
 
     memory: Mapping[str, tuple[int, int, int]]
@@ -62,6 +64,7 @@ class Recorder:
     kept: list[Any] = field(default_factory=list[Any])
     reorders: list[str] = field(default_factory=list[str])
     scratch: int = 4 << 20  # bytes that each thread needs
+    rows: int = 1
 
     # -- kernels ----------------------------------------------------------------------------------------------------
 
@@ -70,14 +73,15 @@ class Recorder:
         act: str, gate: Any, residual: Tensor | None, row: Any, out_scale: Any, out_zero: Any, out: str,
     ) -> Tensor:  # fmt: skip
         """`tfqc.qlinear`."""
+        check_weight(name, weight, weight_scale, x.shape[-1])
         n, k = weight.shape
-        x = self._ordered(name, x, _natural(x))
+        x = self._codes(name, x, _natural(x))
         made = self._room(name, (*x.shape[:-1], n // 2 if act == "geglu" else n), out)
         residual = self._ordered(name, _like(residual, made), _natural(made))
         args = abi.LinearArgs(
             x=self._at(x), ldx=k, batch=x.shape[0], seq=math.prod(x.shape[1:-1]), k=k, n=n,
-            quant=self._quant(scale, zero), **self._weight(weight, weight_scale),
-            epilogue=self._epilogue(made, made.shape[-1], weight, bias, act, gate, residual, out_scale, out_zero),
+            quant=self._quant(name, scale, zero, x.shape[:-1]), **self._weight(weight, weight_scale),
+            epilogue=self._epilogue(name, made, made.shape[-1], weight, bias, act, gate, residual, out_scale, out_zero),
         )  # fmt: skip
         self._needs(32 * k)
         return self._append(name, "linear", args, made)
@@ -88,16 +92,18 @@ class Recorder:
         out_scale: Any, out_zero: Any, out: str,
     ) -> Tensor:  # fmt: skip
         """`tfqc.qconv`. One by one with stride 1 is a linear."""
+        check_weight(name, weight, weight_scale, x.shape[1])
         n, _, kh, kw = weight.shape
-        x = self._ordered(name, x, _channels_last(x))
+        x = self._codes(name, x, _channels_last(x))
         batch, c, h, w = x.shape
+        need(weight.groups == groups and stride > 0 and padding >= 0, name, "windows do not fit")
         height, width = ((extent + 2 * padding - kernel) // stride + 1 for extent, kernel in ((h, kh), (w, kw)))
         made = self._room(name, (batch, n, height, width), out, order=(0, 2, 3, 1))
         residual = self._ordered(name, _like(residual, made), _channels_last(made))
         shared = {
-            "x": self._at(x), "batch": batch, "n": n, "quant": self._quant(scale, zero),
+            "x": self._at(x), "batch": batch, "n": n, "quant": self._quant(name, scale, zero, (batch, h, w)),
             **self._weight(weight, weight_scale),
-            "epilogue": self._epilogue(made, n, weight, bias, act, gate, residual, out_scale, out_zero),
+            "epilogue": self._epilogue(name, made, n, weight, bias, act, gate, residual, out_scale, out_zero),
         }  # fmt: skip
         if (kh, kw, stride, padding, groups) == (1, 1, 1, 0, 1):
             self._needs(32 * c)
@@ -113,19 +119,23 @@ class Recorder:
         out_scale: Any, out_zero: Any, out: str,
     ) -> Tensor:  # fmt: skip
         """`tfqc.norm`."""
+        check_values(name, x)
         order = _channels_last(x) if groups else _natural(x)
         x = self._ordered(name, x, order)
         c = x.shape[order[-1]]
+        need(groups >= 0 and (not groups or c % groups == 0), name, f"{c} channels are in {groups} groups")
         made = self._room(name, x.shape, out, order)
         args = abi.NormArgs(
             x=self._at(x), out=self._at(made), batch=x.shape[0], seq=x[0].numel() // c, c=c, groups=groups,
-            weight=self._row(weight), bias=self._row(bias), eps=eps, x_dtype=_DTYPES[x.dtype],
-            out_dtype=_DTYPES[made.dtype], act=Act[act.upper()], quant=self._quant(out_scale, out_zero),
+            weight=self._row(name, weight, c, x.shape[0]), bias=self._row(name, bias, c, x.shape[0]), eps=eps,
+            x_dtype=_DTYPES[x.dtype], out_dtype=_DTYPES[made.dtype], act=Act[act.upper()],
+            quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
         return self._append(name, "norm", args, made)
 
     def map(self, name: str, x: Tensor, act: str, row: Any, out_scale: Any, out_zero: Any, out: str) -> Tensor:
         """`tfqc.map`. Without GEGLU the order of elements does not matter."""
+        check_values(name, x)
         paired = act == "geglu"
         order = _natural(x) if paired else _order_of(x)
         x = self._ordered(name, x, order)
@@ -134,7 +144,7 @@ class Recorder:
         args = abi.MapArgs(
             x=self._at(x), out=self._at(made), batch=x.shape[0], seq=made[0].numel() // c, c=c,
             ldx=2 * c if paired else c, x_dtype=_DTYPES[x.dtype], out_dtype=_DTYPES[made.dtype],
-            act=Act[act.upper()], quant=self._quant(out_scale, out_zero),
+            act=Act[act.upper()], quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
         return self._append(name, "map", args, made)
 
@@ -145,6 +155,7 @@ class Recorder:
         """`tfqc.gated_add`."""
         x = x if residual is None else x.expand(torch.broadcast_shapes(x.shape, residual.shape))
         residual = _like(residual, x)
+        check_values(name, x, residual)
         order = _natural(x) if gate is not None else _order_of(x)
         x = self._ordered(name, x, order)
         residual = self._ordered(name, residual, order)
@@ -152,9 +163,9 @@ class Recorder:
         c, size = x.shape[order[-1]], x[0].numel()
         args = abi.AddArgs(
             a=self._at(x), b=self._at(residual), out=self._at(made), batch=x.shape[0], seq=size // c, c=c,
-            a_entry=size, b_entry=size, gate=self._row(gate), a_dtype=_DTYPES[x.dtype],
+            a_entry=size, b_entry=size, gate=self._row(name, gate, c, x.shape[0]), a_dtype=_DTYPES[x.dtype],
             b_dtype=_DTYPES[x.dtype if residual is None else residual.dtype], out_dtype=_DTYPES[made.dtype],
-            quant=self._quant(out_scale, out_zero),
+            quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
         return self._append(name, "add", args, made)
 
@@ -165,6 +176,9 @@ class Recorder:
         """`tfqc.attention`. The result lies in memory as [B, S, H, D]."""
         batch, heads, queries, d = q.shape
         keys = k.shape[2]
+        check_values(name, q, k, v)
+        need(k.shape == v.shape == (batch, heads, keys, d) and mode in _MODES, name, "keys do not fit queries")
+        need(mask is None or mask.dtype == torch.float32, name, "the mask is not f32")
         q, k, v = (t if t.stride(-1) == 1 else self._ordered(name, t, _natural(t)) for t in (q, k, v))
         made = self._room(name, (batch, heads, queries, d), out, order=(0, 2, 1, 3))
         masked = None if mask is None else mask.expand(batch, heads, queries, keys)
@@ -178,12 +192,13 @@ class Recorder:
             v_entry=v.stride(0), v_token=v.stride(2), v_head=v.stride(1),
             out_entry=made.stride(0), out_token=made.stride(2), out_head=made.stride(1), **strides,
             scale=scale, q_dtype=_DTYPES[q.dtype], k_dtype=_DTYPES[k.dtype], v_dtype=_DTYPES[v.dtype],
-            out_dtype=_DTYPES[made.dtype], mode=_MODES[mode], quant=self._quant(out_scale, out_zero),
+            out_dtype=_DTYPES[made.dtype], mode=_MODES[mode], quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
         return self._append(name, "attention", args, made)
 
     def quantize_tokens(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`tfqc.quantize_tokens`."""
+        check_values(name, x)
         x = self._ordered(name, x, _natural(x))
         tokens = x.shape[:-1] if x.dim() > 2 else (x.shape[0], 1)  # one dimension would be rows of the schedule
         shapes = ((x.shape, torch.uint8), (tokens, torch.float32), (tokens, torch.int32))
@@ -199,6 +214,8 @@ class Recorder:
     def concat(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """Images next to each other along channels."""
         a, b = (self._ordered(name, t, _channels_last(t)) for t in (a, b))
+        check_values(name, a, b)
+        need(a.shape[:1] + a.shape[2:] == b.shape[:1] + b.shape[2:], name, "images of two sizes are joined")
         shape = (a.shape[0], a.shape[1] + b.shape[1], *a.shape[2:])
         made = self._room(name, shape, torch.promote_types(a.dtype, b.dtype), order=_channels_last(a))
         args = abi.ConcatArgs(
@@ -320,37 +337,49 @@ class Recorder:
         scale, sums = weight.columns(scale), weight.sums
         return {"weight": self._at(weight.packed), "weight_scale": self._at(scale), "weight_sum": self._at(sums)}
 
-    def _row(self, value: Any) -> Any:
+    def _codes(self, name: str, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        need(x.dtype == torch.uint8 and x.numel() > 0, name, f"codes are {x.dtype}")
+        return self._ordered(name, x, order)
+
+    def _row(self, name: str, value: Any, width: int, batch: int) -> Any:
         """Rows of [C], [R, C] or rows of a table."""
         match value:
             case None:
                 return abi.Rows()
             case Rows(tensor, request):
+                check_row(name, tensor, width, batch, self.rows, table=True, request=request)
                 return abi.Rows(self._at(tensor), tensor.stride(0), tensor.stride(1) if request else 0, 0)
             case _:
+                check_row(name, value, width, batch, self.rows, table=False, request=False)
                 each = value.dim() > 1 and value.shape[0] > 1
                 return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0)
 
-    def _quant(self, scale: Tensor | None, zero: Tensor | None) -> Any:
-        """Scales and zero points: [1], rows [T], or one for each token [B, ...]."""
+    def _quant(self, name: str, scale: Tensor | None, zero: Tensor | None, tokens: Sequence[int] = ()) -> Any:
+        """Scales and zero points: [1], rows [T], or one for each of `tokens` [B, ...]."""
         if scale is None or zero is None:
             return abi.Quant()
+        check_quantizer(name, scale, zero, tokens, self.rows)
         if scale.dim() > 1:
             entry = scale[0].numel()
             return abi.Quant(*(abi.Rows(self._at(t), 0, entry, 1) for t in (scale, zero)))
         return abi.Quant(*(abi.Rows(self._at(t), int(t.shape[0] > 1), 0, 0) for t in (scale, zero)))
 
     def _epilogue(
-        self, made: Tensor, width: int, weight: Tiles, bias: Any, act: str, gate: Any, residual: Tensor | None,
-        out_scale: Any, out_zero: Any,
+        self, name: str, made: Tensor, width: int, weight: Tiles, bias: Any, act: str, gate: Any,
+        residual: Tensor | None, out_scale: Any, out_zero: Any,
     ) -> Any:  # fmt: skip
+        check_values(name, residual)
+        need(weight.paired == (act == "geglu"), name, f"the order of a weight's outputs is not that of {act}")
+        need((out_scale is None) == (made.dtype != torch.uint8), name, "codes have no scale, or values have one")
+        outputs, batch = weight.shape[0], made.shape[0]
         if isinstance(bias, Tensor) and weight.paired and self.arena is not None:
             bias = weight.columns(bias)
         return abi.Epilogue(
-            bias=self._row(bias), gate=self._row(gate), residual=self._at(residual), out=self._at(made),
+            bias=self._row(name, bias, outputs, batch), gate=self._row(name, gate, width, batch),
+            residual=self._at(residual), out=self._at(made),
             residual_ld=width, out_ld=width, out_dtype=_DTYPES[made.dtype], act=Act[act.upper()],
             residual_dtype=_DTYPES[made.dtype if residual is None else residual.dtype],
-            quant=self._quant(out_scale, out_zero),
+            quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
 
 

@@ -18,15 +18,15 @@ from tfqc.backends.cuda_int4.runtime.ops import register
 from tfqc.backends.cuda_int4.runtime.reference import Given
 from tfqc.backends.cuda_int4.runtime.specialise import Kernel
 from tfqc.backends.cuda_int4.runtime.tensors import Tensors
-from tfqc.runtime import Output, Plan, Stepper
+from tfqc.runtime import Plan, Stepper
 
 
 class Engine(Stepper):
-    """A compiled model, called like the one that was captured. Not safe for use from several threads at once.
+    """A compiled model, called like the one that was captured.
 
     `to("cuda")` brings it to a device, where each new combination of input shapes is captured as one CUDA graph; on a
-    CPU it computes the same with torch. Inputs may be in f16 or bf16, as pipelines have them: outputs are then, too.
-    batched: which dimension of a step's parameters is the batch.
+    CPU it computes the same with torch. source: of kernels.cu. batched: which dimension of a step's parameters is
+    the batch.
     """
 
     lines: Callable[..., Any]
@@ -34,42 +34,17 @@ class Engine(Stepper):
     constants: Callable[..., Mapping[str, Tensor]] | None = None
     """Values that need no input: `constants(w)`."""
 
-    def __init__(self, directory: Path, plan: Plan, kernels: Sequence[Kernel], batched: Mapping[str, int]) -> None:
+    def __init__(
+        self, directory: Path, source: str, plan: Plan, kernels: Sequence[Kernel], batched: Mapping[str, int]
+    ) -> None:
         super().__init__(plan)
-        self._widened: dict[str, tuple[Tensor, int, Tensor]] = {}
-        self._given = torch.float32
         self._graphs = Graphs({*plan.hoisted, *plan.request_tables})
         self.tensors = Tensors(directory, self._graphs.clear)
-        self.runner = Runner(directory / "kernels.cu")
+        self.runner = Runner(source)
         self._kernels = {kernel.name: (kernel, register(kernel, self.runner)) for kernel in kernels}
         self._batched = {**batched, **dict.fromkeys(plan.label_rows, 0)}
         for name, value in self.constants(self.get_tensor).items() if self.constants else ():
             self.tensors.put(name, value)
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """As `Stepper.bind`, in the types of the captured model."""
-        values = super().bind(args, kwargs)
-        roles = {name: role for name, role, _ in self.plan.inputs}
-        self._given = next(value.dtype for name, value in values.items() if roles[name] == "sample")
-        return {name: value if roles[name] == "time" else self._wide(name, value) for name, value in values.items()}
-
-    def _wide(self, name: str, value: Tensor) -> Tensor:
-        """An input in f32, the same tensor for the same input: what it gives once an image is known by it."""
-        if value.dtype not in (torch.float16, torch.bfloat16):
-            return value
-        narrow, version, wide = self._widened.get(name, (None, 0, value))
-        by_value = value.is_inference() or value.device.type == "cpu"  # versions miss some writes
-        if narrow is value and (torch.equal(value.to(torch.float32), wide) if by_value else value._version == version):
-            return wide
-        self._widened[name] = (value, 0 if value.is_inference() else value._version, value.to(torch.float32))
-        return self._widened[name][2]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The captured model's inputs in, its outputs out."""
-        result = super().forward(*args, **kwargs)
-        if self._given not in (torch.float16, torch.bfloat16):
-            return result
-        return result.to(self._given) if isinstance(result, Tensor) else Output(t.to(self._given) for t in result)
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor of the program."""
@@ -79,11 +54,13 @@ class Engine(Stepper):
         """Replace a table."""
         self.tensors.put(name, value)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
+    def move(self, device: torch.device) -> None:
         """Follow to a device; the numbers that kernels read stay of the types that they are."""
-        super()._apply(fn, recurse)
-        self.tensors.to(fn(torch.empty(0, device=self.tensors.device)).device)
-        return self
+        self.tensors.to(device)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every tensor of the artifact by its name; weights as they are packed."""
+        return self.tensors.all()
 
     def step(self, **values: Any) -> Any:
         """One timestep; a launch has one row of the schedule, so a batch of several is computed in parts."""
@@ -98,7 +75,7 @@ class Engine(Stepper):
         rows = values.get(self.plan.row)
         none = torch.zeros(1, dtype=torch.int32, device=self.tensors.device)
         step = none if rows is None else rows.to(torch.int32)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # forms of tensors are kept for calls of every mode
             return self.lines(Launches(self._kernels, self.tensors, step), self._whole, **values)
 
     def _whole(self, name: str) -> Tensor:
@@ -126,7 +103,7 @@ class Engine(Stepper):
 class Runner:
     """Launches kernels where their arguments are."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: str) -> None:
         self._source = source
         self._devices: dict[int, Loaded] = {}
 
@@ -137,7 +114,7 @@ class Runner:
         if out.is_cuda:
             index = out.device.index or 0
             if index not in self._devices:
-                self._devices[index] = Loaded(self._source.read_text(), index)
+                self._devices[index] = Loaded(self._source, index)
             self._devices[index].launch(kernel, rows, given)
         else:
             _warn_of_cpu()

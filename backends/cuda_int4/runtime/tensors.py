@@ -30,6 +30,10 @@ class Tensors:
             self._tensors |= {name: value.to(self.device) for name, value in found.items()}
         return self._tensors[name]
 
+    def all(self) -> dict[str, Tensor]:
+        """Those that have been read, by name."""
+        return dict(self._tensors)
+
     def put(self, name: str, value: Tensor) -> None:
         """Replace a tensor, or add one."""
         self._tensors[name] = value

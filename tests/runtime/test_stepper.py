@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfqc.runtime import Output, Plan, Stepper, Table, encode_row
+from tfqc.runtime import Input, Output, Plan, Stepper, Table, encode_row
 
 INPUTS = (
-    ("x", "sample", ("x",)),
-    ("t", "time", ("t",)),
-    ("text", "request", ("added", "text")),
-    ("k", "request", ("k",)),
+    Input("x", "sample", ("x",), torch.float32, ("B", 1)),
+    Input("t", "time", ("t",), torch.int64, ("B",)),
+    Input("text", "request", ("added", "text"), torch.float32, ("B", 1)),
+    Input("k", "request", ("k",), torch.int64, ("B",)),
 )
 
 
@@ -67,11 +68,12 @@ def expected(x: Tensor, t: Any, text: Tensor) -> Tensor:
     return x + 2 * text + rows + rows + text
 
 
-X, TEXT, K = torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), torch.zeros(2)
+X, TEXT, K = torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), torch.zeros(2, dtype=torch.int64)
 
 
 def call(model: Stepper, t: Any, text: Tensor = TEXT, x: Tensor = X) -> Tensor:
-    result = model(x, t, {"text": text}, K)
+    k = K if len(x) == 2 else torch.zeros(len(x), dtype=torch.int64)  # the same tensor is the same request
+    result = model(x, t, {"text": text}, k)
     assert torch.equal(result, expected(x, t, text)), (t, text)
     return result
 
@@ -171,6 +173,11 @@ def test_the_same_request_with_another_batch() -> None:
             return rows, rows + text[:1]
 
     model = Shared()
+    shared = tuple(dataclasses.replace(i, shape=(1, 1)) if i.name == "text" else i for i in INPUTS)
+    Stepper.__init__(model, dataclasses.replace(model.plan, inputs=shared))
+    model.begin, model.time = model._begin, model._time
+    model.register_buffer("table", torch.tensor([900.0, 500.0, 100.0])[:, None])
+    model.register_buffer("scale", torch.tensor([9.0, 5.0, 1.0]))
     text = torch.tensor([[1.0]])
     for batch in (2, 3, 1):
         call(model, [900] * batch, text, torch.zeros(batch, 1))
@@ -222,13 +229,10 @@ def test_policies() -> None:
 
 
 def test_float_schedules_are_found_in_float32() -> None:
-    class Floats(Counting):
-        def __init__(self) -> None:
-            super().__init__("error")
-            self.__dict__["plan"] = Plan(INPUTS, ("x", "t", "added", "k"), True, (0.9, 0.7, 0.1), "error", "row")
-
-    model = Floats()
-    Stepper.__init__(model, model.__dict__["plan"])
+    model = Counting()
+    floats = tuple(dataclasses.replace(i, dtype=torch.float32) if i.name == "t" else i for i in INPUTS)
+    arguments = ("x", "t", "added", "k")
+    Stepper.__init__(model, Plan(floats, arguments, timesteps=(0.9, 0.7, 0.1), policy="error", row="row"))
     model.register_buffer("table", torch.tensor([[0.9], [0.7], [0.1]]))
     model.step = lambda **v: v["row"]
     for i, t in enumerate((0.9, 0.7, 0.1)):

@@ -1,0 +1,258 @@
+"""The one place where a call of a compiled model is checked: names, ranks, sizes, dtypes, constants.
+
+Behind it nothing is checked again. A call is refused in one sentence: TypeError where it has other parts than the model
+that was captured, ValueError where a part has another value than can be computed with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfqc.runtime.plan import Input, Plan
+from tfqc.runtime.sizes import Dim, arithmetic, meaning, solve, symbols_in, written
+
+Path = tuple[str, ...]
+
+
+class Call:
+    """Checks calls against a plan."""
+
+    MOST_KEPT = 256
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._by_path = {i.path: i for i in plan.inputs}
+        self._constants = dict(plan.constants)
+        self._used = {path[0] for path in (*self._by_path, *self._constants)} | {"return_dict"}
+        self._flat = all(len(i.path) == 1 for i in plan.inputs)
+        self._right: set[Any] = set()
+        self._converted: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
+        """Tensors by input name, in the captured dtypes, and the dtype that the sample had; timesteps are one value for
+        each image.
+
+        Raises:
+            TypeError: an input is missing, is none that was captured, or is no tensor of a fitting kind.
+            ValueError: a shape, a timestep or a constant that the model was not captured for.
+        """
+        call = self._named(args, kwargs)
+        values = self._tensors(call)
+        sample = values[self._plan.sample.name]
+        dtype = sample.dtype
+        if sample.dim() != len(self._plan.sample.shape) or 0 in sample.shape:
+            self._check(values)  # timesteps are told apart by the images that there are
+        for item in self._plan.inputs:
+            if item.role == "time":
+                values[item.name] = self._timesteps(item, values[item.name], sample)
+        key = tuple((v.shape, v.dtype, v.device) for v in values.values())
+        if key not in self._right:
+            self._check(values)
+            if len(self._right) == self.MOST_KEPT:
+                self._right.clear()
+            self._right.add(key)
+        for item in self._plan.inputs:
+            if values[item.name].dtype != item.dtype and item.role != "time":
+                values[item.name] = self._convert(item, values[item.name])
+        return values, dtype if dtype.is_floating_point else self._plan.sample.dtype
+
+    # -- names ------------------------------------------------------------------------------------------------------
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        names = self._plan.arguments
+        if len(args) > len(names):
+            raise TypeError(f"The model takes {len(names)} positional arguments, {len(args)} given.")
+        call = dict(zip(names, args, strict=False))
+        if twice := call.keys() & kwargs.keys():
+            raise TypeError(f"The model got {min(twice)!r} twice: by position and by name.")
+        call |= kwargs
+        for name, value in call.items():
+            if (name,) not in self._by_path and value is not None:
+                self._unused((name,), value)
+        return call
+
+    def _unused(self, path: Path, value: Any) -> None:
+        """Accept what changes nothing: None, empty containers, constants that are as they were captured."""
+        if path in self._by_path or value is None or path == ("return_dict",):
+            return
+        if path in self._constants:
+            captured = self._constants[path]
+            if not _equal(captured, value):
+                raise ValueError(
+                    f"{'.'.join(path)} is {_short(value)}, but the model was captured with {captured!r}, which is part "
+                    "of its code now: call it with that, or compile the model for the other value."
+                )
+            return
+        if isinstance(value, (Mapping, list, tuple)):
+            for key, item in _items(value):
+                self._unused((*path, key), item)
+            return
+        raise TypeError(f"The model was captured without {'.'.join(path)!r}; it takes {sorted(self._used)}.")
+
+    # -- tensors ----------------------------------------------------------------------------------------------------
+
+    def _tensors(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for item in self._plan.inputs:
+            value: Any = call.get(item.path[0])
+            for key in item.path[1:]:
+                value = dict(_items(value)).get(key)
+            if value is None:
+                raise TypeError(f"The model needs the input {'.'.join(item.path)!r} ({written(item.shape)}).")
+            if not isinstance(value, Tensor):
+                value = self._made(item, value)
+            values[item.name] = value
+        return values
+
+    def _made(self, item: Input, value: Any) -> Tensor:
+        """Numbers and arrays as tensors."""
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{'.'.join(item.path)} is a {type(value).__name__}, not a tensor.") from error
+
+    def _timesteps(self, item: Input, t: Tensor, sample: Tensor) -> Tensor:
+        """One timestep for each image, in the kind of number that was captured."""
+        if t.dtype.is_complex or t.dtype == torch.bool:
+            raise TypeError(f"{item.name} is {t.dtype}: a timestep is a number.")
+        t = t.to(sample.device).reshape(-1)
+        if item.dtype.is_floating_point:
+            t = t.to(item.dtype if t.is_floating_point() else torch.float32)
+        elif t.is_floating_point() and bool(((t == t.round()) & torch.isfinite(t)).all()):
+            t = t.to(torch.int64)
+        images = sample.shape[0] if sample.dim() else 1
+        if len(t) not in (1, images):
+            raise ValueError(
+                f"{item.name} has {len(t)} timesteps for {images} image{'s' if images > 1 else ''}: give one for all, "
+                "or one for each."
+            )
+        return t.expand(images) if len(t) == 1 else t
+
+    def _check(self, values: Mapping[str, Tensor]) -> None:
+        """Ranks, sizes, one value for each symbol, guards, kinds of dtypes."""
+        device = values[self._plan.sample.name].device
+        symbols: dict[str, int] = {}
+        ordered = sorted(self._plan.inputs, key=lambda i: i.role != "sample")
+        for item in ordered:
+            value = values[item.name]
+            _check_kind(item, value)
+            if value.device != device:
+                raise ValueError(f"{'.'.join(item.path)} is on {value.device}, {self._plan.sample.name} on {device}.")
+            if 0 in value.shape and value.dim() == len(item.shape):
+                raise ValueError(f"{'.'.join(item.path)} is {written(value.shape)}: it holds nothing.")
+            if value.dim() != len(item.shape):
+                raise ValueError(self._misfit(item, value, symbols))
+        for _ in range(3):  # expressions wait for the symbols that other dimensions tell
+            for item in ordered:
+                before = dict(symbols)
+                sizes = zip(item.shape, values[item.name].shape, strict=True)
+                if not all([solve(dim, size, symbols) for dim, size in sizes]):
+                    raise ValueError(self._misfit(item, values[item.name], before))
+        for guard in self._plan.guards:
+            if not arithmetic(guard)(symbols):
+                item = next((i for i in ordered if _mentions(i.shape, guard)), ordered[0])
+                raise ValueError(self._misfit(item, values[item.name], {}))
+
+    def _misfit(self, item: Input, value: Tensor, known: Mapping[str, int]) -> str:
+        shape = [d for d in item.shape if isinstance(d, str)]
+        given = [f"{d} = {known[d]}" for d in dict.fromkeys(shape) if d in known]
+        guards = [meaning(g) for g in self._plan.guards if any(_mentions((d,), g) for d in shape)]
+        text = f"{'.'.join(item.path)} is {written(value.shape)}; this model takes {written(item.shape)}"
+        if given or guards:
+            text += f" with {' and '.join([*given, *guards])}"
+        if known.get("B") and value.dim() == len(item.shape) and item.shape[:1] == ("B",) and len(value) != known["B"]:
+            return f"{text}, one for each of {self._plan.sample.name}."
+        if value.dim() != len(item.shape):
+            return f"{text}."
+        pairs = enumerate(zip(item.shape, value.shape, strict=True))
+        if fixed := [i for i, (dim, size) in pairs if isinstance(dim, int) and dim != size]:
+            asked = ", ".join(f"{i}: '{_letter(item, i)}'" for i in fixed)
+            text += (
+                f": compile it with dynamic={{'{'.'.join(item.path)}': {{{asked}}}}} if its layers allow other sizes"
+            )
+        return f"{text}."
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    def _convert(self, item: Input, value: Tensor) -> Tensor:
+        """In the captured dtype; the same tensor for the same request, since what it gives is kept by it."""
+        if item.role != "request":
+            return value.to(item.dtype)
+        kept = self._converted.get(item.name)
+        if kept is not None and kept[0] is value:
+            _, version, made = kept
+            by_value = value.is_inference() or value.device.type == "cpu"  # versions miss some writes
+            if torch.equal(value.to(item.dtype), made) if by_value else value._version == version:
+                return made
+        made = value.detach().to(item.dtype)
+        self._converted[item.name] = (value, 0 if value.is_inference() else value._version, made)
+        return made
+
+
+def _check_kind(item: Input, value: Tensor) -> None:
+    """Any float for a float, any integer for an integer; integers are numbers too."""
+    name = ".".join(item.path)
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        raise TypeError(f"{name} is no plain tensor: it has no values in dense memory.")
+    given, wanted = value.dtype, item.dtype
+    whole = not (given.is_floating_point or given.is_complex or given == torch.bool)
+    fits = (
+        item.role == "time"
+        or (wanted.is_complex and (given.is_complex or given.is_floating_point))
+        or (wanted.is_floating_point and (given.is_floating_point or whole))
+        or (wanted == torch.bool and given == torch.bool)
+        or (not wanted.is_floating_point and not wanted.is_complex and wanted != torch.bool and not _is_real(given))
+    )
+    if not fits:
+        raise TypeError(f"{name} is {_dtype(given)}; this model takes {_dtype(wanted)} there.")
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a dictionary, positions and items of a list."""
+    if isinstance(value, Mapping):
+        return ((str(key), item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ((str(key), item) for key, item in enumerate(value))
+    return iter(())
+
+
+def _equal(captured: Any, value: Any) -> bool:
+    """True for the same number, text or truth; a tensor of one value is that value."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(captured, float) and isinstance(value, float) and math.isnan(captured) and math.isnan(value):
+        return True
+    if isinstance(captured, str) or isinstance(value, str):
+        return isinstance(value, str) and captured == value
+    return isinstance(value, (bool, int, float)) and captured is not None and captured == value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {written(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _mentions(shape: tuple[Dim, ...], guard: str) -> bool:
+    return any(isinstance(d, str) and symbols_in(d) & symbols_in(guard) for d in shape)
+
+
+def _letter(item: Input, dim: int) -> str:
+    """A name for a dimension, as users write them."""
+    if item.role == "sample" and len(item.shape) == 4:
+        return "BCHW"[dim]
+    return "BSD"[dim] if dim < 3 else f"S{dim}"

@@ -1,0 +1,89 @@
+"""What a compiled model knows of itself: its inputs, its tables, how a call becomes calls of its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor of a call: where it stands in it (`path`), its dtype, and its shape in numbers and symbols.
+
+    `role` is what changes it: every step (`sample`, `time`) or every image (`request`).
+    """
+
+    name: str
+    role: str
+    path: tuple[str, ...]
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tensor of rows over the schedule, made from one output of the time function.
+
+    With a `label` (a request input of class labels) it has `classes` rows for each timestep, one for each label.
+    """
+
+    tensor: str
+    output: int
+    encoding: str = "fp"
+    scale: str = ""
+    zero_point: str = ""
+    label: str = ""
+    classes: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call of the model becomes calls of its functions.
+
+    `arguments` are the names of the model's arguments in order, `constants` what was captured of those that are no
+    tensors (path in the call, value), `guards` comparisons over the symbols of the shapes. `label_rows` maps parameters
+    of the step function to (input of class labels, how many labels there are): the parameter is row * labels + label.
+    `per_image` are the request inputs that have a row for each image. The other dictionaries map parameters of the step
+    function to outputs of `begin` and of `time`.
+    """
+
+    inputs: tuple[Input, ...]
+    arguments: tuple[str, ...]
+    constants: tuple[tuple[tuple[str, ...], Any], ...] = ()
+    guards: tuple[str, ...] = ()
+    timesteps: tuple[float, ...] = ()
+    policy: str = "recompute"
+    row: str = ""
+    label_rows: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    per_image: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    activations: tuple[str, ...] = ()
+    hoisted: Mapping[str, int] = field(default_factory=dict)
+    request_tables: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sample(self) -> Input:
+        """What is denoised; the first, where there are several."""
+        return next(i for i in self.inputs if i.role == "sample")
+
+    @property
+    def time(self) -> Input:
+        """The timestep."""
+        return next(i for i in self.inputs if i.role == "time")
+
+
+class Output(tuple[Any, ...]):
+    """The model's outputs as a tuple; `.sample` is the first, as in the outputs of diffusers."""
+
+    @property
+    def sample(self) -> Any:
+        """The first output."""
+        return self[0]
+
+
+def buffer_name(tensor: str) -> str:
+    """Name of the buffer that holds a tensor of the program: modules do not allow dots."""
+    return tensor.replace(".", "__")

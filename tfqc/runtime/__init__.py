@@ -2,4 +2,6 @@
 
 from tfqc.runtime.stepper import Output, Plan, Stepper, Table, buffer_name, encode_row
 
-__all__ = ["Output", "Plan", "Stepper", "Table", "buffer_name", "encode_row"]
+VERSION = 1  # of what emitted code imports from here; an artifact's manifest says which it needs
+
+__all__ = ["VERSION", "Output", "Plan", "Stepper", "Table", "buffer_name", "encode_row"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tests.subjects import Subject, Subjects, calibration
 from tfqc.calibration import Calibration
@@ -181,3 +184,116 @@ def test_saved_and_loaded(shared: dict[str, torch.Tensor], tmp_path: Path) -> No
 def test_bad_data(data: dict[str, Any], why: str) -> None:
     with pytest.raises(CalibrationError, match=why):
         Calibration(**data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        *(({"batch_size": bad}, f"batch_size is '{bad}', not a whole number") for bad in (0, -1, "x", 1.5, True)),
+        *(({"guidance": bad}, f"guidance is '{bad}', not a finite") for bad in (torch.nan, torch.inf, "x", None)),
+        ({"seed": "x"}, "seed is 'x', not a whole number"),
+        ({"latents": torch.ones(2, 2, dtype=torch.int64)}, "latents must be noise .* not torch.int64 of rank 2"),
+        ({"latents": torch.ones(2, 2, dtype=torch.complex64)}, "latents must be noise"),
+        ({"latents": torch.tensor(1.0)}, "latents must be noise .* rank 0"),
+        ({"latents": [[1.0]]}, "latents is a list, no tensor"),
+        ({"cond": {"a": 1}}, "a is a int, no tensor"),
+        ({"cond": {"a..b": torch.ones(2)}}, "'a..b' is no name of an input"),
+        ({"cond": {"": torch.ones(2)}}, "'' is no name of an input"),
+        ({"cond": {"a": torch.ones(2)}, "uncond": {}}, "a is in one of cond and uncond alone"),
+        ({"cond": {}, "uncond": {"a": torch.ones(2)}}, "a is in one of cond and uncond alone"),
+        ({"cond": {"a": torch.ones(2, 3)}, "uncond": {"a": torch.ones(2, 4)}}, r"a is .* \[2, 3\] in cond"),
+        ({"cond": {"a": torch.ones(2)}, "shared": {"a": torch.ones(2)}}, "a is given for each image and as shared"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_sampled(changed: dict[str, Any], why: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=why):
+        Calibration(**{"latents": torch.ones(2, 2), "cond": {}, **changed})
+
+
+FACTS = {"guidance": "1.0", "batch_size": "2", "seed": "0"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts", "why"),
+    [
+        ({}, FACTS, "there is no latents"),
+        *(({}, {k: v for k, v in FACTS.items() if k != name}, f"there is no {name}") for name in FACTS),
+        ({"extra": torch.ones(1)}, FACTS, "'extra' is no part of them"),
+        ({"extra.a": torch.ones(1)}, FACTS, "'extra' is no part of them"),
+        *(({}, FACTS | {"batch_size": bad}, "batch_size|invalid literal") for bad in ("0", "-1", "x", "1.5", "")),
+        *(({}, FACTS | {"guidance": bad}, "guidance|could not convert") for bad in ("nan", "inf", "x", "")),
+        ({}, FACTS | {"seed": "9" * 5000}, "Exceeds the limit"),
+        ({"latents": torch.ones(0, 2)}, FACTS, "at least one image"),
+        ({"latents": torch.ones(2, dtype=torch.int8)}, FACTS, "latents must be noise"),
+        ({"cond.a": torch.ones(3)}, FACTS, "a has 3 rows"),
+        ({"cond.": torch.ones(1)}, FACTS, "'' is no name of an input"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_calibration_data(
+    tensors: dict[str, torch.Tensor], facts: dict[str, str], why: str, tmp_path: Path
+) -> None:
+    whole = {} if why == "there is no latents" else {"latents": torch.ones(1, 2)}
+    save_file(whole | tensors, tmp_path / "data.safetensors", facts)
+    with pytest.raises(CalibrationError, match=why) as caught:
+        Calibration.load(tmp_path / "data.safetensors")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_saving_replaces_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Calibration(torch.ones(1, 2), {})
+    data.save(tmp_path / "data.safetensors")
+
+    def full(tensors: object, path: Path, facts: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("tfqc.storage.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device"):
+        data.save(tmp_path / "data.safetensors")
+    assert torch.equal(Calibration.load(tmp_path / "data.safetensors").latents, data.latents)
+    assert [p.name for p in tmp_path.iterdir()] == ["data.safetensors"]
+
+
+def test_every_byte_of_the_weights_counts(subject: Subjects, tmp_path: Path, calls: list[int]) -> None:
+    """Keys of some values each were the same for weights that differed in 99% of theirs."""
+    its = subject("unet-sd")
+    program = its.program
+    large = max(program.tensors, key=lambda name: program.tensors[name].numel())
+    for position in (0, 1, program.tensors[large].numel() - 2):
+        list(trajectories(program, context(its, tmp_path)))
+        program.tensors[large] = program.tensors[large].clone()
+        program.tensors[large].view(-1)[position] += 1
+    assert len(calls) == 3 * 8
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+def test_a_damaged_file_is_sampled_anew(subject: Subjects, tmp_path: Path, calls: list[int], damage: str) -> None:
+    its = subject("unet2d")
+    before = list(trajectories(its.program, context(its, tmp_path)))
+    first, second = sorted(tmp_path.iterdir())
+    data = bytearray(first.read_bytes())
+    data[-100] ^= 1
+    other = {"truncated": data[:-9], "flipped": data, "empty": b"", "other": second.read_bytes()[:-1] + b"x"}
+    first.write_bytes(other[damage])
+    calls.clear()
+    after = list(trajectories(its.program, context(its, tmp_path)))
+    assert len(calls) == 4
+    assert all(torch.equal(a.samples, b.samples) for a, b in zip(before, after, strict=True))
+
+
+def test_without_a_directory_they_lie_in_the_users_cache(
+    subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    its = subject("unet2d")
+    for _ in range(2):
+        list(trajectories(its.program, context(its, None)))
+    assert len(calls) == 8
+    directory = tmp_path / "tfqc" / "trajectories"
+    assert len(list(directory.iterdir())) == 2
+    assert [d.stat().st_mode & 0o777 for d in (directory, directory.parent)] == [0o700, 0o700]
+    for file in directory.iterdir():
+        os.utime(file, (0, 0))
+    monkeypatch.setenv("TFQC_CACHE_DAYS", "1")
+    list(trajectories(its.program, context(its, None, guidance=3.0)))
+    assert len(list(directory.iterdir())) == 2  # the first two have gone

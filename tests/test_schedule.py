@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,3 +87,89 @@ def test_any_order_but_the_falling_one_is_refused(timesteps: tuple[float, ...]) 
     if len(timesteps) > 1:
         with pytest.raises(CalibrationError, match="unsorted"):
             SamplingSchedule(timesteps[::-1])
+
+
+@pytest.mark.parametrize("given", [("a",), (True,), (None,), ([1],), (10**400,), (1 + 2j,)])
+def test_what_is_no_number_is_refused(given: Any) -> None:
+    for make in (SamplingSchedule, SamplingSchedule.of):
+        with pytest.raises(CalibrationError, match=r"which is no timestep"):
+            make(given)
+
+
+@pytest.mark.parametrize("given", ["ddim", 7, {"a": 1}, object(), None])
+def test_what_is_no_schedule_is_refused(given: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"is no timestep|is no scheduler of diffusers"):
+        SamplingSchedule.of(given)
+
+
+def test_arrays_are_lists_of_timesteps() -> None:
+    assert SamplingSchedule.of(torch.tensor([9, 5])) == SamplingSchedule.of(np.array([9.0, 5.0]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[" * 100_000, "null", "3", '"text"', "{}", '{"steps": 3}', '{"timesteps": 3}', '{"timesteps": {}}',
+        '{"timesteps": ["1"]}', '{"timesteps": [true]}', '{"timesteps": [null]}', '{"timesteps": [[1]]}',
+        '{"timesteps": [1], "sampler": []}', '{"timesteps": [1], "sampler": null}', '{"timesteps": [1], "extra": 1}',
+        '{"timesteps": [1], "timesteps": [2]}', '{"timesteps": [1], "sampler": ' + '{"a":' * 70 + "1" + "}" * 71,
+        '[1, "\\ud800"]', "[" + "9" * 5000 + "]",
+    ],
+)  # fmt: skip
+def test_text_that_holds_no_schedule(text: str) -> None:
+    with pytest.raises(CalibrationError, match=r"^The text holds no schedule: give a list of timesteps") as caught:
+        SamplingSchedule.from_json(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["[NaN]", "[Infinity]", "[1e999]", "[-1]", "[]", "[1, 2]", "[2, 2]"])
+def test_text_of_what_no_sampler_visits(text: str) -> None:
+    with pytest.raises(CalibrationError, match=r"The schedule (is|holds)"):
+        SamplingSchedule.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Nope", "UNet2DModel", "SchedulerMixin", "schedulers", "scheduling_ddim", "__class__", "DDIMScheduler.__init__",
+     "KarrasDiffusionSchedulers", "logging", "utils", "", 3, None, ["DDIMScheduler"], "x" * 10_000],
+)  # fmt: skip
+def test_a_sampler_is_a_scheduler_of_diffusers(name: Any) -> None:
+    sampler = {"_class_name": name, "_steps": 3}
+    with pytest.raises(CalibrationError, match=r"^diffusers has no scheduler"):
+        SamplingSchedule((1.0,), sampler).scheduler()
+    with pytest.raises(CalibrationError, match=r"^diffusers has no scheduler"):
+        SamplingSchedule.from_json(json.dumps({"timesteps": [1], "sampler": sampler}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"_steps": None}, "has no number of steps"), ({"_steps": 0}, "has no number of steps"),
+        ({"_steps": -3}, "has no number of steps"), ({"_steps": "3"}, "has no number of steps"),
+        ({"_steps": 2.0}, "has no number of steps"), ({"_steps": True}, "has no number of steps"),
+        ({"_steps": 10**12}, "has no number of steps"), ({"_steps": 5000}, "cannot be set to 5000 steps"),
+        ({"num_train_timesteps": 10**12}, "has num_train_timesteps above"),
+        ({"num_train_timesteps": -5}, "cannot be set to 4 steps"),
+        ({"num_train_timesteps": "many"}, "cannot be set to 4 steps"),
+        ({"beta_schedule": "Nope"}, "cannot be set to 4 steps"), ({"beta_schedule": None}, "cannot be set to 4 steps"),
+        ({"trained_betas": {"a": 1}}, "cannot be set to 4 steps"),
+        ({"_steps": 5}, "does not visit timestep 750 in 5 steps"),
+    ],
+)  # fmt: skip
+def test_a_sampler_that_cannot_be_made(changes: dict[str, Any], why: str) -> None:
+    schedule = SamplingSchedule.of(diffusers.DDIMScheduler(), 4)
+    with pytest.raises(CalibrationError, match=why):
+        SamplingSchedule(schedule.timesteps, {**schedule.sampler, **changes}).scheduler()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 5000])
+def test_numbers_of_steps_that_a_scheduler_does_not_take(steps: int) -> None:
+    with pytest.raises(CalibrationError, match=r"steps"):
+        SamplingSchedule.of(diffusers.DDIMScheduler(), steps)
+
+
+def test_infinite_settings_of_a_scheduler_come_back() -> None:
+    schedule = SamplingSchedule.of(diffusers.DPMSolverMultistepScheduler(), 4)
+    assert schedule.sampler["lambda_min_clipped"] == -math.inf
+    again = SamplingSchedule.from_json(schedule.to_json())
+    assert again == schedule and len(again.scheduler().timesteps) == 4

@@ -41,10 +41,13 @@ class Backend(ABC):
     Class attributes:
         name: kebab-case, the name in targets.
         options: the frozen dataclass of a target's options.
+        files: names of the files that each of its artifacts has; `time.safetensors` may lie beside them. Nothing
+            else is loaded. Empty: it does not say.
     """
 
     name: ClassVar[str]
     options: ClassVar[type[Any]]
+    files: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def notes(cls) -> str:

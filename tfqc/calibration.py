@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfqc.errors import CalibrationError
+from tfqc.storage import read_tensors, write_tensors
+
+_NEEDED = ("latents", "guidance", "batch_size", "seed")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Calibration:
     image (rotary ids), as the model takes them. seed: what `latents` were drawn from, for the record.
 
     Raises:
-        CalibrationError: no images, row counts that differ, NaN or infinity.
+        CalibrationError: no images, row counts that differ, NaN or infinity, names or types that do not agree, a
+            batch size below 1.
     """
 
     latents: Tensor
@@ -35,9 +39,20 @@ class Calibration:
     shared: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __post_init__(self) -> None:
+        _check_number("batch_size", self.batch_size, lambda n: isinstance(n, int) and n >= 1, "a whole number above 0")
+        _check_number("seed", self.seed, lambda n: isinstance(n, int), "a whole number")
+        _check_number("guidance", self.guidance, math.isfinite, "a finite number")
+        per_image = [("latents", self.latents), *self.cond.items(), *(self.uncond or {}).items()]
+        for name, tensor in [*per_image, *self.shared.items()]:
+            if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (comes from callers)
+                raise CalibrationError(f"Calibration: {name} is a {type(tensor).__name__}, no tensor.")
+        if not self.latents.is_floating_point() or self.latents.dim() == 0:
+            raise CalibrationError(
+                f"Calibration: latents must be noise [N, ...] in floating point, not {self.latents.dtype} of rank "
+                f"{self.latents.dim()}."
+            )
         if len(self.latents) == 0:
             raise CalibrationError("Calibration needs at least one image: latents has no rows.")
-        per_image = [("latents", self.latents), *self.cond.items(), *(self.uncond or {}).items()]
         for name, tensor in per_image:
             if tensor.dim() == 0 or len(tensor) != len(self.latents):
                 rows = len(tensor) if tensor.dim() else "no"
@@ -48,6 +63,22 @@ class Calibration:
         for name, tensor in [*per_image, *self.shared.items()]:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(f"Calibration: {name} holds NaN or infinity.")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        if bad := [n for n in [*self.cond, *self.shared] if not all(n.split("."))]:
+            raise CalibrationError(f"Calibration: {bad[0]!r} is no name of an input.")
+        if both := sorted(self.cond.keys() & self.shared.keys()):
+            raise CalibrationError(f"Calibration: {both[0]} is given for each image and as shared by all.")
+        for name in sorted(self.cond.keys() | self.uncond.keys()) if self.uncond is not None else ():
+            one, other = self.cond.get(name), self.uncond.get(name) if self.uncond is not None else None
+            if one is None or other is None:
+                raise CalibrationError(f"Calibration: {name} is in one of cond and uncond alone; they have the same.")
+            if one.shape != other.shape or one.dtype != other.dtype:
+                raise CalibrationError(
+                    f"Calibration: {name} is {one.dtype} {list(one.shape)} in cond, {other.dtype} {list(other.shape)} "
+                    "in uncond."
+                )
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -58,7 +89,7 @@ class Calibration:
         tensors |= {f"uncond.{k}": v for k, v in (self.uncond or {}).items()}
         tensors |= {f"shared.{k}": v for k, v in self.shared.items()}
         facts = {"guidance": repr(self.guidance), "batch_size": str(self.batch_size), "seed": str(self.seed)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, facts)
+        write_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -68,21 +99,22 @@ class Calibration:
             CalibrationError: the file is no calibration data.
         """
         try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-            tensors = load_file(path)
-            cond, uncond, shared = (
-                {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
-                for part in ("cond.", "uncond.", "shared.")
-            )
-            return cls(
-                tensors["latents"],
-                cond,
-                uncond or None,
-                float(facts["guidance"]),
-                int(facts["batch_size"]),
-                int(facts["seed"]),
-                shared,
-            )
-        except (OSError, KeyError, SafetensorError) as error:
-            raise CalibrationError(f"{path} holds no calibration data: {error}") from error
+            tensors, facts = read_tensors(path, CalibrationError)
+            parts: dict[str, dict[str, Tensor]] = {"cond": {}, "uncond": {}, "shared": {}}
+            latents = tensors.pop("latents")
+            for name, tensor in tensors.items():
+                part, _, name = name.partition(".")
+                parts[part][name] = tensor
+            guidance, batch_size, seed = float(facts["guidance"]), int(facts["batch_size"]), int(facts["seed"])
+        except KeyError as error:
+            name = error.args[0]
+            what = f"there is no {name}" if name in _NEEDED else f"{name[:100]!a} is no part of them"
+            raise CalibrationError(f"{path} holds no calibration data: {what}.") from error
+        except (CalibrationError, ValueError) as error:
+            raise CalibrationError(f"{path} holds no calibration data: {str(error)[:300].rstrip('.')}.") from error
+        return cls(latents, parts["cond"], parts["uncond"] or None, guidance, batch_size, seed, parts["shared"])
+
+
+def _check_number(name: str, value: Any, fits: Callable[[Any], bool], what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise CalibrationError(f"Calibration: {name} is {str(value)[:50]!r}, not {what}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,7 @@ import tfqc
 from tfqc.artifact import Artifact, check_files
 from tfqc.backend import compromises, refusals
 from tfqc.calibration import Calibration
-from tfqc.errors import TfqcError
+from tfqc.errors import ArtifactError, TfqcError
 from tfqc.frontend import capture
 from tfqc.frontend.inputs import DynamicDims
 from tfqc.instruments import Instrument, VerifyEach
@@ -128,15 +127,12 @@ def load(directory: str | Path, *, check_finite: bool = False) -> torch.nn.Modul
     """
     directory = Path(directory).resolve()
     manifest = check_files(directory)
+    if manifest["backend"] is None:
+        raise ArtifactError(f"{directory} does not say which backend it is for: compile the model again.")
     model = find_backend(manifest["backend"])().load(directory)
     if isinstance(model, Stepper):
         model.reload, model.check_finite = (load, str(directory)), check_finite
     return model
-
-
-def clean(workdir: Path) -> None:
-    """Remove calibration trajectories that a finished compile needs no more."""
-    shutil.rmtree(workdir, ignore_errors=True)
 
 
 def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:

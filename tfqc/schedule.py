@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tfqc.errors import CalibrationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from tfqc.errors import CalibrationError, suggest
+from tfqc.storage import parse_json
+
+_LARGEST = 3e38  # models take timesteps in float32
+MOST_STEPS = 1_000_000  # of a sampler, and of what it was trained with: a file may ask for any memory
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class SamplingSchedule:
     def __post_init__(self) -> None:
         if not self.timesteps:
             raise CalibrationError("The schedule is empty: give at least one timestep, or steps=N.")
-        if bad := [t for t in self.timesteps if not math.isfinite(t) or t < 0]:
-            raise CalibrationError(f"The schedule holds {bad[0]}, which is no timestep.")
+        if bad := [t for t in self.timesteps if not _is_timestep(t)]:
+            raise CalibrationError(f"The schedule holds {str(bad[0])[:50]}, which is no timestep.")
         falling = list(zip(self.timesteps, self.timesteps[1:], strict=False))
         if rising := [(a, b) for a, b in falling if b >= a]:
             a, b = rising[0]
@@ -49,15 +58,19 @@ class SamplingSchedule:
         """
         if isinstance(scheduler, SamplingSchedule):
             return scheduler
+        scheduler = scheduler.tolist() if hasattr(scheduler, "tolist") else scheduler
         if isinstance(scheduler, Sequence):
-            return cls(tuple(float(t) for t in scheduler))
+            return cls(tuple(float(t) if _is_timestep(t) else t for t in scheduler))
+        if not hasattr(scheduler, "config") or not hasattr(type(scheduler), "from_config"):
+            raise CalibrationError(
+                f"A {type(scheduler).__name__} is no scheduler of diffusers, nor a list of timesteps."
+            )
         config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
         config["_class_name"] = type(scheduler).__name__
-        own = type(scheduler).from_config(config)
-        steps = steps or getattr(scheduler, "num_inference_steps", None)
+        steps = getattr(scheduler, "num_inference_steps", None) if steps is None else steps
         if steps is None or steps < 1:
             raise CalibrationError("The scheduler has no number of steps: give steps=N, or call set_timesteps(N).")
-        own.set_timesteps(steps)
+        own = _set(type(scheduler), config, steps)
         # Samplers of higher order visit some timesteps twice.
         timesteps = dict.fromkeys(float(t) for t in own.timesteps)
         return cls(tuple(timesteps), {**config, "_steps": steps})
@@ -66,15 +79,22 @@ class SamplingSchedule:
         """The diffusers scheduler, made anew and set to its number of steps.
 
         Raises:
-            CalibrationError: the schedule is a bare list of timesteps.
+            CalibrationError: the schedule is a bare list of timesteps, or its sampler is none of diffusers, is not
+                configured as that wants, or visits other timesteps.
         """
-        import diffusers
-
         if "_class_name" not in self.sampler:
             raise CalibrationError("Calibration samples images, so it needs a diffusers scheduler, not bare timesteps.")
-        cls = getattr(diffusers, str(self.sampler["_class_name"]))
-        scheduler = cls.from_config({k: v for k, v in self.sampler.items() if not k.startswith("_")})
-        scheduler.set_timesteps(self.sampler["_steps"])
+        steps = self.sampler.get("_steps")
+        if type(steps) is not int or not 0 < steps <= MOST_STEPS:
+            raise CalibrationError(f"The schedule's sampler has no number of steps (_steps) from 1 to {MOST_STEPS}.")
+        numbers = {k: abs(v) for k, v in self.sampler.items() if isinstance(v, (int, float))}
+        if big := [k for k, v in numbers.items() if MOST_STEPS < v < math.inf]:
+            raise CalibrationError(f"The schedule's sampler has {big[0]} above {MOST_STEPS}.")
+        scheduler = _set(scheduler_class(self.sampler["_class_name"]), self.sampler, steps)
+        visited = sorted(float(t) for t in scheduler.timesteps)
+        for t in self.timesteps:
+            if not math.isclose(t, nearest(t, visited), rel_tol=1e-4, abs_tol=1e-6):
+                raise CalibrationError(f"The schedule's sampler does not visit timestep {t:g} in {steps} steps.")
         return scheduler
 
     def to_json(self) -> str:
@@ -82,7 +102,76 @@ class SamplingSchedule:
         return json.dumps({"timesteps": list(self.timesteps), "sampler": dict(self.sampler)}, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> SamplingSchedule:
-        """Inverse of `to_json`."""
-        value = json.loads(text)
-        return cls(tuple(value["timesteps"]), value["sampler"])
+    def from_json(cls, text: str, what: str = "The text") -> SamplingSchedule:
+        """Inverse of `to_json`; a list of timesteps is a schedule, too.
+
+        Raises:
+            CalibrationError: no JSON, no schedule, or a sampler that diffusers does not have.
+        """
+        wanted = f"{what} holds no schedule: give a list of timesteps, or {{timesteps, sampler}}, as JSON."
+        try:
+            value = parse_json(text, what, CalibrationError)
+            its = _Schedule.model_validate({"timesteps": value} if isinstance(value, list) else value)
+        except CalibrationError as error:
+            raise CalibrationError(wanted, str(error)) from None
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part)[:50] for part in first["loc"])
+            raise CalibrationError(wanted, f"{where}: {first['msg']}") from None
+        schedule = cls(tuple(its.timesteps), its.sampler)
+        if "_class_name" in schedule.sampler:
+            scheduler_class(schedule.sampler["_class_name"])
+        return schedule
+
+
+class _Schedule(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    timesteps: list[float]
+    sampler: dict[str, JsonValue] = {}
+
+
+def scheduler_class(name: Any) -> Any:
+    """A scheduler of diffusers by the name of its class; nothing else of diffusers is reached.
+
+    Raises:
+        CalibrationError: it has none of this name.
+    """
+    from diffusers import schedulers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    found = getattr(schedulers, name, None) if isinstance(name, str) and name in _scheduler_names() else None
+    if not isinstance(found, type) or not issubclass(found, SchedulerMixin) or not hasattr(found, "set_timesteps"):
+        close = suggest(name, _scheduler_names()) if isinstance(name, str) and len(name) < 100 else ""
+        raise CalibrationError(f"diffusers has no scheduler {str(name)[:100]!a}.{close}")
+    return found
+
+
+@functools.cache
+def _scheduler_names() -> list[str]:
+    """What diffusers says it has, without loading it."""
+    from diffusers import schedulers
+
+    return [name for name in dir(schedulers) if name.endswith("Scheduler")]
+
+
+def _set(cls: Any, config: Mapping[str, Any], steps: int) -> Any:
+    """A scheduler set to a number of steps. What it makes of a configuration from outside is its own affair."""
+    try:
+        scheduler = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        scheduler.set_timesteps(steps)
+        [float(t) for t in scheduler.timesteps]
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise CalibrationError(f"{cls.__name__} cannot be set to {steps} steps: {why[:300]}.") from error
+    return scheduler
+
+
+def nearest(t: float, of: Sequence[float]) -> float:
+    """The number that is nearest to a timestep, of ascending ones; infinity if there are none."""
+    at = bisect.bisect(of, t)
+    return min(of[max(at - 1, 0) : at + 1], key=lambda other: abs(other - t), default=math.inf)
+
+
+def _is_timestep(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < _LARGEST)

@@ -1,10 +1,25 @@
-"""Tensors as files want them."""
+"""Files as everything here reads and writes them: checked when read; whole or not there when written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tfqc.errors import TfqcError
+from tfqc.runtime.tensors import read_header
+
+_LONGEST, _DEEPEST = 1 << 26, 64  # bytes and levels of JSON
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -18,3 +33,153 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         found[name] = tensor
     return found
+
+
+def read_tensors(path: Path, raises: type[TfqcError]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        TfqcError: (of the type `raises`) the file cannot be read, or is damaged.
+    """
+    try:
+        header = read_header(path)
+        return load_file(path), header.metadata
+    except OSError as error:
+        raise raises(f"{path} cannot be read: {said(error)}.") from error
+    except ValueError as error:
+        raise raises(str(error)) from error
+    except SafetensorError as error:  # it has been changed since
+        raise raises(f"{path} is no whole safetensors file: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; what stood there is replaced when it is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as part:
+        save_tensors(part, tensors, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in place.
+
+    Raises:
+        OSError: it cannot be written; safetensors' own exceptions say that in other words.
+    """
+    try:
+        save_file(apart(tensors), path, dict(metadata or {}) or None)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """A file beside `path` to write to, which takes its place when the block ends; links are followed.
+
+    An exception leaves what stood there, and nothing else; what a killed process left is removed by the next one.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name[:100]}.part"
+    ours = re.compile(re.escape(prefix) + r"(\d+)-[0-9a-f]{8}")
+    for left in path.parent.iterdir():
+        if (found := ours.fullmatch(left.name)) and not _lives(int(found[1])):
+            left.unlink(missing_ok=True)
+    part = path.with_name(f"{prefix}{os.getpid()}-{os.urandom(4).hex()}")
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = part.stat().st_mode & 0o777  # which safetensors narrows
+    try:
+        yield part
+        part.chmod(mode)
+        sync(part)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; what stood there is replaced when it is whole."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def said(error: OSError) -> str:
+    """What the system says of a file, as the end of a sentence."""
+    return (error.strerror or str(error)).rstrip(".")
+
+
+def read_text(path: Path, raises: type[TfqcError], longest: int = _LONGEST) -> str:
+    """A text file.
+
+    Raises:
+        TfqcError: (of the type `raises`) it cannot be read, is longer than `longest` bytes, or no text.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its writer
+            raise raises(f"{path} is no file.")
+        with path.open("rb") as file:
+            data = file.read(longest + 1)
+    except OSError as error:
+        raise raises(f"{path} cannot be read: {said(error)}.") from error
+    except ValueError as error:  # a name that no file can have
+        raise raises(f"{str(path)!r} cannot be read: {error}.") from error
+    if len(data) > longest:
+        raise raises(f"{path} has more than {longest} bytes: it is not what it should be.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise raises(f"{path} is no text: {error}.") from error
+
+
+def parse_json(text: str, what: str, raises: type[TfqcError]) -> Any:
+    """The value of JSON text from outside: no name twice, not nested deeply, and strings that can be printed.
+
+    Raises:
+        TfqcError: (of the type `raises`) it is none; the sentence begins with `what`.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be printed
+    except (ValueError, RecursionError) as error:
+        raise raises(f"{what} is no JSON: {str(error)[:200]}.") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        if not (level := [inner for outer in level for inner in _inside(outer)]):
+            return value
+    raise raises(f"{what} is nested more than {_DEEPEST} levels deep.")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

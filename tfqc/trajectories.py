@@ -8,22 +8,25 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfqc.calibration import Calibration
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role
 from tfqc.passing import Context
+from tfqc.runtime.cache import private_directory, used_now
+from tfqc.runtime.pruning import prune
 from tfqc.sampling import sample
+from tfqc.schedule import nearest
+from tfqc.storage import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
 
 
 def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
-    """Full-precision trajectories of the calibration images, batch by batch, sampled once and kept on disk.
+    """Full-precision trajectories of the calibration images, batch by batch, sampled once and kept on disk: in the
+    context's working directory, or else in the user's cache.
 
     Args:
         program: not quantized yet: it is what is sampled from.
@@ -61,7 +65,7 @@ def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
     calibration, schedule = ctx.calibration, ctx.schedule
     if calibration is None or schedule is None:
         raise CalibrationError("Trajectories need calibration data and a schedule.")
-    directory = ctx.workdir or Path(tempfile.gettempdir()) / "tfqc-trajectories"
+    directory = ctx.workdir or private_directory("trajectories")
     directory.mkdir(parents=True, exist_ok=True)
     key = _key(program, calibration, schedule.to_json())
     starts = range(0, len(calibration), calibration.batch_size)
@@ -75,10 +79,26 @@ def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
             _sample(program, ctx, start, path, lambda: next(ticks, None))
         for _ in ticks:
             pass
-    for path in paths:
-        tensors = load_file(path)
+        if ctx.workdir is None:
+            prune()
+    for start, path in zip(starts, paths, strict=True):
+        if (tensors := _read(path)) is None:
+            _sample(program, ctx, start, path, lambda: None)
+            tensors, _ = read_tensors(path, CalibrationError)
+        if ctx.workdir is None:
+            used_now(path)
         samples = tensors.pop("samples")
         yield TrajectoryBatch(schedule.timesteps, samples, tensors)
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """A batch as it was written; None if the file is broken."""
+    path.stat()  # one that has gone since is an error of whoever removed it
+    try:
+        tensors, metadata = read_tensors(path, CalibrationError)
+    except CalibrationError:
+        return None
+    return tensors if metadata == {"sha256": _hash(tensors.items())} else None
 
 
 def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callable[[], Any]) -> None:
@@ -114,10 +134,9 @@ def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callab
         guidance=calibration.guidance,
         batch_size=calibration.batch_size,
     )
-    tensors = {"samples": torch.stack([seen[t] for t in schedule.timesteps]), **request}
-    beside = path.with_suffix(f".part{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
-    os.replace(beside, path)
+    visited = sorted(seen)
+    tensors = {"samples": torch.stack([seen[nearest(t, visited)] for t in schedule.timesteps]), **request}
+    write_tensors(path, tensors, {"sha256": _hash(tensors.items())})
 
 
 def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -133,16 +152,31 @@ def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 def _key(program: Program, calibration: Calibration, schedule: str) -> str:
     """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
-    digest = hashlib.sha256(f"{schedule} {calibration.guidance} {calibration.batch_size}".encode())
-    digest.update(program.step.python_code("self").src.encode())
+    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
+    digest = hashlib.sha256(repr(facts).encode())
     # What passes have added (codes, scales) is read by no operation yet: another pass finds the same trajectories.
-    read = sorted({str(n.target) for n in program.step.nodes if n.op == "get_attr"})
-    own = [("latents", calibration.latents), *calibration.cond.items(), *(calibration.uncond or {}).items()]
-    own += calibration.shared.items()
-    for name, tensor in [*((name, program.tensors[name]) for name in read), *own]:
-        # Up to 4096 values of each tensor: weights that differ only elsewhere do not happen.
-        flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // 4096)].to(torch.float64).contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(picked.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    read: set[str] = set()
+    for name, graph in program.functions.items():
+        digest.update(f"@{name}\n{graph.python_code('self').src}".encode())
+        read |= {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
+    own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
+    weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
+    digest.update(_hash([("latents", calibration.latents), *own, *weights]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of every byte, with names, dtypes and shapes, in the order of names: SHA-256, several tensors at once."""
+    items = sorted(tensors, key=lambda item: item[0])
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for (name, tensor), each in zip(items, pool.map(lambda item: _bytes_hash(item[1]), items), strict=True):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {each}\n".encode())
+    return digest.hexdigest()
+
+
+def _bytes_hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.sha256(data).hexdigest()

@@ -62,6 +62,7 @@ class CudaInt4Backend(Backend):
 
     name: ClassVar[str] = "cuda-int4"
     options: ClassVar[type[Any]] = CudaInt4Options
+    files: ClassVar[frozenset[str]] = frozenset({"model.py", "kernels.cu", "program.ir", "weights.safetensors"})
 
     @classmethod
     def notes(cls) -> str:

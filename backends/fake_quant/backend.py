@@ -46,6 +46,7 @@ class FakeQuantBackend(Backend):
 
     name: ClassVar[str] = "fake-quant"
     options: ClassVar[type[Any]] = FakeQuantOptions
+    files: ClassVar[frozenset[str]] = frozenset({"model.py", "program.ir", "weights.safetensors"})
 
     def supports(self, program: Program, node: fx.Node, options: FakeQuantOptions) -> Support:
         """Every operation that has a name in the IR runs."""

@@ -133,8 +133,8 @@ def test_spoilt_artifacts(tfqc: Tfqc, copied: Path, command: tuple[str, ...]) ->
     weights.unlink()
     assert "'weights.safetensors' is missing" in message()
     manifest = json.loads((copied / "manifest.json").read_text())
-    (copied / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
-    assert "format version 2, newer than 1, which this tfqc reads: upgrade tfqc." in message()
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"version": 3}))
+    assert "format version 3, newer than 2, which this tfqc reads: upgrade tfqc." in message()
     (copied / "manifest.json").write_text("{")
     assert "is no JSON" in message()
 
@@ -192,3 +192,31 @@ def test_unexpected_exceptions_say_how_to_see_more(tfqc: Tfqc, tmp_path: Path, m
     assert "Set TFQC_DEBUG=1 to see the traceback." in done.err
     monkeypatch.setenv("TFQC_DEBUG", "1")
     assert tfqc(*arguments).err == ""  # the exception itself came through
+
+
+def test_an_artifact_with_no_more_than_it_needs_is_shown(tfqc: Tfqc, copied: Path) -> None:
+    needed = ("format", "version", "runtime", "files")
+    whole = json.loads((copied / "manifest.json").read_text())
+    assert len(whole) > len(needed) + 8
+    for left_out in [*whole.keys() - needed, None]:
+        some = {k: v for k, v in whole.items() if (k != left_out if left_out else k in needed)}
+        (copied / "manifest.json").write_text(json.dumps(some))
+        done = tfqc("inspect", copied)
+        assert done.code == 0 and "weights.safetensors" in done.out
+        assert tfqc("inspect", copied, "--json").json["files_are_whole"]
+
+
+def test_names_command_no_terminal(tfqc: Tfqc, copied: Path) -> None:
+    whole = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(whole | {"model": "\x1b[2Jcleared", "report": ["a\rb"]}))
+    done = tfqc("inspect", copied)
+    assert done.code == 0 and r"\x1b[2Jcleared" in done.out and r"a\rb" in done.out
+    assert done.out.replace("\n", "").isprintable()
+
+
+def test_an_artifact_whose_save_was_killed_is_found(tfqc: Tfqc, copied: Path) -> None:
+    for command in (("inspect", copied), ("sample", copied, "--out", copied.with_name("x.png"), "--images", 1,
+                                          "--model", "tests.cli.factories:unet")):  # fmt: skip
+        copied.rename(copied.with_name(f".{copied.name}.old4194305"))
+        done = tfqc(*command)
+        assert done.code == 0, done.err

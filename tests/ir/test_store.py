@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -91,3 +93,28 @@ def test_a_failed_save_leaves_the_old_program(tmp_path: Path) -> None:
         save_program(broken, tmp_path / "p.ir")
     assert (tmp_path / "p.ir").read_text() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["p.ir", "p.safetensors"]
+
+
+@pytest.mark.parametrize("program", [tiny(), meta(tiny())])
+def test_tensors_of_somebody_else_are_not_touched(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "p.safetensors").write_bytes(theirs := safetensors.torch.save({"mine": torch.ones(2)}))
+    with pytest.raises(IRError, match=r"p\.safetensors stands beside p\.ir, and is no program's: choose another name"):
+        save_program(program, tmp_path / "p.ir")
+    assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
+    assert (tmp_path / "p.safetensors").read_bytes() == theirs
+    with pytest.raises(IRError, match=r"is no name for a program"):
+        save_program(program, tmp_path / "p.safetensors")
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "p.ir").symlink_to(tmp_path / "disk" / "q.ir")
+    save_program(tiny(), tmp_path / "p.ir")
+    assert (tmp_path / "p.ir").is_symlink() and (tmp_path / "disk" / "q.ir").read_text() == render(tiny())
+
+
+@pytest.mark.parametrize("what", ["directory", "pipe"])
+def test_what_is_no_file_is_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "p.ir").mkdir() if what == "directory" else os.mkfifo(tmp_path / "p.ir")
+    with pytest.raises(IRError, match=r"p\.ir is no file"):
+        load_program(tmp_path / "p.ir")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tfqc.cli import comparing, compiling, demo, env, gpu, inspecting, listing, opt, sampling
+from tfqc.cli import caching, comparing, compiling, demo, env, gpu, inspecting, listing, opt, sampling
 
 # Threads of torch that wait must not spin: where cores are shared, spinning made sampling four times slower. It is
 # read when torch is loaded, which no command has done yet.
@@ -31,6 +31,7 @@ app.command("inspect")(inspecting.inspect)
 app.command("env")(env.env)
 app.command("gpu-check")(gpu.check)
 app.command("demo")(demo.demo)
+app.add_typer(caching.app)
 
 
 def _version(wanted: bool) -> None:

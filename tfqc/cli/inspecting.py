@@ -21,16 +21,17 @@ def inspect(
     as_json: options.AsJson = False,
 ) -> None:
     """Show what a program or an artifact holds; an artifact's files are checked against their hashes."""
+    from tfqc.cli.subjects import is_artifact
     from tfqc.errors import TfqcError
     from tfqc.ir.store import load_program
 
-    if what.is_dir():
+    if what.is_dir() or is_artifact(str(what)):
         value = _artifact(what)
-        return show(value, _artifact_text(value), as_json)
+        return show(value, _printable(_artifact_text(value)), as_json)
     if not what.exists():
         raise TfqcError(f"There is no {what}: give a program (.ir) or an artifact's directory.")
     value = {"program": str(what), **_program(load_program(what))}
-    return show(value, _program_text(value), as_json)
+    return show(value, _printable(_program_text(value)), as_json)
 
 
 def _program(program: Program) -> dict[str, Any]:
@@ -135,6 +136,11 @@ def _program_text(value: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def _printable(text: str) -> str:
+    """Without what would command a terminal: names in files of others may hold anything."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def _quantized_text(quantized: dict[str, Any]) -> str:
     from tfqc.report.tables import facts
 
@@ -154,16 +160,15 @@ def _artifact(directory: Path) -> dict[str, Any]:
 
     manifest = check_files(directory)
     value: dict[str, Any] = {"artifact": str(directory), **manifest, "files_are_whole": True}
-    if "program.ir" in manifest["files"]:
-        program = load_program(directory / "program.ir")
-        value["program"] = {k: v for k, v in _program(program).items() if k not in ("has_weights", "bytes")}
+    program = load_program(directory / "program.ir")
+    value["program"] = {k: v for k, v in _program(program).items() if k not in ("has_weights", "bytes")}
     return value
 
 
 def _artifact_text(value: dict[str, Any]) -> str:
     from tfqc.report.tables import facts, size, table
 
-    schedule: dict[str, Any] = value["schedule"] or {"timesteps": [], "sampler": {}}
+    schedule: dict[str, Any] = value["schedule"] or {"timesteps": []}
     timesteps, calibration = schedule["timesteps"], value["calibration"]
     files = [(name, size(entry["bytes"])) for name, entry in value["files"].items()]
     files.append(("together", size(sum(entry["bytes"] for entry in value["files"].values()))))
@@ -184,8 +189,7 @@ def _artifact_text(value: dict[str, Any]) -> str:
         table(("file", "size"), files, right=(1,)),
         table(("input", "role", "type"), [(".".join(i["path"]), i["role"], i["type"]) for i in value["inputs"]]),
     ]
-    if "program" in value:
-        blocks.append(_quantized_text(value["program"]["quantized"]))
+    blocks.append(_quantized_text(value["program"]["quantized"]))
     blocks.append("\n".join(value["report"]))
     blocks.append("All files have the hashes that the manifest says.")
     return "\n\n".join(blocks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_OURS = re.compile(r"trajectory-[0-9a-f]+-\d+\.(safetensors|part\d+)")
+_PART = re.compile(r"\.trajectory-[0-9a-f]+-\d+\.safetensors\.part\d+-[0-9a-f]{8}")
+_OURS = re.compile(rf"trajectory-[0-9a-f]+-\d+\.safetensors|{_PART.pattern}")
 
 
 def beside(output: Path, suffix: str) -> Path:
@@ -26,12 +27,14 @@ def kept_work(directory: Path) -> Generator[Path]:
     """
     from tfqc.instruments.base import claim
 
-    claim(directory, _OURS, "calibration trajectory")
+    if not claim(directory, _OURS, "calibration trajectory"):
+        directory.chmod(0o700)  # images can be made from what will be there
     try:
         yield directory
     except BaseException as error:
-        for part in directory.glob("*.part*"):
-            part.unlink()
+        for file in directory.iterdir():
+            if _PART.fullmatch(file.name):
+                file.unlink()
         kept = sum(1 for _ in directory.iterdir())
         if kept:
             batches = f"{kept} finished batch{'es' if kept > 1 else ''}"
@@ -42,5 +45,7 @@ def kept_work(directory: Path) -> Generator[Path]:
             directory.rmdir()
         raise
     for file in directory.iterdir():
-        file.unlink()
-    directory.rmdir()
+        if _OURS.fullmatch(file.name) and not file.is_dir():
+            file.unlink()
+    with suppress(OSError):  # somebody has put something else there
+        directory.rmdir()

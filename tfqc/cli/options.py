@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,8 +37,10 @@ def read_pipeline(text_or_file: str) -> str:
     """
     path = Path(text_or_file)
     named = "\n" not in text_or_file and "{" not in text_or_file
-    if named and path.is_file():
-        return path.read_text()
+    if named and os.path.isfile(path):  # Path's own raises for text that is too long for a name
+        from tfqc.storage import read_text
+
+        return read_text(path, PipelineError)
     if named and (path.suffix in (".txt", ".yaml", ".yml") or "/" in text_or_file):
         raise PipelineError(f"There is no pipeline file {text_or_file}.")
     return text_or_file
@@ -51,17 +53,16 @@ def read_schedule(path: Path) -> SamplingSchedule:
         CalibrationError: no such file, no JSON, or no schedule.
     """
     from tfqc.schedule import SamplingSchedule
+    from tfqc.storage import read_text
 
     try:
-        value: Any = json.loads(path.read_text())
-        timesteps, sampler = (value, {}) if isinstance(value, list) else (value["timesteps"], value.get("sampler", {}))
-        return SamplingSchedule(tuple(float(t) for t in timesteps), sampler)
-    except OSError as error:
-        raise CalibrationError(f"The schedule {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(
-            f"{path} holds no schedule: give a list of timesteps, or {{timesteps, sampler}}, as JSON.", str(error)
-        ) from error
+        text = read_text(path, CalibrationError)
+    except CalibrationError as error:
+        raise CalibrationError(f"The schedule {error}") from error
+    schedule = SamplingSchedule.from_json(text, str(path))
+    if "_class_name" in schedule.sampler:
+        schedule.scheduler()  # what it cannot be set to is said before the time is spent
+    return schedule
 
 
 def instruments(

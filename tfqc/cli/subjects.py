@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfqc.artifact import MANIFEST
-from tfqc.errors import TfqcError
+from tfqc.artifact import MANIFEST, read_manifest
+from tfqc.errors import ArtifactError, TfqcError
 from tfqc.models import ModelSpec, builtin_names, find_model
 from tfqc.schedule import SamplingSchedule
 
@@ -49,8 +50,13 @@ def subject(name: str, model: str | None = None) -> Subject:
 
 
 def is_artifact(name: str) -> bool:
-    """True for a directory with a manifest."""
-    return (Path(name) / MANIFEST).is_file()
+    """True for a directory with a manifest, also if a save of it was killed before it was in its place."""
+    if os.path.lexists(name):
+        return os.path.lexists(Path(name) / MANIFEST)
+    try:
+        return bool(read_manifest(name))
+    except ArtifactError:
+        return False
 
 
 def model_sizes(spec: ModelSpec) -> dict[str, int]:
@@ -73,7 +79,6 @@ def _model(name: str) -> Subject:
 
 def _artifact(name: str, model: str | None) -> Subject:
     import tfqc
-    from tfqc.artifact import read_manifest
 
     manifest = read_manifest(name)
     made_from = str(manifest["model"])
@@ -84,8 +89,8 @@ def _artifact(name: str, model: str | None) -> Subject:
         )
     denoiser = tfqc.load(name)
     spec = find_model(model or made_from)
-    schedule = manifest["schedule"] or {"sampler": {}}
-    if "_class_name" in schedule["sampler"]:
+    schedule = manifest["schedule"]
+    if schedule is not None and "_class_name" in schedule["sampler"]:
         own = SamplingSchedule(tuple(schedule["timesteps"]), schedule["sampler"])
         return Subject(name, denoiser, spec, own.scheduler(), own.sampler["_steps"], artifact_sizes(manifest))
     return Subject(name, denoiser, spec, spec.scheduler, None, artifact_sizes(manifest))

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfqc.errors import IRError
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
-from tfqc.storage import apart
+from tfqc.runtime.tensors import read_header
+from tfqc.storage import read_tensors, read_text, write_tensors, write_text
+
+_MARK = {"tfqc": "program"}  # metadata of tensors that belong to a program, and may be replaced with it
 
 
 def save_program(program: Program, path: Path) -> None:
     """Write `path` (IR text) and its `.safetensors`, each beside its place and renamed into it.
 
     A program without weights has no `.safetensors`; one that stood there is removed.
+
+    Raises:
+        IRError: the `.safetensors` that stands there is no program's.
     """
-    text = render(program)
-    weights, part = path.with_suffix(".safetensors"), path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    text, weights = render(program), _weights(path)
+    if weights.exists() and not _is_ours(weights):
+        raise IRError(f"{weights} stands beside {path.name}, and is no program's: choose another name.")
     if program.has_weights:
-        save_file(apart(program.tensors), part)
-        os.replace(part, weights)
+        write_tensors(weights, program.tensors, _MARK)
     else:
         weights.unlink(missing_ok=True)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, text)
 
 
 def load_program(path: Path) -> Program:
@@ -39,16 +40,21 @@ def load_program(path: Path) -> Program:
     Raises:
         IRError: no such file, malformed text, or tensors of other types than declared.
     """
-    if not path.is_file():
+    if not path.exists():
         raise IRError(f"There is no program {path}.")
-    tensors: dict[str, Tensor] | None = None
-    weights = path.with_suffix(".safetensors")
-    if weights.exists():
-        try:
-            tensors = load_file(weights)
-        except SafetensorError as error:
-            raise IRError(f"{weights} is no whole safetensors file: {error}") from error
+    text, weights = read_text(path, IRError), _weights(path)
+    tensors: dict[str, Tensor] | None = read_tensors(weights, IRError)[0] if weights.exists() else None
+    return parse(text, tensors)
+
+
+def _weights(path: Path) -> Path:
+    if not path.name or path.name == ".." or path.suffix == ".safetensors":
+        raise IRError(f"{path} is no name for a program: give it one that ends in .ir.")
+    return path.with_suffix(".safetensors")
+
+
+def _is_ours(weights: Path) -> bool:
     try:
-        return parse(path.read_text(encoding="utf-8"), tensors)
-    except UnicodeDecodeError as error:
-        raise IRError(f"{path} is no text: {error}") from error
+        return read_header(weights).metadata.items() >= _MARK.items()
+    except (ValueError, OSError):
+        return False

@@ -32,6 +32,7 @@ class ExampleIrBackend(Backend):
 
     name: ClassVar[str] = "example-ir"
     options: ClassVar[type[Any]] = ExampleIrOptions
+    files: ClassVar[frozenset[str]] = frozenset({"program.ir", "program.safetensors"})
 
     def supports(self, program: Program, node: fx.Node, options: ExampleIrOptions) -> Support:
         """All but SiLU."""

@@ -97,6 +97,24 @@ def sound_passes() -> Iterator[tuple[str, type[Pass]]]:
 
 
 @functools.cache
+def load_plugins() -> tuple[str, ...]:
+    """Load the passes and backends of other packages, which register operations and tables when they are imported.
+
+    Returns:
+        A sentence for each that does not load.
+    """
+    broken: list[str] = []
+    for group in _KINDS:
+        for name, entry in entries(group).items():
+            if entry.owner != OWNER:
+                try:
+                    _load(group, name)
+                except SpecError as error:
+                    broken.append(str(error))
+    return tuple(broken)
+
+
+@functools.cache
 def find_backend(name: str) -> type[Backend]:
     """The class of a backend.
 

@@ -4,7 +4,7 @@ Names and options are kebab-case outside and snake_case in Python. Options are t
 dataclass and are read by their type hints; `to_text` prints those that differ from their defaults, so that
 text round-trips. A value with blanks or punctuation stands in quotes, as in JSON; `option=` is the empty
 tuple. Line breaks and `#` comments are blanks, and a comma may stand after the last name. YAML says the same
-as a list of names and of `name: {option: value}`.
+as a list of names and of `name: {option: value}`, without anchors and aliases.
 
 One value has no text: the string "none" as an option of type `str | None`, where `none` is Python's None.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -28,10 +29,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 _BLANK = re.compile(r"(?:\s|#[^\n]*)*")
-_WORD = re.compile(r"[A-Za-z_][\w\-]*")
-_BARE = re.compile(r'[^\s{}",#]+')
-_YAML = re.compile(r"(?:\s|#[^\n]*|---)*-\s")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]{0,127}")
+_BARE = re.compile(r'[^\s{}",#\x00-\x1f\ud800-\udfff]+')
+_YAML = re.compile(r"(?:\s|#[^\n]*+|---)*+-\s")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,300}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _JSON = json.JSONDecoder(strict=False)
+_LONGEST, _DEEPEST, _MOST = 1 << 20, 8, 10_000  # characters, brackets in brackets, values
+_STRANGE = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,18 @@ def parse_specs(text: str) -> list[Spec]:
     Raises:
         SpecError: malformed text, with the place underlined in a note.
     """
+    if len(text) > _LONGEST:
+        raise SpecError(f"The text has {len(text)} characters: {_LONGEST} are as many as specs have.")
+    if strange := _STRANGE.search(text):
+        raise _Reader(text, strange.start()).fail(f"text, not the character {strange[0]!r},")
     return _specs_from_yaml(text) if _YAML.match(text) else _Reader(text).specs()
 
 
 class _Reader:
     """A place in the text, and what is read there."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self, text: str, at: int = 0) -> None:
+        self.text, self.at = text, at
 
     def specs(self) -> list[Spec]:
         found: list[Spec] = []
@@ -102,9 +112,12 @@ class _Reader:
         if not self.text.startswith('"', self.at):
             return self.match(_BARE, "a value")
         try:
-            value, self.at = _JSON.raw_decode(self.text, self.at)
+            value, end = _JSON.raw_decode(self.text, self.at)
         except ValueError as error:
             raise self.fail("a value and its closing quote") from error
+        if half := _SURROGATE.search(value):
+            raise self.fail(f"whole characters, not {half[0]!r},")
+        self.at = end
         return value
 
     def blank(self) -> None:
@@ -126,28 +139,77 @@ class _Reader:
         lines, row = self.text.split("\n"), self.text.count("\n", 0, self.at)
         column = self.at - (self.text.rfind("\n", 0, self.at) + 1)
         where = f"column {column + 1}" if len(lines) == 1 else f"line {row + 1}, column {column + 1}"
-        return SpecError(f"Expected {what} at {where} of {lines[row]!r}.", lines[row], " " * column + "^")
+        begin = max(column - 60, 0)
+        shown = lines[row][begin : begin + 120] if len(lines[row]) > 120 else lines[row]
+        begin, shown = (begin if len(lines[row]) > 120 else 0), _STRANGE.sub("?", shown)
+        return SpecError(f"Expected {what} at {where} of {shown!r}.", shown, " " * (column - begin) + "^")
 
 
 def _specs_from_yaml(text: str) -> list[Spec]:
+    depth = 0
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            anchored = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None
+            if anchored or getattr(event, "tag", None) is not None or depth > _DEEPEST:
+                what = "an anchor, an alias or a tag" if depth <= _DEEPEST else f"more than {_DEEPEST} levels"
+                mark = event.start_mark
+                raise SpecError(f"This YAML has {what} at line {mark.line + 1}, column {mark.column + 1}: no spec has.")
         loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"This is no valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:  # a date of month 99
+        raise SpecError(f"This is no valid YAML: {str(error)[:400]}") from error
+    if not isinstance(loaded, list):
+        raise SpecError("In YAML a spec is a list: `- name` on each line.")
     return [_spec_from_data(item) for item in loaded]
 
 
 def _spec_from_data(item: Any) -> Spec:
     match item:
         case str():
-            return Spec(item)
+            return Spec(_name(item))
         case dict() if len(item) == 1:
             ((name, options),) = item.items()
             if isinstance(options, dict):
-                return Spec(str(name), {kebab(str(key)): _texts(value) for key, value in options.items()})
+                found: dict[str, tuple[str, ...]] = {}
+                for key, value in options.items():
+                    if kebab(option := _name(key)) in found:
+                        raise SpecError(f"In YAML {name!r} has the option {option!r} twice.")
+                    found[kebab(option)] = _texts_of_data(value, option)
+                return Spec(_name(name), found)
         case _:
             pass
-    raise SpecError(f"In YAML an item is a name or `name: {{option: value}}`, not {item!r}.")
+    raise SpecError(f"In YAML an item is a name or `name: {{option: value}}`, not {_shown(item)}.")
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not _WORD.fullmatch(value):
+        raise SpecError(f"In YAML {_shown(value)} is no name of a pass, a target or an option.")
+    return value
+
+
+def _texts_of_data(value: Any, option: str) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    if len(items) > _MOST:
+        raise SpecError(f"In YAML the option {option!r} has {len(items)} values: {_MOST} are as many as options have.")
+    for item in items:
+        if not (item is None or isinstance(item, (str, int, float))):
+            raise SpecError(f"In YAML the option {option!r} has {_shown(item)}: numbers and text can stand there.")
+    try:
+        texts = _texts(value)
+    except ValueError as error:  # a number of more digits than Python prints
+        raise SpecError(f"In YAML the option {option!r} has a number that is too long.") from error
+    if any(_SURROGATE.search(text) for text in texts):
+        raise SpecError(f"In YAML the option {option!r} has a text of half characters.")
+    return texts
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 # -- specs to objects and back -------------------------------------------------------------------------------
@@ -274,18 +336,23 @@ def _convert(hint: Any, given: tuple[str, ...]) -> Any:
         for choice in arguments:
             if _show(choice) == text:
                 return choice
-        raise ValueError(f"{text!r} is not one of {', '.join(map(_show, arguments))}")
+        raise ValueError(f"{_shown(text)} is not one of {', '.join(map(_show, arguments))}")
     if hint is str:
         return text
     if hint is bool:
         if text not in ("true", "false"):
-            raise ValueError(f"{text!r} is neither true nor false")
+            raise ValueError(f"{_shown(text)} is neither true nor false")
         return text == "true"
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise ValueError(f"{text!r} is no {'whole number' if hint is int else 'number'}") from None
+    if hint is int:
+        if not _WHOLE.fullmatch(text):
+            raise ValueError(f"{_shown(text)} is no whole number")
+        return int(text)
+    if hint is float:
+        if text in ("inf", "-inf"):
+            return float(text)
+        if not _NUMBER.fullmatch(text) or math.isinf(value := float(text)):
+            raise ValueError(f"{_shown(text)} is no number")
+        return value
     raise TypeError(f"Options of type {hint!r} are not supported.")
 
 

@@ -27,7 +27,7 @@ class Target:
         """
         specs = parse_specs(text)
         if len(specs) != 1:
-            raise SpecError(f"A target is one name with options, not {text!r}.")
+            raise SpecError(f"A target is one name with options, not {text[:80]!r}.")
         backend = find_backend(specs[0].name)
         return cls(specs[0].name, build(backend.options, specs[0], "target"))
 

@@ -12,7 +12,7 @@ from tests.tiny import tiny
 from tfqc.errors import VerifyError
 from tfqc.ir.program import TIME, Program, Role, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
-from tfqc.ir.types import TensorType
+from tfqc.ir.types import ScalarType, TensorType, Type
 from tfqc.ir.verify import verify
 from tfqc.pipeline import Pipeline
 
@@ -91,18 +91,18 @@ def no_time(p: Program) -> None:
     p.inputs = tuple(dataclasses.replace(i, role=Role.REQUEST) for i in p.inputs)
 
 
-def put(p: Program, target: object, *args: object) -> None:
+def put(p: Program, target: object, type_: Type, *args: object) -> None:
     with p.step.inserting_before(p.node("conv2d")):
         p.step.create_node("call_function", target, args, name="new")  # type: ignore[arg-type]
-    p.types["new"] = TensorType(torch.float32, ())
+    p.types["new"] = type_
 
 
 def assertion(p: Program) -> None:
-    put(p, aten._assert_tensor_metadata.default, p.node("silu"))
+    put(p, aten._assert_tensor_metadata.default, ScalarType("none"), p.node("silu"))
 
 
 def dead(p: Program) -> None:
-    put(p, aten.neg.default, p.node("silu"))
+    put(p, aten.neg.default, p.types["silu"], p.node("silu"))
 
 
 def in_place(p: Program) -> None:

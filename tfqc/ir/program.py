@@ -18,12 +18,13 @@ from torch import Tensor, fx
 from tfqc.errors import TfqcError
 from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.rows import RowSource
-from tfqc.ir.tables import Row, Table
+from tfqc.ir.tables import OpaqueRow, Row, Table, understood
 from tfqc.ir.types import TensorType, Type
 from tfqc.runtime import buffer_name
 
 R = TypeVar("R", bound=Row)
 STEP, TIME, BEGIN = "step", "time", "begin"
+ROWS = "R"  # the symbol of the row index: one row for the whole batch, or one for each of its entries
 Constant = bool | int | float | str | None
 
 
@@ -96,6 +97,9 @@ class Program:
     arguments: tuple[str, ...] = ()
     constants: dict[tuple[str, ...], Constant] = field(default_factory=dict[tuple[str, ...], Constant])
     guards: tuple[str, ...] = ()
+    _nodes: dict[fx.Graph, dict[str, fx.Node]] = field(
+        default_factory=dict[fx.Graph, dict[str, fx.Node]], init=False, repr=False, compare=False
+    )
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -114,10 +118,9 @@ class Program:
         Raises:
             TfqcError: there is none.
         """
-        for node in self.functions[function].nodes:
-            if node.name == name:
-                return node
-        raise TfqcError(f"There is no %{name} in @{function}.")
+        if (node := self._find(name, self.functions[function])) is None:
+            raise TfqcError(f"There is no %{name} in @{function}.")
+        return node
 
     def input(self, role: Role) -> list[Input]:
         """Inputs with a role, in order."""
@@ -140,7 +143,10 @@ class Program:
 
     def table(self, row: type[R]) -> dict[str, R]:
         """Rows of one kind by node name; empty when no pass has provided them."""
-        return self.tables.get(row.table, {})  # type: ignore[return-value]
+        rows = self.tables.get(row.table, {})
+        if any(isinstance(r, OpaqueRow) for r in rows.values()):
+            rows = self.tables[row.table] = understood(row, rows)  # type: ignore[assignment]
+        return rows  # type: ignore[return-value]
 
     @property
     def has_weights(self) -> bool:
@@ -156,8 +162,9 @@ class Program:
     def tensor_node(self, name: str, function: str = STEP) -> fx.Node:
         """The one node of `function` that reads tensor `name`; made if there is none."""
         graph = self.functions[function]
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target == name:
+        usual = self._find(tensor_node_name(name), graph)
+        for node in (usual, *graph.find_nodes(op="get_attr", sort=False)):
+            if node is not None and node.op == "get_attr" and node.target == name:
                 return node
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
             node = graph.create_node("get_attr", name, name=tensor_node_name(name))
@@ -192,9 +199,24 @@ class Program:
     def _fresh(self, name: str | None, target: Any) -> str:
         """A name that no function uses: a name denotes one value in the whole program."""
         base = name or op_name(target).split(".")[1]
-        taken = {n.name for graph in self.functions.values() for n in graph.nodes}
         candidates = (base if i == 0 else f"{base}_{i}" for i in itertools.count())
-        return next(c for c in candidates if c not in taken)
+        return next(c for c in candidates if not any(self._find(c, g) for g in self.functions.values()))
+
+    def _find(self, name: str, graph: fx.Graph) -> fx.Node | None:
+        """The node of a name, looked up in an index that is made anew whenever it turns out to be stale.
+
+        Graphs are edited by anybody, so what is found is checked; and a name that a graph has never given to a node
+        (it remembers all) is not looked for.
+        """
+        if name not in graph._graph_namespace._used_names:
+            return None
+        index = self._nodes.setdefault(graph, {})
+        node = index.get(name)
+        if node is None or node.name != name or node._erased:
+            index.clear()
+            index.update((n.name, n) for n in graph.nodes)
+            node = index.get(name)
+        return node
 
     def add_input(self, name: str, type_: Type, function: str = STEP) -> fx.Node:
         """Append a placeholder to a function."""

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from tfqc.errors import IRError
+from tfqc.ir.cursor import TENSOR
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
-from tfqc.ir.types import DTYPE_NAMES, TensorType
+from tfqc.ir.types import TensorType, dtype_name
 
 VERSION = 1
 
@@ -44,7 +45,7 @@ def _lines(program: Program) -> Iterator[str]:
     yield from (f"guard {_json(guard)}" for guard in program.guards)
     for name in sorted(program.tensors):
         tensor = program.tensors[name]
-        yield f"tensor @{name}: {TensorType(tensor.dtype, tuple(tensor.shape))}"
+        yield f"tensor @{_name(name)}: {TensorType(tensor.dtype, tuple(tensor.shape))}"
     for name, graph in program.functions.items():
         yield ""
         yield from _function(program, name, graph)
@@ -54,7 +55,7 @@ def _lines(program: Program) -> Iterator[str]:
             yield ""
             yield f"table {name}"
             for key, row in sorted(outside.items()):
-                yield f"  {key} {_json(row.to_json())}"
+                yield f"  {_name(key)} {_json(row.to_json())}"
 
 
 def _function(program: Program, name: str, graph: fx.Graph) -> Iterator[str]:
@@ -95,6 +96,11 @@ def _attributes(program: Program, node: fx.Node) -> str:
     return f"   {{{' '.join(parts)}}}" if parts else ""
 
 
+def _name(name: str) -> str:
+    """A tensor's or a row's name, in quotes if it has other characters than names in Python have."""
+    return name if TENSOR.fullmatch(name) else json.dumps(name)
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
@@ -107,7 +113,7 @@ def render_value(value: Any) -> str:
     """
     match value:
         case fx.Node(op="get_attr"):
-            return f"@{value.target}"
+            return f"@{_name(str(value.target))}"
         case fx.Node():
             return f"%{value.name}"
         case None | bool():
@@ -125,7 +131,7 @@ def render_value(value: Any) -> str:
         case dict():
             return "{" + ", ".join(f"{json.dumps(k)}: {render_value(v)}" for k, v in value.items()) + "}"
         case torch.dtype():
-            return f"dtype({DTYPE_NAMES[value]})"
+            return f"dtype({dtype_name(value)})"
         case torch.device():
             return f"device({value})"
         case torch.layout() | torch.memory_format():

@@ -7,6 +7,7 @@ them. Tables that a pass does not preserve are dropped by the pass manager.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Row:
 
 Table = dict[str, Row]
 T = TypeVar("T", bound=type[Row])
+R = TypeVar("R", bound=Row)
 _KINDS: dict[str, type[Row]] = {}
 
 
@@ -55,35 +57,82 @@ def row_kind(cls: T) -> T:
     return cls
 
 
-def row_class(table: str) -> type[Row]:
-    """The row class of a table; tables of plug-ins that are not loaded are read as `OpaqueRow`s."""
+def row_class(table: str, *, inline: bool = False) -> type[Row]:
+    """The row class of a table, from a plug-in if need be; rows of a table that none has are `OpaqueRow`s.
+
+    `inline` says where an opaque row was read, and is to be printed.
+    """
     if table not in _KINDS:
-        kind = type("OpaqueRow", (OpaqueRow,), {"table": table, "__module__": __name__})
-        _KINDS[table] = kind
-    return _KINDS[table]
+        from tfqc.registry import load_plugins
+
+        load_plugins()
+    return _KINDS[table] if table in _KINDS else _opaque(table, inline)
 
 
-def row_from_json(cls: type[Row], value: Any) -> Row:
+@functools.lru_cache(maxsize=256)
+def _opaque(table: str, inline: bool) -> type[OpaqueRow]:
+    return type("OpaqueRow", (OpaqueRow,), {"table": table, "inline": inline, "of_node": inline})
+
+
+def understood(kind: type[R], rows: Mapping[str, Row]) -> dict[str, R]:
+    """Rows of a kind; what was read before its class was loaded is read again."""
+    return {
+        name: row_from_json(kind, row.value) if isinstance(row, OpaqueRow) else row  # type: ignore[misc]
+        for name, row in rows.items()
+    }
+
+
+def row_from_json(cls: type[R], value: Any) -> R:
     """Inverse of `Row.to_json`.
 
     Raises:
-        IRError: the value has other fields than the class.
+        IRError: the value has other fields than the class, or fields of other types.
     """
     if issubclass(cls, OpaqueRow):
         return cls(value)
     fields = dataclasses.fields(cls)
     hints = typing.get_type_hints(cls)
-    values: Mapping[str, Any] = {fields[0].name: value} if len(fields) == 1 else value
+    single = len(fields) == 1
     try:
-        return cls(**{name: _freeze(hints[name], item) for name, item in values.items()})
+        if not single and not isinstance(value, dict):
+            raise TypeError("it is no object")
+        values: Mapping[str, Any] = {fields[0].name: value} if single else value
+        return cls(**{name: _read(hints[name], item) for name, item in values.items()})
     except (TypeError, KeyError, AttributeError) as error:
-        raise IRError(f"{value!r} is no row of table {cls.table!r}, which has {[f.name for f in fields]}.") from error
+        shown = repr(value)
+        shown = shown if len(shown) <= 400 else shown[:397] + "..."
+        names = [f.name for f in fields]
+        raise IRError(f"{shown} is no row of table {cls.table!r}, which has {names}: {error}.") from error
 
 
-def _freeze(hint: Any, value: Any) -> Any:
-    """JSON has lists where rows have tuples."""
-    del hint
-    return tuple(_freeze(None, v) for v in value) if isinstance(value, list) else value
+def _read(hint: Any, value: Any) -> Any:
+    """A JSON value as the type hint of a field wants it: JSON has lists where rows have tuples.
+
+    Raises:
+        TypeError: it is of another type. Hints of other kinds than these take any value.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list):
+        items = typing.cast("list[Any]", value)
+        each = (arguments[0],) * len(items) if arguments[-1] is Ellipsis else arguments
+        if len(each) != len(items):
+            raise TypeError(f"{len(each)} values are wanted, not {len(items)}")
+        return tuple(_read(a, v) for a, v in zip(each, items, strict=True))
+    if origin is Mapping and isinstance(value, dict):
+        return {k: _read(arguments[1], v) for k, v in typing.cast("dict[str, Any]", value).items()}
+    wanted = _WANTED.get(origin or hint)
+    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool)):
+        raise TypeError(f"{str(value)[:80]} is no {getattr(hint, '__name__', hint)}")
+    return _frozen(value)
+
+
+_WANTED: dict[Any, tuple[type, ...]] = {
+    str: (str,), int: (int,), float: (float, int), bool: (bool,), tuple: (list,), Mapping: (dict,),
+}  # fmt: skip
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

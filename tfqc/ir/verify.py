@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from tfqc.errors import VerifyError
-from tfqc.ir.ops import op_name, works_in_place
+from tfqc.errors import IRError, VerifyError
+from tfqc.ir import ops
+from tfqc.ir.consistency import inconsistencies
+from tfqc.ir.infer import Memo, mistyped
+from tfqc.ir.ops import works_in_place
 from tfqc.ir.program import STEP, Program, Role, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
+from tfqc.ir.schema import check_call
+from tfqc.ir.types import TensorType, storable
 
 Check = Callable[[Program], Iterator[str]]
 
@@ -21,7 +26,11 @@ def verify(program: Program, after: str = "") -> None:
     Raises:
         VerifyError: with one sentence for the first broken invariant, and the others as notes.
     """
-    problems = [p for stage, check in CHECKS if stage <= program.stage for p in check(program)]
+    problems = list(_well_formed(program))
+    if not problems:  # what is not well formed has operations that cannot be typed
+        problems += _typed(program)
+    if STEP in program.functions:
+        problems += (p for stage, check in CHECKS if stage <= program.stage for p in check(program))
     if problems:
         context = f" after {after}" if after else ""
         raise VerifyError(f"The program is not a valid {program.stage} program{context}: {problems[0]}", *problems[1:8])
@@ -61,27 +70,38 @@ def _well_formed(program: Program) -> Iterator[str]:
         given = {n.name for n in program.functions[function].nodes if n.op == "placeholder"}
         if function != STEP and (strange := sorted(given - declared)):
             yield f"@{function} has parameter %{strange[0]}, which is no input of the model."
-    for table, rows in program.tables.items():
-        for name, row in rows.items():
-            if row.of_node and name not in names:
-                yield f"table {table} has a row for %{name}, which does not exist."
-            if missing := [t for t in row.tensors() if t not in program.tensors]:
-                yield f"table {table}, row {name}: tensor @{missing[0]} does not exist."
+    yield from inconsistencies(program)
     if program.stage < Stage.FOLDED and parameters != declared:
         yield f"@{STEP} takes {sorted(parameters)} but the model's inputs are {sorted(declared)}."
+    yield from filter(None, (storable(name, tensor.dtype) for name, tensor in program.tensors.items()))
     if not program.input(Role.TIME):
         yield "no input has the role 'time'."
 
 
-ASSERTIONS = (
-    "aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range",
-    "aten.sym_constrain_range_for_size",
-)  # fmt: skip
+def _typed(program: Program) -> Iterator[str]:
+    """Every call is one that its operation takes, and its declared type is what the operation gives."""
+    memo: Memo = {}
+    for graph in program.functions.values():
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                tensor = program.tensors[str(node.target)]
+                if program.types[node.name] != TensorType(tensor.dtype, tuple(tensor.shape)):
+                    yield f"%{node.name} is declared {program.types[node.name]}, which @{node.target} is not."
+            if node.op != "call_function":
+                continue
+            try:
+                check_call(node.target, node.args, node.kwargs, program.types)
+                reason = mistyped(program, node, memo)
+            except IRError as error:
+                yield f"{program.at(node)}: {error}"
+                continue
+            if reason:
+                yield f"{program.at(node)} {reason}."
 
 
 def is_assertion(node: fx.Node) -> bool:
     """True for a node that only checks something and has no value."""
-    return node.op == "call_function" and op_name(node.target).startswith(ASSERTIONS)
+    return node.op == "call_function" and ops.is_assertion(node.target)
 
 
 def _normalized(program: Program) -> Iterator[str]:
@@ -109,7 +129,9 @@ def _decided(program: Program) -> Iterator[str]:
 def _calibrated(program: Program) -> Iterator[str]:
     for name, row in program.table(Quantizer).items():
         for tensor in row.tensors():
-            value = program.tensors[tensor]
+            value = program.tensors.get(tensor)
+            if value is None:
+                continue  # said already
             if not value.is_meta and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 yield f"quantizer of %{name}: @{tensor} holds NaN or infinity."
             if tensor.endswith("scale") and not value.is_meta and not bool((value > 0).all()):
@@ -126,7 +148,6 @@ def _folded(program: Program) -> Iterator[str]:
 
 
 CHECKS: list[tuple[Stage, Check]] = [
-    (Stage.CAPTURED, _well_formed),
     (Stage.NORMALIZED, _normalized),
     (Stage.ANALYZED, _decided),
     (Stage.CALIBRATED, _calibrated),

@@ -12,7 +12,9 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
-from tfqc.frontend.export import call_tree, check_guards, inline_regions, origin_of
+from tfqc.frontend.export import call_tree, inline_regions, origin_of
+from tfqc.frontend.guards import check_guards, guards_of
+from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.program import STEP, Input, Program
@@ -38,7 +40,7 @@ def build_program(
     parameters = [n for n in root.graph.nodes if n.op == "placeholder"]
     leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, parameters))
     for path, parameter in leaves:
-        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        keys = keys_of(path)
         value = parameter.meta.get("val")
         if keys not in by_path:
             mapping[parameter] = value
@@ -51,6 +53,7 @@ def build_program(
         by_path[keys] = dataclasses.replace(by_path[keys], type=type_)
         program.types[by_path[keys].name] = type_
     program.inputs = tuple(by_path.values())
+    program.guards = guards_of(exported, naming, type(model).__name__)
     for node in root.graph.nodes:
         if node.op == "get_attr":
             target = str(node.target)

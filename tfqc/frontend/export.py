@@ -1,4 +1,4 @@
-"""torch.export, and what has to be done to its result: guards checked, regions inlined."""
+"""torch.export, and what has to be done to its result: regions inlined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,49 +69,6 @@ def _source_of(error: BaseException) -> str:
 
 def _short(path: str) -> str:
     return "/".join(path.split("/site-packages/")[-1].split("/")[-4:])
-
-
-def check_guards(
-    root: fx.GraphModule,
-    exported: torch.export.ExportedProgram,
-    dims: Mapping[tuple[str, ...], dict[int, str]],
-    model: str,
-) -> None:
-    """Refuse a capture that holds for the example's sizes only, as after `if x.shape[0] % 2:` in the model's code.
-
-    torch.export remembers such decisions as guards. They must allow a batch of three, and for every other symbol its
-    double or its half.
-    """
-    guards = getattr(root, "_guards_fn", None)
-    if guards is None:
-        return
-    inputs = [n for n in root.graph.nodes if n.op == "placeholder"]
-    leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, inputs))
-    path_of = {n: tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, n in leaves}
-
-    def complaint(symbol: str, resize: Callable[[int], int]) -> str:
-        examples: list[Any] = []
-        for node in inputs:
-            value = node.meta.get("val")
-            if isinstance(value, Tensor):
-                named = dims.get(path_of[node], {})
-                sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in value.shape]
-                sizes = [resize(s) if named.get(d) == symbol else s for d, s in enumerate(sizes)]
-                value = torch.empty(sizes, dtype=value.dtype, device="meta")
-            examples.append(value)
-        try:
-            guards(*examples)
-        except AssertionError as error:
-            return str(error).strip().splitlines()[0].removeprefix("Guard failed: ")
-        return ""
-
-    for symbol in sorted({s for d in dims.values() for s in d.values()}):
-        ways: list[Callable[[int], int]] = [lambda _: 3] if symbol == "B" else [lambda s: 2 * s, lambda s: s // 2]
-        if all(reasons := [complaint(symbol, way) for way in ways]):
-            raise CaptureError(
-                f"{model} cannot be captured for every {symbol}: its code depends on {reasons[0]}.",
-                "An `if` or an int(...) on a size fixes it; so does a view with that size as a number.",
-            )
 
 
 # Regions that change how operations are differentiated or cast, not what they are.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.graph import _Namespace
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
-from tfqc.ir.program import Input, Role
+from tfqc.ir.program import Constant, Input, Role
 from tfqc.ir.types import TensorType
 
 # What diffusers calls the inputs of its denoisers. Anything else that is a tensor is constant over one image.
@@ -25,13 +27,25 @@ Example = Mapping[str, Any] | Sequence[Any]
 DynamicDims = Mapping[str, Mapping[int, str]]
 
 
+def parameters_of(model: torch.nn.Module) -> dict[str, inspect.Parameter]:
+    """The model's arguments by name, in the order of `forward`."""
+    parameters = inspect.signature(model.forward).parameters
+    return {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
 def arguments_by_name(model: torch.nn.Module, example: Example) -> dict[str, Any]:
+    """Example arguments in the order of `forward`; None where that is the default is no argument."""
     parameters = list(inspect.signature(model.forward).parameters.values())
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if isinstance(example, Mapping):
-        arguments = {str(k): v for k, v in example.items() if v is not None}
-    else:
-        arguments = {k: v for k, v in zip(names, example, strict=False) if v is not None}
+    names = list(known := parameters_of(model))
+    if not isinstance(example, Mapping):
+        if len(example) > len(names):
+            raise CaptureError(
+                f"{type(model).__name__} takes {len(names)} inputs ({', '.join(names)}), not {len(example)}: give "
+                "those beyond as a mapping by name."
+            )
+        example = dict(zip(names, example, strict=False))
+    optional = {*example} - {*names} | {k for k, p in known.items() if p.default is None}
+    arguments = {str(k): v for k, v in example.items() if v is not None or k not in optional}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not open_ended and (unknown := [k for k in arguments if k not in names]):
         raise CaptureError(f"{type(model).__name__} takes no input {unknown[0]!r}; it takes {', '.join(names)}.")
@@ -41,15 +55,46 @@ def arguments_by_name(model: torch.nn.Module, example: Example) -> dict[str, Any
     return dict(sorted(arguments.items(), key=lambda item: order.get(item[0], len(order))))
 
 
+def keys_of(path: Sequence[Any]) -> tuple[str, ...]:
+    """A leaf's place in a call, from what pytree calls it."""
+    return tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
 def tensors_by_path(arguments: Mapping[str, Any]) -> dict[tuple[str, ...], Tensor]:
     found: dict[tuple[str, ...], Tensor] = {}
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
     for path, leaf in leaves:
-        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        keys = keys_of(path)
         if isinstance(leaf, Tensor):
             found[keys] = leaf
         elif keys[-1] in TIME_NAMES and isinstance(leaf, (int, float)):
             found[keys] = torch.tensor(leaf)
+    return found
+
+
+def constants_of(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[tuple[str, ...], Constant]:
+    """What a capture fixes: leaves of the call that are no tensors, and the numbers that are defaults of the others.
+
+    Raises:
+        CaptureError: a leaf is neither a number nor a text, so that no later call could be compared with it.
+    """
+    found: dict[tuple[str, ...], Constant] = {}
+    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
+    for path, leaf in leaves:
+        keys = keys_of(path)
+        if keys == ("return_dict",) or isinstance(leaf, Tensor):
+            continue
+        if isinstance(leaf, (np.number, np.bool_)):
+            leaf = leaf.item()
+        if not isinstance(leaf, (bool, int, float, str, NoneType)):
+            raise CaptureError(
+                f"The input {'.'.join(keys)!r} is a {type(leaf).__name__}: only tensors, numbers, texts and None can "
+                "be captured. Set it in a module of your own around the model."
+            )
+        found[keys] = leaf
+    for name, parameter in parameters_of(model).items():
+        if name != "return_dict" and name not in arguments and isinstance(parameter.default, (bool, int, float, str)):
+            found[(name,)] = parameter.default
     return found
 
 

@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 import tfqc
 from tfqc.errors import CaptureError
+from tfqc.frontend.names import printable, tensor_names
 from tfqc.ir.program import Origin
+
+_TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
 # Where code that is not the model's own lies: torch's, ours, and what is made up on the way.
 _NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, tfqc)), "<")
@@ -71,6 +75,25 @@ def _short(path: str) -> str:
     return "/".join(path.split("/site-packages/")[-1].split("/")[-4:])
 
 
+def graph_module(exported: torch.export.ExportedProgram, model: str) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph with the model's tensors as attributes, and what those are called: {name there: name in the model}."""
+    specs = [*exported.graph_signature.input_specs, *exported.graph_signature.output_specs]
+    own = [str(spec.target) for spec in specs if spec.kind in _TENSORS]
+    names = tensor_names(dict.fromkeys(own))
+    for spec in specs:
+        if spec.kind in _TENSORS:
+            spec.target = names[str(spec.target)]
+    exported._state_dict = {names.get(name, name): value for name, value in exported._state_dict.items()}
+    exported._constants = {names.get(name, name): value for name, value in exported._constants.items()}
+    try:
+        return exported.module(check_guards=True), {name: original for original, name in names.items()}
+    except Exception as error:
+        raise CaptureError(
+            f"{model} has submodules or parameters with names that torch.export cannot restore; rename them.",
+            str(error),
+        ) from error
+
+
 # Regions that change how operations are differentiated or cast, not what they are.
 _REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 
@@ -119,4 +142,4 @@ def origin_of(node: fx.Node) -> Origin:
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     own = [(f, n) for f, n in frames if not f.startswith(_NOT_THE_MODELS)] or frames
     source = f"{_short(own[-1][0]).rpartition('/')[2]}:{own[-1][1]}" if own else ""
-    return Origin(modules[-1] if modules else "", source)
+    return Origin(printable(modules[-1]) if modules else "", printable(source))

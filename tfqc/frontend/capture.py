@@ -8,7 +8,7 @@ import torch
 
 from tfqc.errors import CaptureError
 from tfqc.frontend.build import build_program
-from tfqc.frontend.export import export
+from tfqc.frontend.export import export, shared_by_all
 from tfqc.frontend.inputs import (
     DynamicDims,
     Example,
@@ -17,6 +17,7 @@ from tfqc.frontend.inputs import (
     constants_of,
     parameters_of,
     prepare,
+    replaced,
     tensors_by_path,
 )
 from tfqc.ir.program import Program
@@ -57,6 +58,10 @@ def capture(
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
     arguments, dims = prepare(arguments, inputs, flat, dict(dynamic or {}))
     exported = export(model, arguments, dims)
+    if shared := shared_by_all(exported, inputs, dims):
+        for path in shared:
+            del dims[path][0]
+        exported = export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
     program = build_program(model, exported, inputs, dims, name or type(model).__name__)
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
     program.constants = constants

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 import tfqc
 from tfqc.errors import CaptureError
+from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.names import printable, tensor_names
-from tfqc.ir.program import Origin
+from tfqc.ir.program import Input, Origin, Role
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
@@ -126,6 +127,25 @@ def inline_regions(root: fx.GraphModule) -> None:
         root.graph.erase_node(node)
         if not region.users:
             root.graph.erase_node(region)
+
+
+def shared_by_all(
+    exported: torch.export.ExportedProgram, inputs: Iterable[Input], dims: Mapping[tuple[str, ...], dict[int, str]]
+) -> list[tuple[str, ...]]:
+    """Places of inputs that are one for all images: their first dimension is as long as the example's batch by chance.
+
+    The model never brings that dimension together with the batch. (A time is one for each image, whatever it does.)
+    """
+    parameters = [n for n in exported.graph.nodes if n.op == "placeholder"][
+        -len(exported.graph_signature.user_inputs) :
+    ]
+    leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, parameters))
+    first = {
+        keys_of(path): str(n.meta["val"].shape[0]) for path, n in leaves if dims.get(keys_of(path), {}).get(0) == "B"
+    }
+    batch = next(first[i.path] for i in inputs if i.role is Role.SAMPLE)
+    requests = [i.path for i in inputs if i.role is Role.REQUEST]
+    return [path for path in requests if not batch.isdigit() and first.get(path, batch) != batch]
 
 
 def call_tree(exported: torch.export.ExportedProgram, parameters: list[fx.Node]) -> dict[str, Any]:

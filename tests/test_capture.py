@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import find, first, with_batch
 from tests.models import MODELS, Example, timeless
 from tfqc.errors import CaptureError
 from tfqc.frontend import capture
+from tfqc.ir.parse import parse
 from tfqc.ir.program import Program, Role
+from tfqc.ir.render import render
 from tfqc.ir.types import TensorType, symbols_of
 
 X, T = torch.linspace(-1, 1, 12).reshape(2, 6), torch.tensor([7, 421])
@@ -146,6 +150,57 @@ def test_an_unknown_input_is_refused() -> None:
         capture(model, {**inputs, "mask": X})
 
 
+# -- what a call is ------------------------------------------------------------------------------------------
+
+
+class Called(Linear):
+    def forward(
+        self, x: Tensor, t: Tensor, frames: int = 1, *, scale: float = 0.5, mode: str = "a", mask: Tensor | None = None,
+        sizes: Any = None, return_dict: bool = True,
+    ) -> Tensor:  # fmt: skip
+        return self.inner(x) * frames * scale + t[:, None] * (sizes["s"][0][1] if sizes else 1)
+
+
+def test_arguments_and_constants_of_a_call() -> None:
+    program = capture(Called(), {"t": T, "x": X, "frames": 2, "sizes": {"s": [(4, 3)], "of": None}})
+    assert program.arguments == ("x", "t", "frames", "scale", "mode", "mask", "sizes", "return_dict")
+    assert program.constants == {
+        ("frames",): 2, ("sizes", "s", "0", "0"): 4, ("sizes", "s", "0", "1"): 3, ("sizes", "of"): None,
+        ("scale",): 0.5, ("mode",): "a",
+    }  # fmt: skip
+    again = parse(render(program), program.tensors)
+    assert (again.arguments, again.constants) == (program.arguments, program.constants)
+
+
+def test_none_for_a_number_is_captured_as_none() -> None:
+    class Scaled(Linear):
+        def forward(self, x: Tensor, t: Tensor, scale: float | None = 3.0) -> Tensor:
+            return self.inner(x) * (7.0 if scale is None else scale) + t[:, None]
+
+    program = capture(Scaled(), {"x": X, "t": T, "scale": None})
+    assert program.constants == {("scale",): None}
+    assert any(7.0 in n.args for n in program.step.nodes)
+
+
+def test_infinity_may_be_a_constant() -> None:
+    program = capture(Called(), {"x": X, "t": T, "scale": math.inf})
+    assert program.constants["scale",] == math.inf
+    assert parse(render(program), program.tensors).constants["scale",] == math.inf
+
+
+@pytest.mark.parametrize("value", [torch.float16, slice(1), 1j, Role.TIME.__class__])
+def test_what_no_call_could_be_compared_with_is_refused(value: Any) -> None:
+    with pytest.raises(
+        CaptureError, match=r"The input 'sizes.s' is a \w+: only tensors, numbers, texts and None can be"
+    ):
+        capture(Called(), {"x": X, "t": T, "sizes": {"s": value}})
+
+
+def test_too_many_inputs_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"InPlace takes 2 inputs \(x, t\), not 3"):
+        capture(MODELS["in-place"]()[0], (X, T, X))
+
+
 # -- what torch.export leaves in a graph ---------------------------------------------------------------------
 
 
@@ -230,6 +285,67 @@ def test_dynamic_height_and_width(example: Callable[[str], Example]) -> None:
     assert program.symbols == {"B": 2, "H": 8, "W": 8}
     call = {**inputs, "sample": torch.linspace(-1, 1, 2 * 4 * 12 * 4).reshape(2, 4, 12, 4)}
     torch.testing.assert_close(first(program(**call)), first(model(**call)), rtol=0, atol=0)
+
+
+def test_even_height_and_width_are_guards(example: Callable[[str], Example]) -> None:
+    model, inputs = example("unet-sd")
+    program = capture(model, inputs, dynamic={"sample": {2: "H", 3: "W"}})
+    assert program.guards == ("H % 2 == 0", "W % 2 == 0")
+    assert parse(render(program), program.tensors).guards == program.guards
+
+
+class Sizes(nn.Module):
+    """`code(x)` beside a time; x is Bx3xHxW."""
+
+    def __init__(self, code: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.code = nn.Conv2d(3, 3, 5), code
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.code(x) * t.reshape(-1, *[1] * (self.code(x).dim() - 1)) + self.inner.weight.sum()
+
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 12).reshape(2, 3, 16, 12)
+
+
+@pytest.mark.parametrize(
+    ("code", "guards"),
+    [
+        (lambda x: x * 2, ()),
+        (lambda x: x * 2 if x.shape[2] > 8 else x, ("H > 8",)),
+        (lambda x: x * 2 if x.shape[2] > 8 and x.shape[2] > 4 else x, ("H > 8",)),
+        (lambda x: x * 2 if x.shape[2] * x.shape[3] < 40000 else x, ("H*W < 40000",)),
+        (lambda x: x * 2 if x.shape[2] != 50 else x, ("H != 50",)),
+        (lambda x: x * 2 if x.shape[2] / 4 > 2.5 else x, ("H > 10",)),
+        (lambda x: x * 2 if x.shape[0] < 100 else x, ("B < 100",)),
+        (lambda x: x.contiguous() if x.shape[0] == 1 else x * 2, ()),
+        (lambda x: F.pad(x, (3, 3, 3, 3), mode="reflect"), ("H > 3", "W > 3")),
+        (lambda x: F.conv2d(x, torch.ones(3, 3, 5, 3)), ("H >= 5", "W >= 3")),
+        (lambda x: F.interpolate(x, scale_factor=0.5), ()),
+        (lambda x: x.unflatten(2, (4, -1)), ("H % 4 == 0",)),
+        (lambda x: torch.cat([F.interpolate(x[:, :, ::2], scale_factor=(2.0, 1.0)), x], 1), ("H % 2 == 0",)),
+    ],
+)
+def test_what_sizes_have_to_fulfil(code: Callable[[Tensor], Tensor], guards: tuple[str, ...]) -> None:
+    program = capture(Sizes(code), {"x": IMAGES, "t": T}, dynamic={"x": {2: "H", 3: "W"}})
+    assert program.guards == guards
+    assert program.symbols == {"B": 2, "H": 16, "W": 12}
+
+
+def test_a_new_layout_for_large_batches_is_no_guard() -> None:
+    class Lays(Linear):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if x.shape[0] >= 64:
+                x = x.contiguous()
+            return self.inner(x) + t[:, None]
+
+    assert capture(Lays(), {"x": X, "t": T}).guards == ()
+
+
+def test_a_condition_that_calls_cannot_be_checked_for_is_refused() -> None:
+    root = Sizes(lambda x: x * 2 if x.shape[2] ** 0.5 > 3 else x)
+    with pytest.raises(CaptureError, match=r"Sizes decides by .*H.* at test_capture.py:\d+, which is no integer arith"):
+        capture(root, {"x": IMAGES, "t": T}, dynamic={"x": {2: "H"}})
 
 
 def test_square_images_only_is_said(example: Callable[[str], Example]) -> None:

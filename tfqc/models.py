@@ -16,6 +16,8 @@ from torch import Tensor
 from tfqc.calibration import Calibration
 from tfqc.errors import CaptureError, suggest
 from tfqc.examples import example_inputs
+from tfqc.frontend.inputs import arguments_by_name, inputs_of, replaced
+from tfqc.ir.program import Input, Role
 from tfqc.sampling import initial_noise
 
 Conditions = Callable[[int, int], tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]
@@ -50,10 +52,19 @@ class ModelSpec:
         """Shape of one noisy sample, from the example inputs."""
         return tuple(self._noisy().shape[1:])
 
+    def call(self, noisy: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the model: the example's, with a sample, timesteps [N], conditions by dotted name."""
+        given = {Role.SAMPLE: noisy, Role.TIME: time}
+        values = {i.path: given.get(i.role, conditions.get(".".join(i.path), v)) for i, v in self._inputs()}
+        arguments = arguments_by_name(self.model, self.example_inputs)
+        arguments.pop("return_dict", None)
+        return replaced(arguments, values)
+
+    def _inputs(self) -> list[tuple[Input, Tensor]]:
+        return inputs_of(self.model, self.example_inputs, self.roles)
+
     def _noisy(self) -> Tensor:
-        named = [v for k, v in self.example_inputs.items() if k in ("sample", "hidden_states")]
-        by_role = [self.example_inputs[k] for k, r in (self.roles or {}).items() if r == "sample"]
-        return (by_role + named)[0]
+        return next(value for item, value in self._inputs() if item.role is Role.SAMPLE)
 
     def _per_image(self, value: Tensor) -> bool:
         """True for an example input that has a row for each image."""
@@ -72,20 +83,7 @@ class ModelSpec:
         return self.conditions is None and bool(self._requests())
 
     def _requests(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-
-        def walk(value: Any, path: tuple[str, ...]) -> None:
-            if isinstance(value, Mapping):
-                for key, item in value.items():
-                    walk(item, (*path, str(key)))
-            elif isinstance(value, Tensor):
-                found[".".join(path)] = value
-
-        walk(self.example_inputs, ())
-        skip = {"sample", "hidden_states", "timestep", "timesteps"} | {
-            k for k, r in (self.roles or {}).items() if r != "request"
-        }
-        return {k: v for k, v in found.items() if k not in skip}
+        return {".".join(item.path): value for item, value in self._inputs() if item.role is Role.REQUEST}
 
     def _random_conditions(self, n: int, seed: int) -> tuple[dict[str, Tensor], None]:
         generator = torch.Generator().manual_seed(seed)

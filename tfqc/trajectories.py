@@ -106,17 +106,17 @@ def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callab
     assert calibration is not None and schedule is not None
     rows = slice(start, start + calibration.batch_size)
     seen: dict[float, Tensor] = {}
-    names = {".".join(i.path): i.name for i in program.input(Role.REQUEST)}
+    wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
     request: dict[str, Tensor] = {}
 
-    def denoiser(x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
+    def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
         tick()
         conditions |= calibration.shared
-        if lacking := [n for n in names if n not in conditions]:
+        if lacking := [n for n in wanted if n not in conditions]:
             raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
-        request.update({names[k]: v for k, v in conditions.items() if k in names})
+        request.update({item.name: conditions[k] for k, item in wanted.items()})
         seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
-        given = {tuple(k.split(".")): v for k, v in conditions.items() if k in names}
+        given = {item.path: conditions[k] for k, item in wanted.items()}
         noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
         result = program(**nested({noisy: x, time: t, **given}))
         output = result[0] if isinstance(result, tuple) else result

@@ -61,7 +61,7 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
     bar = ctx.progress.track(range(len(ctx.schedule.scheduler().timesteps)), what)
     latents: list[Tensor] = []
 
-    def denoiser(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Tensor:
         next(bar, None)
         at = position[float(t)]
         run.values = {name: value[at].expand(len(x), *value.shape[1:]) for name, value in features.items()}

@@ -12,7 +12,9 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
-from tfqc.frontend.export import call_tree, check_guards, inline_regions, origin_of
+from tfqc.frontend.export import call_tree, graph_module, inline_regions, origin_of
+from tfqc.frontend.guards import check_guards, guards_of
+from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.program import STEP, Input, Program
@@ -26,7 +28,7 @@ def build_program(
     dims: Mapping[tuple[str, ...], dict[int, str]],
     name: str,
 ) -> Program:
-    root = exported.module(check_guards=True)
+    root, originals = graph_module(exported, type(model).__name__)
     check_guards(root, exported, dims, type(model).__name__)
     inline_regions(root)
     tensors = _tensors_of(model)
@@ -38,29 +40,30 @@ def build_program(
     parameters = [n for n in root.graph.nodes if n.op == "placeholder"]
     leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, parameters))
     for path, parameter in leaves:
-        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        keys = keys_of(path)
         value = parameter.meta.get("val")
         if keys not in by_path:
             mapping[parameter] = value
             continue
         if isinstance(value, Tensor):
             naming.bind(value, dims[keys])
-        mapping[parameter] = graph.placeholder(by_path[keys].name)
+        word = by_path[keys].name
+        mapping[parameter] = graph.create_node("placeholder", word, name=word)
         type_ = naming.type(value)
         assert isinstance(type_, TensorType)
         by_path[keys] = dataclasses.replace(by_path[keys], type=type_)
         program.types[by_path[keys].name] = type_
     program.inputs = tuple(by_path.values())
+    program.guards = guards_of(exported, naming, type(model).__name__)
     for node in root.graph.nodes:
         if node.op == "get_attr":
             target = str(node.target)
-            tensor = tensors.get(target)
+            tensor = tensors.get(originals.get(target, target))
             if tensor is None:  # a constant that the model's code made, lifted by torch.export
                 tensor = _attribute(root, target)
                 if not isinstance(tensor, Tensor):
                     raise CaptureError(f"The model keeps {target!r}, a {type(tensor).__name__}: only tensors can be.")
-            if target not in program.tensors:
-                program.tensors[target] = tensor.detach()
+            program.tensors.setdefault(target, tensor.detach())
             mapping[node] = target
         elif node.op == "call_module" and node.target != "_guards_fn":
             raise CaptureError(f"torch.export left a call of submodule {node.target!r} in the graph.")

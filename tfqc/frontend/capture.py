@@ -8,8 +8,18 @@ import torch
 
 from tfqc.errors import CaptureError
 from tfqc.frontend.build import build_program
-from tfqc.frontend.export import export
-from tfqc.frontend.inputs import DynamicDims, Example, arguments_by_name, assign_roles, prepare, tensors_by_path
+from tfqc.frontend.export import export, shared_by_all
+from tfqc.frontend.inputs import (
+    DynamicDims,
+    Example,
+    arguments_by_name,
+    assign_roles,
+    constants_of,
+    parameters_of,
+    prepare,
+    replaced,
+    tensors_by_path,
+)
 from tfqc.ir.program import Program
 from tfqc.ir.types import SYMBOL
 
@@ -40,10 +50,19 @@ def capture(
             model's source at which it did), or the model's code took a way that is right for some batches only.
     """
     arguments = arguments_by_name(model, example_inputs)
-    flat = tensors_by_path(arguments)
-    inputs = assign_roles(flat, dict(roles or {}), dict(domains or {}))
+    flat = tensors_by_path(arguments, roles or {})
+    inputs = assign_roles(flat, roles or {}, domains or {})
     if strange := [s for d in (dynamic or {}).values() for s in d.values() if not SYMBOL.fullmatch(s)]:
         raise CaptureError(f"{strange[0]!r} is no name for a dimension: use capital letters, such as 'H'.")
+    paths = {i.path for i in inputs}
+    constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
     arguments, dims = prepare(arguments, inputs, flat, dict(dynamic or {}))
     exported = export(model, arguments, dims)
-    return build_program(model, exported, inputs, dims, name or type(model).__name__)
+    if shared := shared_by_all(exported, inputs, dims):
+        for path in shared:
+            del dims[path][0]
+        exported = export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
+    program = build_program(model, exported, inputs, dims, name or type(model).__name__)
+    program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
+    program.constants = constants
+    return program

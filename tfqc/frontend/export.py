@@ -1,4 +1,4 @@
-"""torch.export, and what has to be done to its result: guards checked, regions inlined."""
+"""torch.export, and what has to be done to its result: regions inlined."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 import tfqc
 from tfqc.errors import CaptureError
-from tfqc.ir.program import Origin
+from tfqc.frontend.inputs import keys_of
+from tfqc.frontend.names import printable, tensor_names
+from tfqc.ir.program import Input, Origin, Role
+
+_TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
 # Where code that is not the model's own lies: torch's, ours, and what is made up on the way.
 _NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, tfqc)), "<")
@@ -71,47 +76,23 @@ def _short(path: str) -> str:
     return "/".join(path.split("/site-packages/")[-1].split("/")[-4:])
 
 
-def check_guards(
-    root: fx.GraphModule,
-    exported: torch.export.ExportedProgram,
-    dims: Mapping[tuple[str, ...], dict[int, str]],
-    model: str,
-) -> None:
-    """Refuse a capture that holds for the example's sizes only, as after `if x.shape[0] % 2:` in the model's code.
-
-    torch.export remembers such decisions as guards. They must allow a batch of three, and for every other symbol its
-    double or its half.
-    """
-    guards = getattr(root, "_guards_fn", None)
-    if guards is None:
-        return
-    inputs = [n for n in root.graph.nodes if n.op == "placeholder"]
-    leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, inputs))
-    path_of = {n: tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, n in leaves}
-
-    def complaint(symbol: str, resize: Callable[[int], int]) -> str:
-        examples: list[Any] = []
-        for node in inputs:
-            value = node.meta.get("val")
-            if isinstance(value, Tensor):
-                named = dims.get(path_of[node], {})
-                sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in value.shape]
-                sizes = [resize(s) if named.get(d) == symbol else s for d, s in enumerate(sizes)]
-                value = torch.empty(sizes, dtype=value.dtype, device="meta")
-            examples.append(value)
-        try:
-            guards(*examples)
-        except AssertionError as error:
-            return str(error).strip().splitlines()[0].removeprefix("Guard failed: ")
-        return ""
-
-    for symbol in sorted({s for d in dims.values() for s in d.values()}):
-        ways: list[Callable[[int], int]] = [lambda _: 3] if symbol == "B" else [lambda s: 2 * s, lambda s: s // 2]
-        if all(reasons := [complaint(symbol, way) for way in ways]):
-            raise CaptureError(
-                f"{model} cannot be captured for every {symbol}: its code depends on {reasons[0]}.",
-                "An `if` or an int(...) on a size fixes it; so does a view with that size as a number.",
-            )
+def graph_module(exported: torch.export.ExportedProgram, model: str) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph with the model's tensors as attributes, and what those are called: {name there: name in the model}."""
+    specs = [*exported.graph_signature.input_specs, *exported.graph_signature.output_specs]
+    own = [str(spec.target) for spec in specs if spec.kind in _TENSORS]
+    names = tensor_names(dict.fromkeys(own))
+    for spec in specs:
+        if spec.kind in _TENSORS:
+            spec.target = names[str(spec.target)]
+    exported._state_dict = {names.get(name, name): value for name, value in exported._state_dict.items()}
+    exported._constants = {names.get(name, name): value for name, value in exported._constants.items()}
+    try:
+        return exported.module(check_guards=True), {name: original for original, name in names.items()}
+    except Exception as error:
+        raise CaptureError(
+            f"{model} has submodules or parameters with names that torch.export cannot restore; rename them.",
+            str(error),
+        ) from error
 
 
 # Regions that change how operations are differentiated or cast, not what they are.
@@ -148,6 +129,25 @@ def inline_regions(root: fx.GraphModule) -> None:
             root.graph.erase_node(region)
 
 
+def shared_by_all(
+    exported: torch.export.ExportedProgram, inputs: Iterable[Input], dims: Mapping[tuple[str, ...], dict[int, str]]
+) -> list[tuple[str, ...]]:
+    """Places of inputs that are one for all images: their first dimension is as long as the example's batch by chance.
+
+    The model never brings that dimension together with the batch. (A time is one for each image, whatever it does.)
+    """
+    parameters = [n for n in exported.graph.nodes if n.op == "placeholder"][
+        -len(exported.graph_signature.user_inputs) :
+    ]
+    leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, parameters))
+    first = {
+        keys_of(path): str(n.meta["val"].shape[0]) for path, n in leaves if dims.get(keys_of(path), {}).get(0) == "B"
+    }
+    batch = next(first[i.path] for i in inputs if i.role is Role.SAMPLE)
+    requests = [i.path for i in inputs if i.role is Role.REQUEST]
+    return [path for path in requests if not batch.isdigit() and first.get(path, batch) != batch]
+
+
 def call_tree(exported: torch.export.ExportedProgram, parameters: list[fx.Node]) -> dict[str, Any]:
     assert exported.call_spec.in_spec is not None
     _, kwargs = pytree.tree_unflatten(parameters, exported.call_spec.in_spec)
@@ -162,4 +162,4 @@ def origin_of(node: fx.Node) -> Origin:
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     own = [(f, n) for f, n in frames if not f.startswith(_NOT_THE_MODELS)] or frames
     source = f"{_short(own[-1][0]).rpartition('/')[2]}:{own[-1][1]}" if own else ""
-    return Origin(modules[-1] if modules else "", source)
+    return Origin(printable(modules[-1]) if modules else "", printable(source))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.fx.graph import _Namespace
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
-from tfqc.ir.program import Input, Role
+from tfqc.frontend.names import input_names
+from tfqc.ir.program import Constant, Input, Role
 from tfqc.ir.types import TensorType
 
 # What diffusers calls the inputs of its denoisers. Anything else that is a tensor is constant over one image.
@@ -25,36 +27,96 @@ Example = Mapping[str, Any] | Sequence[Any]
 DynamicDims = Mapping[str, Mapping[int, str]]
 
 
+def parameters_of(model: torch.nn.Module) -> dict[str, inspect.Parameter]:
+    """The model's arguments by name, in the order of `forward`."""
+    parameters = inspect.signature(model.forward).parameters
+    return {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
 def arguments_by_name(model: torch.nn.Module, example: Example) -> dict[str, Any]:
+    """Example arguments in the order of `forward`; None where that is the default is no argument."""
     parameters = list(inspect.signature(model.forward).parameters.values())
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if isinstance(example, Mapping):
-        arguments = {str(k): v for k, v in example.items() if v is not None}
-    else:
-        arguments = {k: v for k, v in zip(names, example, strict=False) if v is not None}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    if not open_ended and (unknown := [k for k in arguments if k not in names]):
-        raise CaptureError(f"{type(model).__name__} takes no input {unknown[0]!r}; it takes {', '.join(names)}.")
+    names = list(known := parameters_of(model))
+    if not isinstance(example, Mapping):
+        if len(example) > len(names):
+            raise CaptureError(
+                f"{type(model).__name__} takes {len(names)} inputs ({', '.join(names)}), not {len(example)}: give "
+                "those beyond as a mapping by name."
+            )
+        example = dict(zip(names, example, strict=False))
+    optional = {*example} - {*names} | {k for k, p in known.items() if p.default is None}
+    arguments = {str(k): v for k, v in example.items() if v is not None or k not in optional}
+    if unknown := [k for k in arguments if k not in names]:
+        rest = next((f"**{p.name}" for p in parameters if p.kind is p.VAR_KEYWORD), "")
+        how = (
+            f" but in {rest}, which torch.export does not read: write a module around it that names it" if rest else ""
+        )
+        raise CaptureError(f"{type(model).__name__} takes no input {unknown[0]!r}{how}; it takes {', '.join(names)}.")
     if "return_dict" in names:
         arguments["return_dict"] = False
     order = {n: i for i, n in enumerate(names)}
     return dict(sorted(arguments.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def tensors_by_path(arguments: Mapping[str, Any]) -> dict[tuple[str, ...], Tensor]:
-    found: dict[tuple[str, ...], Tensor] = {}
+def keys_of(path: Sequence[Any]) -> tuple[str, ...]:
+    """A leaf's place in a call, from what pytree calls it."""
+    return tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def tensors_by_path(arguments: Mapping[str, Any], roles: Mapping[str, str]) -> dict[tuple[str, ...], Tensor]:
+    """Tensors of a call, and a timestep that is a Python number as one."""
+    leaves = {keys_of(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
+    numbers = {p for p, leaf in leaves.items() if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)}
+    tensors = {p for p, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    times = _in_role(Role.TIME, tensors | numbers, roles)
+    return {p: torch.as_tensor(leaf) for p, leaf in leaves.items() if p in tensors or (p in numbers and p in times)}
+
+
+_USUAL = {Role.SAMPLE: SAMPLE_NAMES, Role.TIME: TIME_NAMES}
+
+
+def _in_role(role: Role, paths: Collection[tuple[str, ...]], roles: Mapping[str, str]) -> set[tuple[str, ...]]:
+    """Places that have a role: as the caller says, else by the usual names, those that are nested least."""
+    if role in roles.values():
+        return {path for path in paths if roles.get(".".join(path)) == role}
+    usual = [path for path in paths if path[-1] in _USUAL[role] and ".".join(path) not in roles]
+    return {path for path in usual if len(path) == min(map(len, usual))}
+
+
+def constants_of(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[tuple[str, ...], Constant]:
+    """What a capture fixes: leaves of the call that are no tensors, and the numbers that are defaults of the others.
+
+    Raises:
+        CaptureError: a leaf is neither a number nor a text, so that no later call could be compared with it.
+    """
+    found: dict[tuple[str, ...], Constant] = {}
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
     for path, leaf in leaves:
-        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        if isinstance(leaf, Tensor):
-            found[keys] = leaf
-        elif keys[-1] in TIME_NAMES and isinstance(leaf, (int, float)):
-            found[keys] = torch.tensor(leaf)
+        keys = keys_of(path)
+        if keys == ("return_dict",) or isinstance(leaf, Tensor):
+            continue
+        if isinstance(leaf, (np.number, np.bool_)):
+            leaf = leaf.item()
+        if not isinstance(leaf, (bool, int, float, str, NoneType)):
+            raise CaptureError(
+                f"The input {'.'.join(keys)!r} is a {type(leaf).__name__}: only tensors, numbers, texts and None can "
+                "be captured. Set it in a module of your own around the model."
+            )
+        found[keys] = leaf
+    for name, parameter in parameters_of(model).items():
+        if name != "return_dict" and name not in arguments and isinstance(parameter.default, (bool, int, float, str)):
+            found[(name,)] = parameter.default
     return found
 
 
-def assign_roles(flat: Mapping[tuple[str, ...], Tensor], roles: dict[str, str], domains: dict[str, int]) -> list[Input]:
+def assign_roles(
+    flat: Mapping[tuple[str, ...], Tensor], roles: Mapping[str, str], domains: Mapping[str, int]
+) -> list[Input]:
+    """One Input for each tensor of a call: the one list that says which is the sample and which the time."""
     names = {".".join(path): path for path in flat}
+    if len(names) < len(flat):
+        twice = next(".".join(path) for path in flat if names[".".join(path)] != path)
+        raise CaptureError(f"Two inputs are called {twice!r}: keys with a dot cannot be told from nested ones.")
     for given in (*roles, *domains):
         if given not in names:
             raise CaptureError(f"There is no input {given!r} to give a role; the inputs are {', '.join(names)}.")
@@ -62,21 +124,11 @@ def assign_roles(flat: Mapping[tuple[str, ...], Tensor], roles: dict[str, str], 
     if unknown:
         raise CaptureError(f"{unknown[0]!r} is no role: use sample, time or request.")
 
-    def role(name: str) -> Role:
-        if name in roles:
-            return Role(roles[name])
-        last = name.rpartition(".")[2]
-        if last in TIME_NAMES and "time" not in roles.values():
-            return Role.TIME
-        if last in SAMPLE_NAMES and "sample" not in roles.values():
-            return Role.SAMPLE
-        return Role.REQUEST
-
-    names_of_nodes = _Namespace()  # keeps off the names that Python code cannot use
-    inputs = [
-        Input(names_of_nodes.create_name("_".join(path), None), role(n), path, _UNKNOWN, domains.get(n))
-        for n, path in names.items()
-    ]
+    role_of = dict.fromkeys(flat, Role.REQUEST)
+    for role in (Role.SAMPLE, Role.TIME):
+        role_of |= dict.fromkeys(_in_role(role, flat, roles), role)
+    words = input_names(flat)
+    inputs = [Input(words[path], role_of[path], path, _UNKNOWN, domains.get(name)) for name, path in names.items()]
     for needed, hint in ((Role.TIME, "the timestep"), (Role.SAMPLE, "the noisy sample")):
         found = [i for i in inputs if i.role is needed]
         if not found:
@@ -85,8 +137,16 @@ def assign_roles(flat: Mapping[tuple[str, ...], Tensor], roles: dict[str, str], 
                 f"are {', '.join(names)}."
             )
         if needed is Role.TIME and len(found) > 1:
-            raise CaptureError(f"Only one input can be the time, not {', '.join(i.name for i in found)}.")
+            raise CaptureError(f"Only one input can be the time, not {', '.join('.'.join(i.path) for i in found)}.")
     return inputs
+
+
+def inputs_of(
+    model: torch.nn.Module, example: Example, roles: Mapping[str, str] | None = None
+) -> list[tuple[Input, Tensor]]:
+    """The tensor inputs of a model, with the example's values: names, places and roles as `capture` has them."""
+    flat = tensors_by_path(arguments_by_name(model, example), roles or {})
+    return [(item, flat[item.path]) for item in assign_roles(flat, roles or {}, {})]
 
 
 def prepare(
@@ -114,13 +174,19 @@ def prepare(
     if dynamic:
         raise CaptureError(f"There is no input {next(iter(dynamic))!r} with dynamic dimensions.")
 
+    return replaced(arguments, tensors), dims
+
+
+def replaced(arguments: Mapping[str, Any], values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """A call's arguments with other values at some places."""
+
     def build(value: Any, path: tuple[str, ...]) -> Any:
-        if path in tensors:
-            return tensors[path]
+        if path in values:
+            return values[path]
         if isinstance(value, Mapping):
             return {k: build(v, (*path, str(k))) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(build(v, (*path, str(i))) for i, v in enumerate(value))
         return value
 
-    return {k: build(v, (k,)) for k, v in arguments.items()}, dims
+    return {k: build(v, (k,)) for k, v in arguments.items()}

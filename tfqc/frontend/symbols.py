@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
-from torch.utils._sympy.functions import FloorDiv, Mod
 
 from tfqc.errors import CaptureError
+from tfqc.frontend.arithmetic import NoArithmetic, simplified, written
 from tfqc.ir.program import Program
 from tfqc.ir.types import DTYPES, ScalarType, TensorType, TupleType, Type
-
-
-def _exact(dividend: sympy.Expr, divisor: sympy.Expr) -> Any:
-    """dividend // divisor, without rounding where there is none: (6*B) // B is 6. Sizes are not zero."""
-    quotient = sympy.cancel(dividend / divisor)
-    return quotient if quotient.is_integer else FloorDiv(dividend, divisor)
-
-
-def _remainder(dividend: sympy.Expr, divisor: sympy.Expr) -> Any:
-    return sympy.Integer(0) if sympy.cancel(dividend / divisor).is_integer else Mod(dividend, divisor)
 
 
 class Symbols:
@@ -43,20 +32,21 @@ class Symbols:
     def dim(self, size: int | torch.SymInt) -> int | str:
         if isinstance(size, int):
             return size
-        expression = size.node.expr
+        expression = self.expression(size.node.expr)
+        try:
+            return int(expression) if expression.is_Integer else written(expression)
+        except NoArithmetic as error:
+            raise CaptureError(f"A dimension is {error}, which the IR cannot say.") from error
+
+    def expression(self, theirs: Any) -> Any:
+        """An expression or a relation over torch.export's symbols, over ours."""
         ours: dict[sympy.Symbol, sympy.Symbol] = {}
-        for symbol in sorted(expression.free_symbols, key=str):
+        for symbol in sorted(theirs.free_symbols, key=str):
             if str(symbol) not in self.names:
                 self.names[str(symbol)] = f"S{len(self.names)}"
                 self.program.symbols[self.names[str(symbol)]] = 2
             ours[symbol] = sympy.Symbol(self.names[str(symbol)], integer=True, positive=True)
-        expression = expression.xreplace(ours).replace(FloorDiv, _exact).replace(Mod, _remainder)
-        renamed = str(expression)
-        if expression.is_Integer:
-            return int(renamed)
-        if re.search(r"[^\w\s+*()/\-%]", renamed):
-            raise CaptureError(f"A dimension is {renamed}, which the IR cannot say.")
-        return renamed
+        return simplified(theirs.xreplace(ours))
 
     def type(self, value: Any) -> Type:
         if isinstance(value, Tensor):

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from tfqc.errors import TfqcError
-from tfqc.frontend.inputs import SAMPLE_NAMES, TIME_NAMES
 from tfqc.models import ModelSpec
 from tfqc.passing import Progress
 from tfqc.sampling import sample
-from tfqc.trajectories import nested
 
 
 @dataclass(frozen=True)
@@ -109,16 +107,8 @@ def draw(
 def _by_name(denoiser: Callable[..., Any], spec: ModelSpec, shared: Mapping[str, Tensor]) -> Callable[..., Any]:
     """`denoiser(sample, t, **conditions)` for a model that takes its inputs by other names, in another order, nested,
     and one timestep an image."""
-    roles = spec.roles or {}
 
-    def named(role: str, usual: set[str]) -> str:
-        given = [name for name, own in roles.items() if own == role]
-        return next(iter(given or [name for name in spec.example_inputs if name in usual]))
-
-    noisy, time_name = named("sample", SAMPLE_NAMES), named("time", TIME_NAMES)
-
-    def call(x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
-        values = {noisy: x, time_name: t.expand(len(x)), **conditions, **shared}
-        return denoiser(**nested({tuple(name.split(".")): value for name, value in values.items()}))
+    def call(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
+        return denoiser(**spec.call(x, t.expand(len(x)), {**conditions, **shared}))
 
     return call

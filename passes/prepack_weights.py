@@ -30,6 +30,10 @@ class PrepackWeights(Pass):
 
     bits: int = 8
 
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits={self.bits} is out of range: 4 or 8 bits are stored")
+
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
         packed: dict[tuple[str, int, bool], list[str]] = {}  # (codes, groups, paired): tiles and sums

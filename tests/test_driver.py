@@ -137,8 +137,6 @@ def test_interrupted_and_compiled_again(subject: Subjects, tmp_path: Path) -> No
     assert len(stamps) == 2
     run(None)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
-    driver.clean(tmp_path)
-    assert not tmp_path.exists()
 
 
 def test_loading_what_is_broken(subject: Subjects, tmp_path: Path) -> None:

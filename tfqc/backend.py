@@ -107,7 +107,7 @@ def refusals(backend: Backend, program: Program, options: Any) -> list[str]:
 
 
 def grouped(program: Program, answers: Answers) -> list[str]:
-    """One sentence for all nodes of one operation and reason: `12 x aten.mul.Tensor (mid.0, mid.1, ... 10 more): why`."""
+    """One sentence for all nodes of one operation and reason: `12 x aten.mul.Tensor (a.0, a.1, ... 10 more): why`."""
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for node, because in answers:
         groups.setdefault((op_name(node.target), because), []).append(node)

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 from tfqc.analysis.binding import binding_times, edge_nodes
 from tfqc.analysis.quantizers import has_rows, quantizer_of, set_input_quantizer
 from tfqc.analysis.ranges import observe_ranges
+from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import runs_quantized
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
-from tfqc.passing import Context, Pass
+from tfqc.passing import Context, Contract, Pass
 from tfqc.quant import Grid
 
 
@@ -23,8 +24,9 @@ class CalibrateActivations(Pass):
 
     Options: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
     for each step); edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only inside
-    the temporal information block); skip (module path prefixes left in floating point). Per token is for linears;
-    convolutions have a row for each step there. An input that another pass has calibrated already keeps its parameters.
+    the temporal information block); skip (modules left in floating point, as `tfqc.analysis.skipping` reads them). Per
+    token is for linears; convolutions have a row for each step there. An input that another pass has calibrated already
+    keeps its parameters.
     """
 
     name: ClassVar[str] = "calibrate-activations"
@@ -32,7 +34,7 @@ class CalibrateActivations(Pass):
     below: ClassVar[Stage | None] = Stage.FOLDED
     provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
-    data: ClassVar[frozenset[str]] = frozenset({"schedule", "calibration"})
+    data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
     bits: int = 8
     mode: Literal["static", "per-step", "per-token"] = "static"
@@ -43,23 +45,28 @@ class CalibrateActivations(Pass):
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self.edge_bits or self.bits):
+        for bits in (self.bits, self.bits if self.edge_bits is None else self.edge_bits):
             if not 2 <= bits <= 8:
                 raise ValueError(f"bits={bits} is out of range: activations have 2 to 8 bits")
         if self.intervals < 0:
             raise ValueError(f"intervals={self.intervals} is negative")
+
+    def contract(self) -> Contract:
+        """The block has to be known where it alone is quantized."""
+        return dataclasses.replace(super().contract(), requires=frozenset({"tib"} if self.scope == "tib" else ()))
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add scales and zero points to the tensors, rows to `quantizer`, and to `rows` for per-step ones."""
         rows = program.tables.setdefault(Quantizer.table, {})
         program.tables.setdefault(RowSource.table, {})
         roles = binding_times(program)
+        left = skipped(program, self.skip)
         wanted = [
             node
             for node in runs_quantized(program)
             if not quantizer_of(program, node).input_bits
             and (self.scope == "all" or node.name in program.table(Tib))
-            and not any(program.origins[node.name].module.startswith(p) for p in self.skip)
+            and node not in left
         ]
         dynamic = [n for n in wanted if self.mode == "per-token" and op_name(n.target) == "aten.linear.default"]
         for node in dynamic:

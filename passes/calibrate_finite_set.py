@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,7 +16,7 @@ from tfqc.analysis.weighted import runs_quantized, tib_weighted
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource
-from tfqc.passing import Context, Pass
+from tfqc.passing import Context, Contract, Pass
 from tfqc.quant import Grid, range_to_qparams
 
 
@@ -33,7 +33,7 @@ class CalibrateFiniteSet(Pass):
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[str]] = frozenset({"tib"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
-    data: ClassVar[frozenset[str]] = frozenset({"schedule"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     bits: int = 8
     scope: Literal["tib", "all"] = "tib"
@@ -42,25 +42,20 @@ class CalibrateFiniteSet(Pass):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} is out of range: activations have 2 to 8 bits")
+        if self.intervals < 0:
+            raise ValueError(f"intervals={self.intervals} is negative")
+
+    def contract(self) -> Contract:
+        """The whole network is sampled, the block alone computed."""
+        its = super().contract()
+        return replace(its, data=its.data | {"sampler", "calibration"}) if self.scope == "all" else its
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add [T] scales and zero points to the tensors, rows to `quantizer` and `rows`."""
         grid = Grid(self.bits, symmetric=False)
-        found: dict[str, tuple[Tensor, Tensor]] = {}
         nodes = {n.name: n.all_input_nodes[0].name for n in tib_weighted(program)}
-        stepped = {n.name for n in tib_weighted(program) if has_rows(program, n.all_input_nodes[0])}
-        run = tib_run(program, ctx)
         roles = binding_times(program)
-
-        def observe(name: str, value: Tensor) -> None:
-            rows = value.detach().reshape(run.steps if name in stepped else 1, -1)
-            if not bool(torch.isfinite(rows).all()):
-                where = program.at(program.node(name))
-                raise CalibrationError(f"The input of {where} is NaN or infinite: the model is broken there.")
-            found[nodes[name]] = range_to_qparams(rows.amin(1), rows.amax(1), grid)
-
-        with torch.no_grad():
-            run(observe=observe)
+        found = self._of_block(program, ctx, grid)
         if self.scope == "all":
             others = [n for n in runs_quantized(program) if n.name not in nodes]
             nodes |= {n.name: n.all_input_nodes[0].name for n in others}
@@ -77,3 +72,25 @@ class CalibrateFiniteSet(Pass):
             if value in found:
                 how = "per-step fsc" if found[value][0].numel() > 1 else "static min-max"
                 set_input_quantizer(program, program.node(name), self.bits, *found[value], how)
+
+    def _of_block(self, program: Program, ctx: Context, grid: Grid) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scales and zero points of the values that the block's linears and convolutions read, by name."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        nodes = {n.name: n.all_input_nodes[0] for n in tib_weighted(program)}
+        run = tib_run(program, ctx)
+
+        def observe(name: str, value: Tensor) -> None:
+            rows = value.detach().reshape(run.steps if has_rows(program, nodes[name]) else 1, -1)
+            if not bool(torch.isfinite(rows).all()):
+                where = program.at(program.node(name))
+                raise CalibrationError(f"The input of {where} is NaN or infinite: the model is broken there.")
+            found[nodes[name].name] = range_to_qparams(rows.amin(1), rows.amax(1), grid)
+
+        if ctx.rehearsal:
+            for value in nodes.values():
+                steps = run.steps if has_rows(program, value) else 1
+                found[value.name] = range_to_qparams(-torch.ones(steps), torch.ones(steps), grid)
+        else:
+            with torch.no_grad():
+                run(observe=observe)
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from tfqc.analysis.binding import edge_nodes
 from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
+from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
-from tfqc.passing import Context, Pass
-from tfqc.quant import Grid, QuantizedWeight, quantize_weight
+from tfqc.passing import Context, Contract, Pass
+from tfqc.quant import Grid, QuantizedWeight, quantize_weight, without_values
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,8 @@ class CalibrateWeights(Pass):
 
     Options: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric;
     edge-bits (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal
-    information block; `linear`: only linears and convolutions of 1 x 1); skip (module path prefixes left in floating
-    point). A weight that another pass has quantized
-    already keeps its codes.
+    information block; `linear`: only linears and convolutions of 1 x 1); skip (modules left in floating point, as
+    `tfqc.analysis.skipping` reads them). A weight that another pass has quantized already keeps its codes.
     """
 
     name: ClassVar[str] = "calibrate-weights"
@@ -44,9 +44,15 @@ class CalibrateWeights(Pass):
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self.edge_bits or self.bits):
+        for bits in (self.bits, self.bits if self.edge_bits is None else self.edge_bits):
             if not 2 <= bits <= 8:
                 raise ValueError(f"bits={bits} is out of range: weights have 2 to 8 bits")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group}: at least one column")
+
+    def contract(self) -> Contract:
+        """The block has to be known where it alone is quantized."""
+        return replace(super().contract(), requires=frozenset({"tib"} if self.scope == "tib" else ()))
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
@@ -55,9 +61,9 @@ class CalibrateWeights(Pass):
         nodes = [n for n in runs_quantized(program) if self.scope != "tib" or n.name in tib]
         nodes = [n for n in nodes if self.scope != "linear" or is_linear(program, n)]
         edges = edge_nodes(program) if self.edge_bits is not None else []
+        left = skipped(program, self.skip)
         for node in ctx.progress.track(nodes, "quantizing weights", len(nodes)):
-            module = program.origins[node.name].module if node.name in program.origins else ""
-            if quantizer_of(program, node).codes or any(module.startswith(prefix) for prefix in self.skip):
+            if quantizer_of(program, node).codes or node in left:
                 continue
             weight = weight_of(node)
             assert weight is not None
@@ -68,12 +74,8 @@ class CalibrateWeights(Pass):
 
     def _quantize(self, weight: Tensor, bits: int, where: str) -> QuantizedWeight:
         grid = Grid(bits, self.symmetric)
-        if not weight.is_meta:
-            if not bool(torch.isfinite(weight).all()):
-                raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
-            return quantize_weight(weight, grid, self.method, self.group)
-        columns = weight[0].numel()
-        shape = (weight.shape[0], -(-columns // min(self.group or columns, columns)))
-        codes = torch.empty(weight.shape, dtype=torch.int8, device="meta")
-        zero_point = torch.empty(shape, dtype=torch.int32, device="meta")
-        return QuantizedWeight(codes, torch.empty(shape, device="meta"), zero_point, grid, self.group)
+        if weight.is_meta:
+            return without_values(weight, grid, self.group)
+        if not bool(torch.isfinite(weight).all()):
+            raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
+        return quantize_weight(weight, grid, self.method, self.group)

@@ -84,10 +84,10 @@ def _cast(
     if dtype is None or not isinstance(type_, TensorType) or type_.dtype not in _FLOATS or type_.dtype is dtype:
         return value
     if value.op == "get_attr":
-        name = f"{value.target}.f16"
-        if name not in program.tensors:
-            program.tensors[name] = program.tensors[str(value.target)].to(dtype)
-        return program.tensor_node(name)
+        if (value, dtype) not in casts:
+            narrow = program.tensors[str(value.target)].to(dtype)
+            casts[value, dtype] = program.tensor_node(program.add_tensor(f"{value.target}.f16", narrow))
+        return casts[value, dtype]
     if (value, dtype) not in casts:
         short = "f16" if dtype is torch.float16 else "f32"
         before = reader if value.op == "placeholder" else value.next

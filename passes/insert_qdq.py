@@ -39,6 +39,7 @@ class InsertQdq(Pass):
         row = next((n for n, s in program.table(RowSource).items() if s.kind == "row"), "")
         quantizers = program.table(Quantizer)
         left: dict[str, int] = {}
+        packed: dict[str, str] = {}  # of codes that are packed: the name under which they are
         for function in [f for f in program.functions if f != TIME]:
             shared: dict[tuple[str, str], fx.Node] = {}
             for node in program.nodes(function):
@@ -52,7 +53,7 @@ class InsertQdq(Pass):
                 if quantizer.input_bits:
                     _quantize_input(program, function, node, quantizer, row, shared)
                 if quantizer.codes:
-                    _quantize_weight(program, function, node, quantizer)
+                    _quantize_weight(program, function, node, quantizer, packed)
         del program.tables[Quantizer.table]  # the graph says it now; what the table kept alive may go
         program.prune()
         if left:
@@ -98,15 +99,17 @@ def _quantize_input(
     node.update_arg(0, shared[key])
 
 
-def _quantize_weight(program: Program, function: str, node: fx.Node, quantizer: Quantizer) -> None:
+def _quantize_weight(
+    program: Program, function: str, node: fx.Node, quantizer: Quantizer, packed: dict[str, str]
+) -> None:
     codes = program.tensors[quantizer.codes]
     operands = [program.tensor_node(n, function) for n in (quantizer.weight_scale, quantizer.weight_zero_point)]
     if quantizer.weight_bits <= 4:
-        name = quantizer.codes.removesuffix("codes") + "packed"
-        if name not in program.tensors:
-            packed = torch.empty((codes.numel() + 1) // 2, dtype=torch.uint8, device="meta")
-            program.tensors[name] = packed if codes.is_meta else pack_int4(codes)
-        args = (program.tensor_node(name, function), *operands, quantizer.group, list(codes.shape))
+        if quantizer.codes not in packed:
+            pairs = torch.empty((codes.numel() + 1) // 2, dtype=torch.uint8, device="meta")
+            pairs = pairs if codes.is_meta else pack_int4(codes)
+            packed[quantizer.codes] = program.add_tensor(quantizer.codes.removesuffix("codes") + "packed", pairs)
+        args = (program.tensor_node(packed[quantizer.codes], function), *operands, quantizer.group, list(codes.shape))
         target = ours.dequantize_weight_int4.default
     else:
         args = (program.tensor_node(quantizer.codes, function), *operands, quantizer.group)

@@ -31,6 +31,7 @@ class LowerInt4(Pass):
         """Rewrite @step."""
         lowered = 0
         inputs: Inputs = {}
+        weights: dict[str, str] = {}
         for node in program.nodes():
             if name_of(node) not in WEIGHTED or why_not_tensor_cores(program, node):
                 continue
@@ -38,7 +39,7 @@ class LowerInt4(Pass):
             assert isinstance(read, fx.Node)
             if read not in inputs and name_of(read) != "tfqc.quantize_dynamic.default":
                 inputs[read] = _input(program, read)
-            become_product(program, node, inputs)
+            become_product(program, node, inputs, weights)
             lowered += 1
         program.prune()
         if lowered:

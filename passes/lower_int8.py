@@ -28,11 +28,12 @@ class LowerInt8(Pass):
         """Rewrite @step."""
         lowered = 0
         inputs: Inputs = {}
+        weights: dict[str, str] = {}
         for node in program.nodes():
             if name_of(node) not in WEIGHTED:
                 continue
             if not why_not_integer(program, node):
-                become_product(program, node, inputs)
+                become_product(program, node, inputs, weights)
                 lowered += 1
         program.prune()
         if lowered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from tfqc.analysis.trajectory import tib_trajectory_deviation
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Disturbance, Trajectory
-from tfqc.passing import Context, Pass
+from tfqc.passing import Context, Contract, Pass
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MeasureDisturbance(Pass):
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[str]] = frozenset({"tib"})
     provides: ClassVar[frozenset[str]] = frozenset({"disturbance", "trajectory"})
-    data: ClassVar[frozenset[str]] = frozenset({"schedule"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     weights: int = 8
     activations: int = 8
@@ -43,14 +43,28 @@ class MeasureDisturbance(Pass):
         for bits in (self.weights, self.activations):
             if not 2 <= bits <= 8:
                 raise ValueError(f"bits={bits} is out of range: 2 to 8")
+        if not self.strategies:
+            raise ValueError("strategies: at least one")
+        if self.trajectory < 0:
+            raise ValueError(f"trajectory={self.trajectory} is negative")
+
+    def contract(self) -> Contract:
+        """A column for each strategy; images are sampled for the trajectory alone."""
+        its = super().contract()
+        columns = {f"{Disturbance.table}.{strategy}" for strategy in self.strategies}
+        sampled = {"sampler", "calibration"} if self.trajectory else set[str]()
+        return replace(its, provides=its.provides | columns, data=its.data | sampled)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide `disturbance` and `trajectory` (empty unless asked for)."""
-        run = tib_run(program, ctx)
-        with torch.no_grad():
-            exact = run()
         assert ctx.schedule is not None
         timesteps = ctx.schedule.timesteps
+        run = tib_run(program, ctx)
+        if ctx.rehearsal:
+            self._rehearse(program, run.names, timesteps)
+            return
+        with torch.no_grad():
+            exact = run()
         for name, value in exact.items():
             if not bool(torch.isfinite(value).all()):
                 raise CalibrationError(f"Temporal feature {program.at(program.node(name))} is NaN or infinite.")
@@ -76,3 +90,12 @@ class MeasureDisturbance(Pass):
         program.set_table(Disturbance, rows)
         deviation = tib_trajectory_deviation(program, ctx, bits, self.trajectory) if self.trajectory else ()
         program.set_table(Trajectory, {"tib": Trajectory(deviation)} if deviation else {})
+
+    def _rehearse(self, program: Program, features: tuple[str, ...], timesteps: tuple[float, ...]) -> None:
+        """Rows that say of every strategy that it disturbs nothing."""
+        count = len(timesteps)
+        ones, zeros = dict.fromkeys(self.strategies, (1.0,) * count), dict.fromkeys(self.strategies, (0.0,) * count)
+        shifts, nothing = dict.fromkeys(self.strategies, (0,) * count), dict.fromkeys(self.strategies, 0)
+        row = Disturbance(timesteps, ones, zeros, shifts, nothing)
+        program.set_table(Disturbance, dict.fromkeys(features, row))
+        program.set_table(Trajectory, {})

@@ -30,22 +30,28 @@ class PrepackWeights(Pass):
 
     bits: int = 8
 
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits={self.bits} is out of range: 4 or 8 bits are stored")
+
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
+        packed: dict[tuple[str, int, bool], list[str]] = {}  # (codes, groups, paired): tiles and sums
         products = [n for n in program.nodes() if name_of(n) in _PRODUCTS]
         for node in ctx.progress.track(products, "packing weights"):
             weight = operands(node)["weight"]
             if weight.op == "get_attr":
-                node.args = changed(node, weight=_packed(program, node, str(weight.target), self.bits))
+                node.args = changed(node, weight=_packed(program, node, str(weight.target), self.bits, packed))
         program.prune()
 
 
-def _packed(program: Program, node: fx.Node, stored: str, bits: int) -> fx.Node:
+def _packed(
+    program: Program, node: fx.Node, stored: str, bits: int, packed: dict[tuple[str, int, bool], list[str]]
+) -> fx.Node:
     codes = program.tensors[stored]
     groups, paired = operands(node).get("groups", 1), operands(node)["act"] == "geglu"
     narrow = bits == 4 and (codes.is_meta or bool(((codes >= -8) & (codes <= 7)).all()))
-    name = stored.removesuffix("codes") + ("pairs" if paired else "tiles") + ("4" if narrow else "")
-    if name not in program.tensors:
+    if (stored, groups, paired) not in packed:
         if codes.is_meta:
             tiles = torch.empty(tiles_shape(codes.shape, groups), dtype=torch.int8, device="meta")
             count = (tiles.numel() + 1) // 2
@@ -53,11 +59,13 @@ def _packed(program: Program, node: fx.Node, stored: str, bits: int) -> fx.Node:
         else:
             tiles = pack(codes, groups, paired)
             tiles = pack_int4(tiles) if narrow else tiles
-        program.tensors[name] = tiles
-        program.tensors[f"{name}.sums"] = sums(codes, groups, paired)
+        name = stored.removesuffix("codes") + ("pairs" if paired else "tiles") + ("4" if narrow else "")
+        made = {"": tiles, "sums": sums(codes, groups, paired)}  # the run time finds the sums by the tiles' name
+        packed[stored, groups, paired] = program.add_tensors(name, made)
+    name, its_sums = packed[stored, groups, paired]
     args = (
         program.tensor_node(name),
-        program.tensor_node(f"{name}.sums"),
+        program.tensor_node(its_sums),
         list(codes.shape),
         groups,
         paired,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +17,7 @@ from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer
 from tfqc.passing import Context, Pass
-from tfqc.quant import Grid, QuantizedWeight, quantize_weight
+from tfqc.quant import Grid, QuantizedWeight, quantize_weight, without_values
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ReconstructTib(Pass):
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[str]] = frozenset({"tib"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
-    data: ClassVar[frozenset[str]] = frozenset({"schedule"})
+    data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     bits: int = 4
     method: Literal["min-max", "mse"] = "mse"
@@ -45,20 +46,30 @@ class ReconstructTib(Pass):
             raise ValueError(f"bits={self.bits} is out of range: weights have 2 to 8 bits")
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning-rate={self.learning_rate}: a positive number")
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add the rounded codes to the tensors and rows to `quantizer`."""
+        weight_name = {node.name: weight_of(node) or "" for node in tib_weighted(program)}
+        grid = Grid(self.bits, symmetric=True)
+        if ctx.rehearsal:
+            for node in tib_weighted(program):
+                name = weight_name[node.name]
+                made = without_values(program.tensors[name], grid, None)
+                set_weight_quantizer(program, node, name, made, f"tiar {self.method}")
+            program.tables.setdefault(Quantizer.table, {})
+            return
         run = tib_run(program, ctx)
         with torch.no_grad():
             exact = run()
-        weight_name = {node.name: weight_of(node) or "" for node in tib_weighted(program)}
         nearest: dict[str, QuantizedWeight] = {}  # by weight: several nodes may read one
         for node in tib_weighted(program):
             weight = program.tensors[weight_name[node.name]]
             if not bool(torch.isfinite(weight).all()):
                 where = f"@{weight_name[node.name]} of {program.at(node)}"
                 raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
-            nearest[weight_name[node.name]] = quantize_weight(weight, Grid(self.bits, symmetric=True), self.method)
+            nearest[weight_name[node.name]] = quantize_weight(weight, grid, self.method)
         rows = {node.name: quantizer_of(program, node) for node in tib_weighted(program)}
         requests = next(iter(exact.values())).shape[1]
         inputs = {n: input_fake_quantizer(program, r, requests) for n, r in rows.items() if r.input_bits}

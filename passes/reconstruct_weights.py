@@ -10,13 +10,14 @@ import torch
 from tfqc.analysis.binding import edge_nodes
 from tfqc.analysis.moments import has_moments, observe_moments
 from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
+from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.gptq import gptq
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
 from tfqc.passing import Context, Pass
-from tfqc.quant import Grid, quantize_weight
+from tfqc.quant import Grid, quantize_weight, without_values
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ReconstructWeights(Pass):
     The TIB has a reconstruction of its own (reconstruct-tib), so strategies differ in nothing but the TIB. Grouped
     convolutions are left to calibrate-weights. Options: bits; method of the range search; group; edge-bits (for the
     model's first and last layer; none = as the others); scope (`linear`: only linears and convolutions of 1 x 1);
-    steps of the schedule at which inputs are looked at.
+    steps of the schedule at which inputs are looked at; skip (modules left to other passes, as `tfqc.analysis.skipping`
+    reads them).
     """
 
     name: ClassVar[str] = "reconstruct-weights"
@@ -34,7 +36,7 @@ class ReconstructWeights(Pass):
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[str]] = frozenset({"tib"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
-    data: ClassVar[frozenset[str]] = frozenset({"schedule", "calibration"})
+    data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
     bits: int = 4
     method: Literal["min-max", "mse"] = "mse"
@@ -42,32 +44,41 @@ class ReconstructWeights(Pass):
     edge_bits: int | None = None
     scope: Literal["all", "linear"] = "all"
     steps: int = 10
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self.edge_bits or self.bits):
+        for bits in (self.bits, self.bits if self.edge_bits is None else self.edge_bits):
             if not 2 <= bits <= 8:
                 raise ValueError(f"bits={bits} is out of range: weights have 2 to 8 bits")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group}: at least one column")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least 1")
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
         program.tables.setdefault(Quantizer.table, {})
+        left = skipped(program, self.skip)
         nodes = [
             n
             for n in runs_quantized(program)
             if n.name not in program.table(Tib) and has_moments(program, n) and not quantizer_of(program, n).codes
         ]
+        nodes = [n for n in nodes if n not in left]
         nodes = [n for n in nodes if self.scope == "all" or is_linear(program, n)]
         edges = edge_nodes(program) if self.edge_bits is not None else []
-        moments = observe_moments(program, nodes, ctx, self.steps) if nodes else {}
+        moments = observe_moments(program, nodes, ctx, self.steps) if nodes and not ctx.rehearsal else {}
         for node in ctx.progress.track(nodes, "reconstructing weights (GPTQ)", len(nodes)):
             name = weight_of(node)
             assert name is not None
             weight = program.tensors[name]
+            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
+            grid = Grid(bits, symmetric=True)
+            how = f"gptq {self.method}" + (f" group {self.group}" if self.group else "")
+            if ctx.rehearsal:
+                set_weight_quantizer(program, node, name, without_values(weight, grid, self.group), how)
+                continue
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"Weight @{name} of {program.at(node)} holds NaN or infinity.")
-            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
-            nearest = quantize_weight(weight, Grid(bits, symmetric=True), self.method, self.group)
-            how = f"gptq {self.method}" + (f" group {self.group}" if self.group else "")
+            nearest = quantize_weight(weight, grid, self.method, self.group)
             set_weight_quantizer(program, node, name, gptq(weight, moments[node.name], nearest), how)

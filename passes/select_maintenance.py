@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from tfqc.analysis.strategies import STRATEGIES
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Disturbance, Maintenance, Tib
-from tfqc.passing import Context, Pass
+from tfqc.passing import Context, Contract, Pass
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,20 @@ class SelectMaintenance(Pass):
     def __post_init__(self) -> None:
         if unknown := [s for s in self.candidates if s not in STRATEGIES]:
             raise ValueError(f"{unknown[0]!r} is no strategy: {', '.join(STRATEGIES)}")
+        if not self.candidates:
+            raise ValueError("candidates: at least one")
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"budget={self.budget} is negative")
         if self.budget is not None and self.granularity != "feature":
             raise ValueError("a budget is spent per feature: granularity must be feature")
+
+    def contract(self) -> Contract:
+        """`auto` chooses among what was measured."""
+        its = super().contract()
+        if self.strategy != "auto":
+            return its
+        measured = {f"{Disturbance.table}.{candidate}" for candidate in self.candidates}
+        return replace(its, requires=its.requires | {Disturbance.table} | measured)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide `maintenance`."""
@@ -57,14 +69,11 @@ class SelectMaintenance(Pass):
 
     def _choose(self, program: Program, features: list[str]) -> dict[str, Maintenance]:
         disturbance = program.table(Disturbance)
-        if not set(features) <= set(disturbance):
+        if lacking := [n for n in features if n not in disturbance]:
             raise PassError(
-                "select-maintenance{strategy=auto} needs the table 'disturbance': put measure-disturbance before it."
+                f"The disturbance of {program.at(program.node(lacking[0]))} was not measured: put measure-disturbance "
+                "behind discover-tib."
             )
-        measured = set(next(iter(disturbance.values())).cosine)
-        if missing := [c for c in self.candidates if c not in measured]:
-            wanted = ",".join(self.candidates)
-            raise PassError(f"Candidate {missing[0]!r} was not measured: measure-disturbance{{strategies={wanted}}}.")
 
         def errors(name: str, strategy: str) -> list[float]:
             row = disturbance[name]

@@ -61,15 +61,18 @@ class SplitLowRank(Pass):
     def _split(self, program: Program, x: fx.Node, nodes: list[fx.Node], weights: list[Tensor]) -> None:
         matmul = torch.ops.aten.matmul.default
         down, ups = low_rank(torch.cat(weights), self.rank)
-        name = f"{weight_of(nodes[0])}.down"
-        program.tensors[name] = down
+        # By the weight's name, but of this value's readers alone: others may read the same weight.
+        name = program.add_tensors(str(weight_of(nodes[0])), {"down": down})[0]
         low = program.insert(nodes[0], matmul, (x, program.tensor_node(name)), name=f"{nodes[0].name}_low")
+        made: dict[str, list[str]] = {}
         for node, weight, up in zip(nodes, weights, ups.split([len(w) for w in weights], 1), strict=True):
-            base = weight_of(node)
-            program.tensors[f"{base}.up"] = up.contiguous()
-            program.tensors[f"{base}.rest"] = weight if weight.is_meta else weight - (down @ up).T
-            node.update_arg(1, program.tensor_node(f"{base}.rest"))
-            args = (low, program.tensor_node(f"{base}.up"))
+            base = str(weight_of(node))
+            if base not in made:
+                rest = weight if weight.is_meta else weight - (down @ up).T
+                made[base] = program.add_tensors(base, {"up": up.contiguous(), "rest": rest})
+            up_name, rest_name = made[base]
+            node.update_arg(1, program.tensor_node(rest_name))
+            args = (low, program.tensor_node(up_name))
             branch = program.insert(node.next, matmul, args, name=f"{node.name}_branch", like=node)
             users = list(node.users)
             whole = program.insert(

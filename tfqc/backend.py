@@ -17,6 +17,7 @@ from torch import fx
 from tfqc.artifact import Artifact
 from tfqc.emission.rebuild import rebuild
 from tfqc.errors import TfqcError
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass, Progress
 
@@ -43,11 +44,13 @@ class Backend(ABC):
         options: the frozen dataclass of a target's options.
         files: names of the files that each of its artifacts has; `time.safetensors` may lie beside them. Nothing
             else is loaded. Empty: it does not say.
+        simulates: True if it has no kernels, so that nothing of it is real.
     """
 
     name: ClassVar[str]
     options: ClassVar[type[Any]]
     files: ClassVar[frozenset[str]] = frozenset()
+    simulates: ClassVar[bool] = False
 
     @classmethod
     def notes(cls) -> str:
@@ -92,14 +95,44 @@ class Backend(ABC):
         raise TfqcError(f"The backend {self.name!r} has no device to check.")
 
 
+Answers = list[tuple[fx.Node, str]]
+
+
+def refused(backend: Backend, program: Program, options: Any) -> Answers:
+    """The nodes that a backend does not run, and why."""
+    return [(node, support.because) for node, support in _answers(backend, program, options) if not support.ok]
+
+
+def compromised(backend: Backend, program: Program, options: Any) -> Answers:
+    """The nodes that a backend runs in another way than the target promises, and why."""
+    answers = _answers(backend, program, options)
+    return [(node, support.because) for node, support in answers if support.ok and support.because]
+
+
 def refusals(backend: Backend, program: Program, options: Any) -> list[str]:
-    """One sentence for each node that a backend does not run."""
-    return [f"{program.at(n)}: {s.because}" for n, s in _answers(backend, program, options) if not s.ok]
+    """One sentence for each kind of node that a backend does not run."""
+    return grouped(program, refused(backend, program, options))
 
 
-def compromises(backend: Backend, program: Program, options: Any) -> list[str]:
-    """One sentence for each node that a backend runs in another way than the target promises."""
-    return [f"{program.at(n)}: {s.because}" for n, s in _answers(backend, program, options) if s.ok and s.because]
+def grouped(program: Program, answers: Answers) -> list[str]:
+    """One sentence for all nodes of one operation and reason: `12 x aten.mul.Tensor (a.0, a.1, ... 10 more): why`."""
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for node, because in answers:
+        groups.setdefault((op_name(node.target), because), []).append(node)
+    lines: list[str] = []
+    for (operation, because), nodes in groups.items():
+        if len(nodes) == 1:
+            lines.append(f"{program.at(nodes[0])}: {because}")
+            continue
+        places = dict.fromkeys(_place(program, node) for node in nodes)
+        shown = [*places][:2] + ([f"... {len(places) - 2} more"] if len(places) > 2 else [])
+        lines.append(f"{len(nodes)} x {operation} ({', '.join(shown)}): {because}")
+    return lines
+
+
+def _place(program: Program, node: fx.Node) -> str:
+    origin = program.origins.get(node.name)
+    return origin.module if origin is not None and origin.module else f"%{node.name}"
 
 
 def _answers(backend: Backend, program: Program, options: Any) -> Iterator[tuple[fx.Node, Support]]:

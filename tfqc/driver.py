@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 
 import tfqc
+from tfqc.arguments import check_calibration_argument, check_others, read_pipeline, read_schedule, read_target
 from tfqc.artifact import Artifact, check_files
-from tfqc.backend import compromises, refusals
+from tfqc.backend import Backend, compromised, grouped, refused
 from tfqc.calibration import Calibration
-from tfqc.errors import ArtifactError, TfqcError
+from tfqc.checking import tables_of
+from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
-from tfqc.frontend.inputs import DynamicDims
+from tfqc.frontend.inputs import DynamicDims, arguments_by_name, assign_roles, tensors_by_path
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
 from tfqc.models import ModelSpec, find_model, from_diffusers
@@ -24,7 +27,6 @@ from tfqc.passing import Context, Progress, Silent
 from tfqc.pipeline import Pipeline
 from tfqc.registry import find_backend
 from tfqc.runtime import VERSION, Stepper
-from tfqc.schedule import SamplingSchedule
 from tfqc.target import Target
 
 Compilable = str | ModelSpec | torch.nn.Module | Program | Any
@@ -64,25 +66,30 @@ def compile(
         workdir: where calibration trajectories are kept; they are used again if the same compile is interrupted.
         instruments: watch the passes; the verifier by default.
         progress: told what is done, how far, how long.
-        require_real: refuse, before anything is emitted, what the target would run in another way than it promises.
+        require_real: refuse, before anything is calibrated, what the target would run in another way than it promises.
 
     Raises:
         TfqcError: what, where, and what to do.
     """
-    target = Target.parse(target) if isinstance(target, str) else target
+    target = read_target(target)
     backend = target.backend
-    if pipeline is None:
-        pipeline = backend.pipeline(target.options, strategy)
-    passes = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
-    passes = passes + Pipeline(backend.legalize(target.options))
+    if require_real and backend.simulates:
+        raise TfqcError(
+            f"{target.name} computes in floating point what it quantizes, so nothing of it is real: leave require_real "
+            "(--require-real) out, or take a target with kernels."
+        )
+    passes = read_pipeline(pipeline, target, strategy) + Pipeline(backend.legalize(target.options))
+    check_others(roles, example_inputs, dynamic, seed, workdir, instruments, progress)
+    check_calibration_argument(calibration)
+    own_schedule = read_schedule(schedule, steps)
     spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles)
-    if schedule is None and spec is not None:
-        schedule = spec.scheduler
+    if own_schedule is None and spec is not None:
+        own_schedule = read_schedule(spec.scheduler, steps)
     context = Context(
-        schedule=None if schedule is None else SamplingSchedule.of(schedule, steps),
+        schedule=own_schedule,
         calibration=_calibration(spec, calibration, seed),
         seed=seed,
-        workdir=workdir,
+        workdir=None if workdir is None else Path(workdir),
         progress=progress or Silent(),
     )
     context.report += backend.remarks(target.options)
@@ -90,24 +97,21 @@ def compile(
         context.report.append("calibrated on random conditions: give your own for quality that counts")
     # Everything that can be refused is refused before the model is captured.
     start = model if isinstance(model, Program) else None
-    passes.check(start.stage if start else Stage.CAPTURED, list(start.tables) if start else (), context)
+    tensors = start.tensors.values() if start is not None else spec.model.parameters() if spec is not None else ()
+    if any(t.is_meta for t in tensors):
+        raise TfqcError("The model has no weights (it lies on the meta device), so it cannot be calibrated.")
+    passes.check(start.stage if start else Stage.CAPTURED, tables_of(start) if start else (), context)
     if start is None:
         assert spec is not None
         context.progress.say(f"capturing {spec.name}")
         program = capture(
-            spec.model, spec.example_inputs, roles=roles or spec.roles, name=spec.name, dynamic=dynamic or spec.dynamic
+            spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=dynamic or spec.dynamic
         )
     else:
         program = start.clone()
-    if not program.has_weights:
-        raise TfqcError("The model has no weights (it lies on the meta device), so it cannot be calibrated.")
+    _rehearse(passes, program, context, target, require_real)
     passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
-    if refused := refusals(backend, program, target.options):
-        raise TfqcError(f"{target.name} does not run {len(refused)} operations of {program.model}.", *refused)
-    if found := compromises(backend, program, target.options):
-        if require_real:
-            raise TfqcError(f"{target.name} has no kernel for {len(found)} operations of {program.model}.", *found)
-        context.report += found
+    context.report += _refuse(backend, program, target, require_real)
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact
@@ -135,14 +139,59 @@ def load(directory: str | Path, *, check_finite: bool = False) -> torch.nn.Modul
     return model
 
 
+def _rehearse(passes: Pipeline, program: Program, context: Context, target: Target, require_real: bool) -> None:
+    """Find what would be refused behind a calibration of minutes before it begins."""
+    if not any({"weights", "calibration"} & item.contract().data for item in passes.passes):
+        return
+    context.progress.say("checking what the target makes of it")
+    try:
+        rehearsed = passes.rehearse(program, context)
+    except PassError as error:
+        if error.__cause__ is None:
+            raise
+        return  # a pass that does not do without values: the run tells what there is to tell
+    _refuse(target.backend, rehearsed, target, require_real)
+
+
+def _refuse(backend: Backend, program: Program, target: Target, require_real: bool) -> list[str]:
+    """Refuse what the backend does not run; what it runs in another way is returned as lines of the report."""
+    if found := refused(backend, program, target.options):
+        lines = grouped(program, found)
+        raise TfqcError(f"{target.name} does not run {len(found)} operations of {program.model}.", *lines)
+    found = compromised(backend, program, target.options)
+    lines = grouped(program, found)
+    if found and require_real:
+        raise TfqcError(f"{target.name} has no kernel for {len(found)} operations of {program.model}.", *lines)
+    return lines
+
+
 def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:
-    if isinstance(model, ModelSpec):
-        return model
-    if isinstance(model, str):
-        return find_model(model)
-    if example is not None and isinstance(model, torch.nn.Module):
-        return ModelSpec(type(model).__name__, model, example, roles=roles)
-    return from_diffusers(model)
+    spec = find_model(model) if isinstance(model, str) else model
+    if not isinstance(spec, ModelSpec):
+        spec = _of_module(spec, example)
+    spec = replace(spec, example_inputs=example or spec.example_inputs, roles=roles or spec.roles)
+    # What is wrong with them is said before anything is drawn for them.
+    assign_roles(tensors_by_path(arguments_by_name(spec.model, spec.example_inputs)), dict(spec.roles or {}), {})
+    return spec
+
+
+def _of_module(model: Any, example: Mapping[str, Any] | None) -> ModelSpec:
+    if isinstance(model, type) or not (isinstance(model, torch.nn.Module) or _denoiser(model) is not None):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise CaptureError(
+            f"{kind[0].upper()}{kind[1:]} is no model: give a torch module, a diffusers pipeline with a unet or "
+            "transformer, a folder, a name, or a Program."
+        )
+    if example is None:
+        return from_diffusers(model)
+    denoiser = model if isinstance(model, torch.nn.Module) else _denoiser(model)
+    assert denoiser is not None
+    return ModelSpec(type(denoiser).__name__, denoiser, example, getattr(model, "scheduler", None))
+
+
+def _denoiser(pipeline: Any) -> torch.nn.Module | None:
+    parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
+    return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
 
 
 def _calibration(spec: ModelSpec | None, given: Calibration | int | None, seed: int) -> Calibration | None:
@@ -150,12 +199,12 @@ def _calibration(spec: ModelSpec | None, given: Calibration | int | None, seed: 
         return given
     if spec is None:
         return None
-    return spec.calibration(16 if given is None else given, seed)
+    return spec.calibration(16 if given is None else int(given), seed)
 
 
 def _facts(program: Program, target: Target, passes: Pipeline, context: Context) -> dict[str, Any]:
     data = context.calibration
-    used = any("calibration" in p.data for p in passes.passes)
+    used = any("calibration" in p.contract().data for p in passes.passes)
     schedule = context.schedule
     return {
         "backend": target.name,

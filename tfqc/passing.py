@@ -36,6 +36,22 @@ def close(tolerance: float) -> Numerics:
 
 
 @dataclass(frozen=True)
+class Contract:
+    """What a pass with certain options needs and gives; the fields are those of `Pass`.
+
+    `requires` and `provides` name tables, and columns of tables where a pass needs some of them: `disturbance.cache4`.
+    """
+
+    needs: Stage
+    below: Stage | None
+    requires: frozenset[str]
+    provides: frozenset[str]
+    preserves: frozenset[str]
+    reaches: Stage
+    data: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base of all passes.
 
@@ -47,7 +63,8 @@ class Pass:
         preserves: tables that stay valid; `ALL_TABLES` for a pass that only adds.
         reaches: the stage that the program has afterwards, if higher.
         numerics: what it may do to outputs; the numerics instrument checks it.
-        data: what it needs from outside: `schedule`, `calibration`.
+        data: what it needs from outside: `schedule`; `sampler`, a schedule that can sample; `calibration`; `weights`,
+            a program that was captured with them.
     """
 
     name: ClassVar[str]
@@ -67,6 +84,12 @@ class Pass:
     def moves(self, program: Program) -> Numerics:
         """What it may do to the outputs of this program; `numerics` unless a pass knows better."""
         return self.numerics
+
+    def contract(self) -> Contract:
+        """What it needs and gives with these options; the class attributes unless a pass knows better."""
+        return Contract(
+            self.needs, self.below, self.requires, self.provides, self.preserves, self.reaches, self.data
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return to_text(self.name, self)
@@ -101,6 +124,8 @@ class Context:
     """What passes may use beside the program.
 
     `report` collects lines that a pass wants the user to read (what was left in floating point, what was chosen).
+    `rehearsal`: passes measure and train nothing; they write parameters of the right shapes, whose values mean nothing
+    (`Pipeline.rehearse`).
     """
 
     schedule: SamplingSchedule | None = None
@@ -109,7 +134,4 @@ class Context:
     workdir: Path | None = None
     progress: Progress = field(default_factory=Silent)
     report: list[str] = field(default_factory=list[str])
-
-    def has(self, what: str) -> bool:
-        """True if the data that a pass declares is at hand."""
-        return getattr(self, what, None) is not None
+    rehearsal: bool = False

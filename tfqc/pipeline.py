@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tfqc.errors import PassError, PipelineError, TfqcError
+from tfqc.checking import check_calibration, check_order, kept_tables, tables_of
+from tfqc.errors import PassError, TfqcError
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
-from tfqc.passing import ALL_TABLES, Context, Pass
-from tfqc.registry import find_pass, sound_passes
+from tfqc.passing import Context, Pass, Silent
+from tfqc.registry import find_pass
 from tfqc.spec import build, parse_specs, to_yaml
 
 
@@ -41,8 +42,19 @@ class Pipeline:
         """The same pipeline as YAML, one pass a line."""
         return to_yaml((item.name, item) for item in self.passes)
 
-    def check(self, stage: Stage = Stage.CAPTURED, tables: Iterable[str] = (), ctx: Context | None = None) -> Stage:
-        """Refuse an order that cannot work, before anything runs.
+    def check(
+        self,
+        stage: Stage = Stage.CAPTURED,
+        tables: Iterable[str] = (),
+        ctx: Context | None = None,
+        weights: bool = True,
+    ) -> Stage:
+        """Refuse what cannot work, before anything runs: an order, or options that ask for what is not there.
+
+        Args:
+            stage, tables: of the program that it is to run on (`tables_of` tells the columns of tables, too).
+            ctx: with the data that passes may need; without it nothing is known about them.
+            weights: whether the program has them.
 
         Returns:
             The stage that a program of `stage` has in the end.
@@ -50,35 +62,7 @@ class Pipeline:
         Raises:
             PipelineError: one sentence that says what is missing and which pass provides it.
         """
-        have = set(tables)
-        raised: dict[Stage, str] = {}  # stage -> the pass of this pipeline that reached it
-        dropped: dict[str, str] = {}  # table -> the pass of this pipeline that dropped it
-        for number, item in enumerate(self.passes, 1):
-            label = f"#{number} {item.name}"
-            if stage < item.needs:
-                raise PipelineError(
-                    f"{label} needs stage {item.needs} but the program is only {stage} there: "
-                    f"put {_reaching(item.needs)} before it."
-                )
-            if item.below is not None and stage >= item.below:
-                advice = f"put it before {raised[stage]}" if stage in raised else "start from an earlier program"
-                raise PipelineError(
-                    f"{label} works below stage {item.below} but the program is {stage} there: {advice}."
-                )
-            if absent := sorted(item.requires - have):
-                table = absent[0]
-                lost = f"which {dropped[table]} drops" if table in dropped else "which is not there"
-                place = "between them" if table in dropped else "before it"
-                raise PipelineError(f"{label} needs the table {table!r}, {lost}: {_providing(table, place)}.")
-            if ctx is not None and (absent := [data for data in sorted(item.data) if not ctx.has(data)]):
-                raise PipelineError(f"{label} needs a {absent[0]}: give one ({absent[0]}=...).")
-            kept = _kept(item, have) | item.provides
-            dropped |= dict.fromkeys(have - kept, label)
-            have = kept
-            if item.reaches > stage:
-                stage = item.reaches
-                raised[stage] = label
-        return stage
+        return check_order(self.passes, stage, tables, ctx, weights)
 
     def run(
         self,
@@ -97,7 +81,8 @@ class Pipeline:
         """
         ctx = ctx or Context()
         instruments = [VerifyEach()] if instruments is None else instruments
-        self.check(program.stage, program.tables, ctx)
+        self.check(program.stage, tables_of(program), ctx, program.has_weights or ctx.rehearsal)
+        check_calibration(self.passes, program, ctx)
         for instrument in instruments:
             instrument.start(program, self)
         try:
@@ -114,6 +99,19 @@ class Pipeline:
             for instrument in reversed(instruments):
                 instrument.finish(program)
         return program
+
+    def rehearse(self, program: Program, ctx: Context) -> Program:
+        """What the passes make of a copy of the program without weights, measuring and training nothing.
+
+        It takes seconds where a run takes minutes. Operations and types are those of a run (but for what
+        `select-maintenance{strategy=auto}` chooses), so what a pass or a backend refuses comes out.
+
+        Raises:
+            TfqcError: as `run` would.
+        """
+        copy = program.clone()
+        copy.tensors = {name: tensor.to("meta") for name, tensor in copy.tensors.items()}
+        return self.run(copy, replace(ctx, rehearsal=True, report=[], progress=Silent()), [])
 
     def _fail(
         self,
@@ -166,38 +164,21 @@ def _run_one(
 
 def _settle(program: Program, before: Program, item: Pass) -> None:
     """Hold a pass to what it declares: drop tables that it does not preserve, move the stage."""
-    kept = _kept(item, before.tables)
+    contract = item.contract()
+    kept, provides = kept_tables(contract, before.tables), {p for p in contract.provides if "." not in p}
     tables = set(program.tables)
-    if absent := sorted(item.provides - tables):
+    if absent := sorted(provides - tables):
         raise PassError(f"{item.name} declares that it provides the table {absent[0]!r}, and did not.")
     if absent := sorted(kept - tables):
         raise PassError(f"{item.name} declares that it preserves the table {absent[0]!r}, and removed it.")
-    if extra := sorted(tables - set(before.tables) - item.provides):
+    if extra := sorted(tables - set(before.tables) - provides):
         raise PassError(f"{item.name} made the table {extra[0]!r} without declaring it in `provides`.")
-    for table in tables - kept - item.provides:
+    for table in tables - kept - provides:
         del program.tables[table]
-    program.stage = max(before.stage, item.reaches)
+    program.stage = max(before.stage, contract.reaches)
     program.prune()
-
-
-def _kept(item: Pass, tables: Iterable[str]) -> set[str]:
-    """Those of the tables that a pass leaves valid."""
-    return set(tables) if item.preserves == ALL_TABLES else set(tables) & item.preserves
 
 
 def _version(tensor: Tensor) -> int:
     """A number that grows whenever a tensor is written to; tensors of inference mode have none."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _reaching(stage: Stage) -> str:
-    return _names_of(lambda cls: cls.reaches == stage) or f"a pass that reaches {stage}"
-
-
-def _providing(table: str, place: str) -> str:
-    names = _names_of(lambda cls: table in cls.provides)
-    return f"put {names} {place}" if names else "no known pass provides it"
-
-
-def _names_of(wanted: Callable[[type[Pass]], bool]) -> str:
-    return " or ".join(name for name, cls in sound_passes() if wanted(cls))

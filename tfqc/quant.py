@@ -154,6 +154,16 @@ class QuantizedWeight:
         return dequantize(self.codes(), scale, expand_groups(self.zero_point, self.q.shape, self.group))
 
 
+def without_values(w: Tensor, grid: Grid, group: int | None) -> QuantizedWeight:
+    """What quantizing a weight would give, as far as that is known without its values: meta codes, and parameters that
+    stand for others: scales 1, and zero points that are 0 on symmetric grids alone."""
+    columns = w[0].numel()
+    shape = (w.shape[0], -(-columns // min(group or columns, columns)))
+    codes = torch.empty(w.shape, dtype=torch.int8, device="meta")
+    zero_point = torch.full(shape, 0 if grid.symmetric else 1, dtype=torch.int32)
+    return QuantizedWeight(codes, torch.ones(shape), zero_point, grid, group)
+
+
 def quantize_weight(
     w: Tensor, grid: Grid, method: RangeMethod = "min-max", group: int | None = None
 ) -> QuantizedWeight:

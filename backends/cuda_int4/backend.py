@@ -9,14 +9,12 @@ from typing import Any, ClassVar, Literal, get_args
 from tabulate import tabulate
 from torch import fx
 
-from tfqc.analysis.tensor_cores import why_not_tensor_cores
-from tfqc.analysis.weighted import WEIGHTED
+from tfqc.analysis.tensor_cores import why_not_real
 from tfqc.artifact import Artifact
 from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Body, Mode, body_for
-from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing import Pass, Progress
 from tfqc.recipes import quantization_pipeline
@@ -55,6 +53,8 @@ class CudaInt4Options:
             raise ValueError(f"group={self.group} is out of range: kernels take groups of {GROUP} columns, or none")
         if self.rank is not None and (self.rank % 16 or not 16 <= self.rank <= 128):
             raise ValueError(f"rank={self.rank} is out of range: multiples of 16 up to 128, or none")
+        if self.edges is not None and not 2 <= self.edges <= 8:
+            raise ValueError(f"edges={self.edges} is out of range: 2 to 8 bits, or none")
 
 
 class CudaInt4Backend(Backend):
@@ -78,10 +78,9 @@ class CudaInt4Backend(Backend):
         ]
 
     def supports(self, program: Program, node: fx.Node, options: CudaInt4Options) -> Support:
-        """Everything runs; linears and convolutions that torch runs say why."""
-        if node.graph is not program.step or op_name(node.target) not in WEIGHTED:
-            return YES
-        return Support(True, f"runs in torch: {why_not_tensor_cores(program, node)}")
+        """Everything runs; products with stored weights that torch runs say why."""
+        reason = why_not_real(program, node) if node.graph is program.step else ""
+        return Support(True, f"runs in torch: {reason}") if reason else YES
 
     def pipeline(self, options: CudaInt4Options, strategy: str) -> str:
         """The recipe of a strategy at the mode's bits."""

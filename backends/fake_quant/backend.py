@@ -47,6 +47,7 @@ class FakeQuantBackend(Backend):
     name: ClassVar[str] = "fake-quant"
     options: ClassVar[type[Any]] = FakeQuantOptions
     files: ClassVar[frozenset[str]] = frozenset({"model.py", "program.ir", "weights.safetensors"})
+    simulates: ClassVar[bool] = True
 
     def supports(self, program: Program, node: fx.Node, options: FakeQuantOptions) -> Support:
         """Every operation that has a name in the IR runs."""

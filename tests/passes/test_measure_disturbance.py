@@ -96,7 +96,7 @@ def test_refusals(subject: Subjects) -> None:
     for option, why in [("weights=1", "2 to 8"), ("activations=9", "2 to 8"), ("strategies=cash8", "no strategy")]:
         with pytest.raises(SpecError, match=why):
             Pipeline.parse(f"measure-disturbance{{{option}}}")
-    with pytest.raises(CalibrationError, match=r"trajectory's deviation is measured on calibration images"):
+    with pytest.raises(PipelineError, match=r"#1 measure-disturbance needs a calibration"):
         its.run("measure-disturbance{trajectory=1}")
     with pytest.raises(CalibrationError, match=r"depend on 'added_cond_kwargs.*calibration data are needed"):
         subject("unet-sdxl").run("measure-disturbance")

@@ -123,9 +123,9 @@ def test_auto_takes_the_exact_one(subject: Subjects) -> None:
 
 def test_refusals(subject: Subjects) -> None:
     its = subject("unet2d")
-    with pytest.raises(PassError, match=r"needs the table 'disturbance': put measure-disturbance before it"):
+    with pytest.raises(PipelineError, match=r"#1 .* needs the table 'disturbance', .*: put measure-disturbance before"):
         its.run("select-maintenance{strategy=auto}")
-    with pytest.raises(PassError, match=r"Candidate 'cache8' was not measured: measure-disturbance"):
+    with pytest.raises(PipelineError, match=r"#2 .* needs 'cache8' in .* has tib there: let #1 measure-disturbance"):
         its.run("measure-disturbance{strategies=tib},select-maintenance{strategy=auto candidates=tib,cache8}")
     with pytest.raises(SpecError, match=r"budget is spent per feature"):
         Pipeline.parse("select-maintenance{strategy=auto granularity=step budget=5}")

@@ -17,17 +17,17 @@ ours = torch.ops.tfqc
 Inputs = dict[fx.Node, tuple[Any, ...]]
 
 
-def become_product(program: Program, node: fx.Node, inputs: Inputs) -> None:
+def become_product(program: Program, node: fx.Node, inputs: Inputs, weights: dict[str, str]) -> None:
     """Let a linear or convolution multiply the codes of its input by those of its weight.
 
     inputs: has the (codes, scale, zero point, row) of inputs, and is told those that are made here, once for all that
-    read them.
+    read them. weights: likewise the names of tensors that are made of stored ones, by theirs.
     """
     read, weight = node.args[:2]
     assert isinstance(read, fx.Node) and isinstance(weight, fx.Node)
     if read not in inputs:
         inputs[read] = _tokens(program, read) if name_of(read) == "tfqc.quantize_dynamic.default" else read.args
-    operands = (*inputs[read], _codes(program, weight), _scale(program, weight))
+    operands = (*inputs[read], _codes(program, weight, weights), _scale(program, weight, weights))
     bias = node.args[2] if len(node.args) > 2 else None
     ending = ("none", None, None, None, None, None, "f32")
     if name_of(node) == "aten.linear.default":
@@ -43,27 +43,28 @@ def _tokens(program: Program, read: fx.Node) -> tuple[Any, ...]:
     return (*(program.insert(read, operator.getitem, (found, i), like=read) for i in range(3)), None)
 
 
-def _codes(program: Program, weight: fx.Node) -> fx.Node:
+def _codes(program: Program, weight: fx.Node, made: dict[str, str]) -> fx.Node:
     """The codes of a stored weight, one a byte."""
     stored = weight.args[0]
     assert isinstance(stored, fx.Node)
     if name_of(weight) == "tfqc.dequantize_weight.default":
         return stored
-    name = str(stored.target).removesuffix("packed") + "codes"
-    if name not in program.tensors:
-        packed, shape = program.tensors[str(stored.target)], weight.args[4]
+    name = str(stored.target)
+    if name not in made:
+        packed, shape = program.tensors[name], weight.args[4]
         meta = torch.empty(shape, dtype=torch.int8, device="meta")  # type: ignore[arg-type]
-        program.tensors[name] = meta if packed.is_meta else unpack_int4(packed, shape)  # type: ignore[arg-type]
-    return program.tensor_node(name)
+        codes = meta if packed.is_meta else unpack_int4(packed, shape)  # type: ignore[arg-type]
+        made[name] = program.add_tensor(name.removesuffix("packed") + "codes", codes)
+    return program.tensor_node(made[name])
 
 
-def _scale(program: Program, weight: fx.Node) -> fx.Node:
+def _scale(program: Program, weight: fx.Node, made: dict[str, str]) -> fx.Node:
     """The scales of a weight's channels, [N], or of their groups, [N, G]."""
     stored = weight.args[1]
     assert isinstance(stored, fx.Node)
     if program.tensors[str(stored.target)].shape[1] > 1:
         return stored
-    name = f"{stored.target}.flat"
-    if name not in program.tensors:
-        program.tensors[name] = program.tensors[str(stored.target)].flatten()
-    return program.tensor_node(name)
+    name = str(stored.target)
+    if name not in made:
+        made[name] = program.add_tensor(f"{name}.flat", program.tensors[name].flatten())
+    return program.tensor_node(made[name])

@@ -27,7 +27,6 @@ def set_weight_quantizer(program: Program, node: fx.Node, weight: str, quantized
     shift = -8 if grid.bits == 4 and not grid.symmetric else grid.storage_shift
     codes, scale, zero_point = _store(
         program,
-        node,
         weight,
         {
             "codes": (quantized.codes() + shift).to(torch.int8),
@@ -53,7 +52,7 @@ def set_input_quantizer(
     """Store an input's parameters ([1] or [T]) under the input value's name, so that its readers share them."""
     value = node.all_input_nodes[0].name
     parameters = {"scale": scale, "zero_point": zero_point.to(torch.int32)}
-    names = _store(program, node, f"act.{value}", parameters)
+    names = _store(program, f"act.{value}", parameters)
     sources = program.tables.setdefault(RowSource.table, {})
     for name in names:
         sources.pop(name, None)
@@ -68,19 +67,18 @@ def set_input_quantizer(
     )
 
 
-def _store(program: Program, node: fx.Node, base: str, values: Mapping[str, Tensor]) -> list[str]:
-    """Keep tensors as `base.scale` and so on; under another base if other nodes use those names for other values."""
-
-    def free(stem: str) -> bool:
-        named = ((f"{stem}.{part}", value) for part, value in values.items())
-        taken = {n for n, v in named if n in program.tensors and not _same(program.tensors[n], v)}
-        others = (row for owner, row in program.table(Quantizer).items() if owner != node.name)
-        return not taken or not any(taken & set(row.tensors()) for row in others)
-
-    stems = (base if number == 0 else f"{base}.{number}" for number in itertools.count())
-    stem = next(filter(free, stems))
-    program.tensors.update({f"{stem}.{part}": value for part, value in values.items()})
-    return [f"{stem}.{part}" for part in values]
+def _store(program: Program, base: str, values: Mapping[str, Tensor]) -> list[str]:
+    """Keep tensors as `base.scale` and so on, once where several nodes have the same; under another base otherwise."""
+    for number in itertools.count():
+        stem = f"{base}.{number}" if number else base
+        names = [f"{stem}.{part}" for part in values]
+        if not any(name in program.tensors for name in names):
+            return program.add_tensors(base, values)
+        owned = {name for row in program.table(Quantizer).values() for name in row.tensors()}
+        same = (n in owned and _same(program.tensors[n], v) for n, v in zip(names, values.values(), strict=True))
+        if all(same):
+            return names
+    raise AssertionError
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -23,6 +23,14 @@ class StepRanges:
     def __init__(self, steps: int, capacity: int) -> None:
         self.steps = [RangeStats(capacity, seed=step) for step in range(steps)]
 
+    @classmethod
+    def unknown(cls, steps: int) -> StepRanges:
+        """Ranges that stand for others, where nothing is measured."""
+        found = cls(steps, capacity=2)
+        for stats in found.steps:
+            stats.update(torch.tensor([-1.0, 1.0]))
+        return found
+
     def qparams(self, grid: Grid, method: RangeMethod, per_step: bool, intervals: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point, [T] where `per_step` (`intervals` rows repeated, if not 0), else [1]."""
         count = len(self.steps)
@@ -48,13 +56,15 @@ def _merge(parts: list[RangeStats]) -> RangeStats:
 def observe_ranges(
     program: Program, nodes: Iterable[fx.Node], ctx: Context, method: RangeMethod
 ) -> dict[str, StepRanges]:
-    """Statistics of the inputs of `nodes`, by the name of the value that is the input.
+    """Statistics of the inputs of `nodes`, by the name of the value that is the input; in a rehearsal unknown ones.
 
     Raises:
         CalibrationError: an activation is NaN or infinite (which, and at which step).
     """
-    assert ctx.schedule is not None and ctx.calibration is not None
+    assert ctx.schedule is not None
     values = {node.name: node.all_input_nodes[0].name for node in nodes}
+    if ctx.rehearsal:
+        return {value: StepRanges.unknown(len(ctx.schedule)) for value in values.values()}
     capacity = SAMPLES if method == "mse" else 0
     found = {value: StepRanges(len(ctx.schedule), capacity) for value in values.values()}
     step = 0
@@ -72,6 +82,7 @@ def observe_ranges(
                     f"{ctx.schedule.timesteps[step]:g}: the model or its calibration inputs are broken there."
                 ) from error
 
+    assert ctx.calibration is not None
     run = Simulation(program, program.step, observe=observe)
     batches = -(-len(ctx.calibration) // ctx.calibration.batch_size)
     calls = (call for batch in trajectories(program, ctx) for call in batch.calls(program))

@@ -56,7 +56,7 @@ def become_table_read(
 
     An encoded table has the bits of the finest of its steps; coarser ones keep their own rounding in it.
     """
-    name = f"table.{node.name}"
+    stem = f"table.{node.name}"
     steps = len(program.table(Schedule)["schedule"].timesteps)
     of_row = [strategy[i * steps // len(rows) if len(strategy) > 1 else 0] for i in range(len(rows))]
     wanted = set(strategy) - {"tib"}
@@ -64,14 +64,14 @@ def become_table_read(
         rows = as_kept(rows, of_row)
     source = RowSource("table", output, label=label.name if label else "")
     if not wanted <= {"cache4", "cache8"}:
-        program.tensors[name] = rows
+        name = program.add_tensor(stem, rows)
         program.tables[RowSource.table][name] = source
         _become(program, node, torch.ops.tfqc.table_read.default, program.tensor_node(name), row)
         return
     encoding = "int8" if "cache8" in wanted else "int4"
-    names = (name, f"{name}.scale", f"{name}.zero_point")
-    program.tensors.update(zip(names, encode(rows, encoding), strict=True))
-    program.tables[RowSource.table][name] = replace(source, encoding=encoding, scale=names[1], zero_point=names[2])
+    codes, scale, zero_point = encode(rows, encoding)
+    names = program.add_tensors(stem, {"": codes, "scale": scale, "zero_point": zero_point})
+    program.tables[RowSource.table][names[0]] = replace(source, encoding=encoding, scale=names[1], zero_point=names[2])
     operands = [program.tensor_node(n) for n in names]
     if encoding == "int8":
         _become(program, node, torch.ops.tfqc.table_decode.default, *operands, row)
@@ -109,10 +109,9 @@ def switch(program: Program, read: fx.Node, kept: fx.Node, row: fx.Node, strateg
 
     An unknown timestep does as the nearest step.
     """
-    name = f"mask.{read.name}"
     rank = len(program.tensor_type(read).shape) - 1  # type: ignore[union-attr]
     mask = torch.tensor([s != "tib" for s in strategy]).reshape(-1, *[1] * rank)
-    program.tensors[name] = mask
+    name = program.add_tensor(f"mask.{read.name}", mask)
     program.tables[RowSource.table][name] = RowSource("activation")
     after = read.next
     users = list(read.users)

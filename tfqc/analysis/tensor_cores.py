@@ -12,6 +12,12 @@ from tfqc.ir.program import Program
 from tfqc.ir.rows import RowSource
 from tfqc.runtime.kernel_ops import GROUP
 
+# Products that hold a weight and have no kernel: what is no linear and no convolution of images or rows.
+_OTHER_PRODUCTS = {
+    "aten.conv3d.default", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.addmm.default",
+    "aten.conv_transpose3d.input", "aten.convolution.default", "aten.mm.default", "aten.einsum.default",
+    "aten.baddbmm.default", "aten.conv2d.padding", "aten.conv1d.padding", "aten.conv3d.padding",
+}  # fmt: skip
 LONGEST = 65_536  # codes of a row of the input: s32 holds any sum of so many products
 
 
@@ -24,6 +30,25 @@ def why_not_tensor_cores(program: Program, node: fx.Node) -> str:
     assert isinstance(weight, fx.Node) and isinstance(read, fx.Node)
     why = _of_shape(program, node, weight) or _of_weight(program, node, weight)
     return why or _of_bias(program, node) or _of_input(program, node, read)
+
+
+def why_not_real(program: Program, node: fx.Node) -> str:
+    """Why a product with a stored weight is computed by torch; empty for what is no such product.
+
+    Kernels' own products have other names than those of ATen; a branch of low rank is to be a product in f16.
+    """
+    name = name_of(node)
+    if name in WEIGHTED:
+        return why_not_tensor_cores(program, node)
+    stored = name in _OTHER_PRODUCTS and any(_is_stored(n) for n in node.all_input_nodes)
+    return f"there is no kernel for {name}" if stored else ""
+
+
+def _is_stored(value: fx.Node) -> bool:
+    """True for a tensor of the model, also where it was cast or turned."""
+    while value.op == "call_function" and len(value.all_input_nodes) == 1:
+        (value,) = value.all_input_nodes
+    return value.op == "get_attr"
 
 
 def window_of(program: Program, node: fx.Node) -> tuple[int, int] | None:

@@ -51,7 +51,7 @@ class Reproducer(Instrument):
         if ctx.schedule is not None:
             self._write("schedule.json", ctx.schedule.to_json())
             command += ["--schedule", self._at("schedule.json")]
-        if ctx.calibration is not None and "calibration" in item.data:
+        if ctx.calibration is not None and "calibration" in item.contract().data:
             ctx.calibration.save(self.directory / "calibration.safetensors")
             command += ["--calibration", self._at("calibration.safetensors")]
         self._write("command.txt", shlex.join(command))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -158,6 +158,24 @@ class Program:
     def set_table(self, row: type[R], rows: dict[str, R]) -> None:
         """Replace a side table."""
         self.tables[row.table] = dict(rows)
+
+    def add_tensor(self, name: str, value: Tensor) -> str:
+        """Keep a new tensor as `name`, or as `name.1`, `name.2` ... where another has that name. Returns the name."""
+        return self.add_tensors(name, {"": value})[0]
+
+    def add_tensors(self, stem: str, values: Mapping[str, Tensor]) -> list[str]:
+        """Keep new tensors as `stem.codes`, `stem.scale` and so on, by the keys of `values`; "" is the stem itself.
+
+        Where a tensor has one of these names, the stem becomes `stem.1`, `stem.2` ...: nothing is ever replaced, be it
+        the model's own or what was made of another reader of the same weight. Returns the names.
+        """
+        for number in itertools.count():
+            base = f"{stem}.{number}" if number else stem
+            names = [f"{base}.{part}" if part else base for part in values]
+            if not any(name in self.tensors for name in names):
+                self.tensors.update(zip(names, values.values(), strict=True))
+                return names
+        raise AssertionError
 
     def tensor_node(self, name: str, function: str = STEP) -> fx.Node:
         """The one node of `function` that reads tensor `name`; made if there is none."""

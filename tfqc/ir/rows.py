@@ -62,6 +62,10 @@ class Disturbance(Row):
     mismatch: Mapping[str, tuple[int, ...]]
     bytes: Mapping[str, int]
 
+    def columns(self) -> tuple[str, ...]:
+        """The strategies that were measured."""
+        return tuple(self.cosine)
+
 
 @row_kind
 @dataclass(frozen=True)

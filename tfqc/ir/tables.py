@@ -32,6 +32,10 @@ class Row:
         """Names of tensors that this row keeps alive although no node reads them yet."""
         return ()
 
+    def columns(self) -> tuple[str, ...]:
+        """What the row has of several things that it may have, where passes need some of them."""
+        return ()
+
     def to_json(self) -> Any:
         """The row as JSON: an object, or the bare value when there is one field."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

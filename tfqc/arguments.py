@@ -1,0 +1,157 @@
+"""What a caller gives `tfqc.compile`, checked at once: one sentence for each mistake, before anything slow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tfqc.calibration import Calibration
+from tfqc.errors import CalibrationError, PipelineError, SpecError, TfqcError, suggest
+from tfqc.instruments import Instrument
+from tfqc.pipeline import Pipeline
+from tfqc.recipes import STRATEGIES
+from tfqc.schedule import SamplingSchedule
+from tfqc.target import Target
+
+
+def read_target(given: Any) -> Target:
+    """A target, from text if it is that.
+
+    Raises:
+        SpecError: it is neither, or names what there is not.
+    """
+    if isinstance(given, Target):
+        return given
+    if not isinstance(given, str):
+        raise SpecError(
+            f"target={_shown(given)} is no target: give text, such as 'fake-quant{{weights=4}}', or a Target."
+        )
+    return Target.parse(given)
+
+
+def read_pipeline(given: Any, target: Target, strategy: Any) -> Pipeline:
+    """A pipeline, the target's own for a strategy if none is given.
+
+    Raises:
+        PipelineError, SpecError: it is none, or names what there is not.
+    """
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise SpecError(f"There is no strategy {strategy!r}.{suggest(str(strategy), list(STRATEGIES))}")
+    if given is None:
+        given = target.backend.pipeline(target.options, strategy)
+    if isinstance(given, Pipeline):
+        return given
+    if not isinstance(given, str):
+        raise PipelineError(
+            f"pipeline={_shown(given)} is no pipeline: give text, such as 'normalize,discover-tib', or a Pipeline."
+        )
+    return Pipeline.parse(given)
+
+
+def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:
+    """A schedule from whatever `compile` takes; None for None.
+
+    Raises:
+        CalibrationError: it is none, or `steps` is no number of steps.
+    """
+    if steps is not None:
+        steps = whole("steps", steps, CalibrationError, least=1)
+    if given is None or isinstance(given, SamplingSchedule):
+        return given
+    if isinstance(given, Tensor) or hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        if strange := [t for t in given if not _is_number(t)]:
+            raise CalibrationError(f"The schedule holds {_shown(strange[0])}, which is no timestep.")
+        return SamplingSchedule.of([float(t) for t in given])
+    if not (hasattr(given, "config") and hasattr(given, "set_timesteps")):
+        raise CalibrationError(
+            f"schedule={_shown(given)} is no schedule: give a diffusers scheduler, a list of timesteps, or a "
+            "SamplingSchedule."
+        )
+    try:
+        return SamplingSchedule.of(given, steps)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # what diffusers refuses
+        raise CalibrationError(
+            f"{type(given).__name__} cannot be set to {steps} steps: {_first_line(error)}"
+        ) from error
+
+
+def check_calibration_argument(given: Any) -> None:
+    """Raises:
+    CalibrationError: neither calibration data nor a number of images.
+    """
+    if given is not None and not isinstance(given, Calibration):
+        whole("calibration", given, CalibrationError, least=1, beside=", or Calibration data")
+
+
+def check_others(
+    roles: Any, example_inputs: Any, dynamic: Any, seed: Any, workdir: Any, instruments: Any, progress: Any
+) -> None:
+    """Raises:
+    TfqcError: an argument that is of another kind than `compile` takes.
+    """
+    whole("seed", seed, TfqcError, least=0, below=2**63)
+    for name, value in (("roles", roles), ("dynamic", dynamic)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TfqcError(f"{name}={_shown(value)} is no mapping from names of inputs.")
+    if dynamic is not None:
+        for name, dims in dynamic.items():
+            if not isinstance(dims, Mapping) or not all(
+                isinstance(d, int) and isinstance(s, str) for d, s in dims.items()
+            ):
+                raise TfqcError(
+                    f"dynamic={{{name!r}: {_shown(dims)}}} maps no dimensions to names, as {{2: 'H'}} does."
+                )
+    if example_inputs is not None and not isinstance(example_inputs, (Mapping, list, tuple)):
+        raise TfqcError(
+            f"example_inputs={_shown(example_inputs)} is neither a mapping nor a list of the model's arguments."
+        )
+    if workdir is not None and not isinstance(workdir, (str, Path)):
+        raise TfqcError(f"workdir={_shown(workdir)} is no path.")
+    if workdir is not None and Path(workdir).exists() and not Path(workdir).is_dir():
+        raise TfqcError(f"workdir={workdir} is a file: give a directory.")
+    if instruments is not None and not (
+        isinstance(instruments, Iterable) and all(isinstance(i, Instrument) for i in instruments)
+    ):
+        raise TfqcError(f"instruments={_shown(instruments)} is no list of instruments.")
+    if progress is not None and not (hasattr(progress, "track") and hasattr(progress, "say")):
+        raise TfqcError(f"progress={_shown(progress)} has no track() and say().")
+
+
+def whole(
+    name: str, given: Any, error: type[TfqcError], *, least: int, below: float = math.inf, beside: str = ""
+) -> int:
+    """A whole number; Python's, numpy's or a tensor's.
+
+    Raises:
+        error: it is none, or too small or large.
+    """
+    if isinstance(given, (bool, str, float)) or not hasattr(given, "__index__"):
+        raise error(f"{name}={_shown(given)} is no whole number{beside}.")
+    try:
+        value = int(given.__index__())
+    except (TypeError, ValueError) as reason:  # a tensor of several values, or of fractions
+        raise error(f"{name}={_shown(given)} is no whole number{beside}.") from reason
+    if not least <= value < below:
+        raise error(
+            f"{name}={value} is out of range: at least {least}{f', below {below:.4g}' if below < math.inf else ''}."
+        )
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"<{type(value).__name__}>"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

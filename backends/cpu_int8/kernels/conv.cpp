@@ -64,7 +64,7 @@ uint8_t* copy_patch(uint8_t* out, const ConvArgs& a, const Shape& shape, int64_t
     const uint8_t* x = a.x + (b * a.h + i) * a.w * a.c + group * shape.channels;
     std::memset(out, zero, size_t(begin * shape.pitch));
     std::memset(out + end * shape.pitch, zero, size_t((shape.width - end) * shape.pitch));
-    if (shape.pitch == a.c) {
+    if (shape.pitch == a.c && a.groups == 1) {
       std::memcpy(out + begin * a.c, x, size_t((end - begin) * a.c));
     } else {
       for (int64_t j = begin; j < end; ++j) {

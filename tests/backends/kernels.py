@@ -26,17 +26,19 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def at_end(values: Tensor) -> Tensor:
-    """The same values where memory ends: who reads or writes one byte beyond them is killed by the system."""
-    values = values.contiguous()
-    size = values.numel() * values.element_size()
+    """The same values and strides where memory ends: who reads or writes one byte beyond them is killed."""
+    if not values.numel():
+        return values
+    span = values.as_strided(
+        (1 + sum((n - 1) * by for n, by in zip(values.shape, values.stride(), strict=True)),), (1,)
+    )
+    size = span.numel() * span.element_size()
     pages = -(-size // PAGE) * PAGE
     block = mmap.mmap(-1, pages + PAGE)
     first = ctypes.addressof(ctypes.c_char.from_buffer(block))
     assert _LIBC.mprotect(ctypes.c_void_p(first + pages), ctypes.c_size_t(PAGE), 0) == 0
-    if not size:
-        return values
-    made = torch.frombuffer(block, dtype=values.dtype, offset=pages - size, count=values.numel())
-    return made.view(values.shape).copy_(values)
+    made = torch.frombuffer(block, dtype=span.dtype, offset=pages - size, count=span.numel())
+    return made.copy_(span).as_strided(values.shape, values.stride())
 
 
 @functools.cache

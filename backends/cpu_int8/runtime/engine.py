@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tfqc.backends.cpu_int8.runtime import abi
 from tfqc.backends.cpu_int8.runtime.arena import pack
-from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build, runs_here
+from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build_best, runs_here, why_not
 from tfqc.backends.cpu_int8.runtime.eager import Eager
 from tfqc.backends.cpu_int8.runtime.memory import load_aligned, room
 from tfqc.backends.cpu_int8.runtime.schedule import Line, Recorder
@@ -198,13 +198,12 @@ def _aligned(memory: Tensor) -> int:
 
 def _kernels(source: Path, isa: str) -> tuple[str, Any]:
     """The instruction set that is used, and the built kernels; ("torch", None) where there can be none."""
-    wanted = os.environ.get("TFQC_ISA", isa)
+    wanted = os.environ.get("TFQC_ISA") or isa
     chosen = best_isa() if wanted == "auto" else wanted
     try:
         if chosen is None or not runs_here(chosen):
-            raise BuildError(f"This CPU has not the instructions that the kernels need ({wanted}).")
-        library = build(source.read_text(), chosen)
-        return chosen, library
+            raise BuildError(why_not(wanted))
+        return build_best(source.read_text(), chosen)
     except BuildError as error:
         warnings.warn(f"{error} The model runs with torch instead, slowly.", stacklevel=3)
         return "torch", None

@@ -40,6 +40,7 @@ def attend(
     scale: float | None = None,
     threads: int = 1,
     scratch: int = 4 << 20,
+    filled: int = 0xAA,
 ) -> Tensor:
     """The kernel on views [batch, heads, tokens, d]; the output is f32 unless given."""
     out = at_end(torch.full(q.shape, math.nan)) if out is None else out
@@ -61,7 +62,7 @@ def attend(
     if codes is not None:
         args.quant.scale = abi.Rows(base=codes.scale.data_ptr(), entry=1)
         args.quant.zero = abi.Rows(base=codes.zero.data_ptr(), entry=1)
-    run(isa, "attention", args, [0] * batch, threads, scratch)
+    run(isa, "attention", args, [0] * batch, threads, scratch, filled=filled)
     return out
 
 
@@ -215,3 +216,20 @@ def test_writes_nothing_beside_the_output(isa: str, dtype: torch.dtype, d: int) 
     attend(isa, 1, q, k, v, out=room[:, :, 1:38, 2 : 2 + d], codes=codes)
     room[:, :, 1:38, 2 : 2 + d] = 77
     assert (room == 77).all()
+
+
+@everywhere
+@in_all_modes
+@pytest.mark.parametrize("d", [512, 1024, 2048])
+def test_wide_heads(isa: str, mode: int, d: int) -> None:
+    """Blocks of queries are as many as scratch has room for beside some keys."""
+    q, k, v = heads_of(0, 1, 600, d), heads_of(1, 1, 1100, d), heads_of(2, 1, 1100, d)
+    assert error(attend(isa, mode, q, k, v), q, k, v) < TOLERANCE[mode]
+
+
+@everywhere
+@in_all_modes
+def test_what_lay_in_scratch_changes_nothing(isa: str, mode: int) -> None:
+    q, k, v = heads_of(0, 2, 45, 40), heads_of(1, 2, 77, 40), heads_of(2, 2, 77, 40)
+    one, other = (attend(isa, mode, q, k, v, filled=filled) for filled in (0, 0xFF))
+    assert torch.equal(one, other)

@@ -119,7 +119,7 @@ def _in_columns(bias: Tensor, geglu: bool) -> Tensor:
 
 def linear(
     isa: str, batch: int, seq: int, k: int, n: int, seed: int, threads: int = 1, spare: int = 0,
-    scratch: int = SCRATCH, **epilogue: Any,
+    scratch: int = SCRATCH, memory: int = 0xAA, **epilogue: Any,
 ) -> Tensor:  # fmt: skip
     """Runs and checks a linear layer on random codes; returns what it stores."""
     random = torch.Generator().manual_seed(seed)
@@ -127,8 +127,8 @@ def linear(
     geglu = made.act == abi.Act.GEGLU
     rows = torch.randint(0, T, (batch,), generator=random).tolist()
     # No byte beyond the last row's.
-    memory = at_end(torch.randint(0, 256, ((k + spare) * (batch * seq - 1) + k,), generator=random, dtype=U8))
-    x = memory.as_strided((batch, seq, k), ((k + spare) * seq, k + spare, 1))
+    codes_x = at_end(torch.randint(0, 256, ((k + spare) * (batch * seq - 1) + k,), generator=random, dtype=U8))
+    x = codes_x.as_strided((batch, seq, k), ((k + spare) * seq, k + spare, 1))
     codes = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
     shape = (batch, seq) if made.per_token else (T,)
     scale = at_end(torch.rand(shape, generator=random) * 0.01 + 0.001)
@@ -138,11 +138,11 @@ def linear(
     scales = at_end(tiles.columns(weight_scale, 1, geglu))
     place = by_token if made.per_token else by_row
     args = abi.LinearArgs(
-        x=memory.data_ptr(), ldx=k + spare, batch=batch, seq=seq, k=k, n=n,
+        x=x.data_ptr(), ldx=k + spare, batch=batch, seq=seq, k=k, n=n,
         quant=abi.Quant(place(scale), place(zero)), weight=packed.data_ptr(), weight_scale=scales.data_ptr(),
         weight_sum=sums.data_ptr(), epilogue=made.make(rows, random),
     )  # fmt: skip
-    run(isa, "linear", args, rows, threads, scratch)
+    run(isa, "linear", args, rows, threads, scratch, filled=memory)
     s, z = (t if made.per_token else t[made.rows][:, None] for t in (scale, zero))
     sums_of_products = (x.double() - z[..., None].double()) @ codes.double().T
     made.check(sums_of_products * s[..., None].double() * weight_scale.double())
@@ -151,7 +151,7 @@ def linear(
 
 def conv(
     isa: str, batch: int, size: tuple[int, int], c: int, n: int, kernel: tuple[int, int], stride: int, pad: int,
-    groups: int, seed: int, threads: int = 1, **epilogue: Any,
+    groups: int, seed: int, threads: int = 1, memory: int = 0xAA, **epilogue: Any,
 ) -> Tensor:  # fmt: skip
     """Runs and checks a convolution on random codes; returns what it stores."""
     random = torch.Generator().manual_seed(seed)
@@ -174,7 +174,7 @@ def conv(
         weight=packed.data_ptr(), weight_scale=scales.data_ptr(), weight_sum=sums.data_ptr(),
         epilogue=made.make(rows, random),
     )  # fmt: skip
-    run(isa, "conv", args, rows, threads, SCRATCH)
+    run(isa, "conv", args, rows, threads, SCRATCH, filled=memory)
     product = exact.flatten(2).transpose(1, 2) * scale[rows, None, None].double() * weight_scale.double()
     made.check(product)
     return made.target.tensor
@@ -307,6 +307,16 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
     of_conv = [conv(isa, 2, (17, 19), 64, 48, (3, 3), 1, 1, 1, 0, threads, act=abi.Act.SILU) for threads in (1, 2, 3)]
     for first, *others in (of_linear, of_conv):
         assert all(torch.equal(first, other) for other in others)
+
+
+@EVERY_ISA
+def test_what_lay_in_scratch_changes_nothing(isa: str) -> None:
+    """Inputs and channels that fill up a step are whatever lay there, and meet weights of 0."""
+    for memory in (0, 0xFF):
+        linear(isa, 2, 21, 70, 33, 0, memory=memory)
+        linear(isa, 1, 3, 65_600, 5, 0, memory=memory)
+        conv(isa, 2, (9, 7), 65, 20, (3, 3), 1, 1, 1, 0, memory=memory)
+        conv(isa, 1, (9, 7), 10, 20, (3, 3), 2, 1, 2, 0, memory=memory)
 
 
 @some

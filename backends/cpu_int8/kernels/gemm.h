@@ -80,7 +80,7 @@ struct Weights {
 // Rows to multiply, in tiles: input i of row r of tile t is codes[tiles[t] + r * pitch + steps[i / 64] + i % 64].
 struct Block {
   const uint8_t* codes;
-  int64_t pitch, tile_count;
+  int64_t bytes, pitch, tile_count;
   const int64_t *tiles, *steps;
   const Row* rows;
 };
@@ -418,8 +418,17 @@ __attribute__((noinline)) inline void multiply_long_block(const Weights& w, cons
   }
 }
 
+// That tiles lie in the codes' memory, to the last byte that is multiplied.
+inline void check([[maybe_unused]] const Weights& w, const Block& block) {
+  for (int64_t t = 0; t < block.tile_count; ++t) {
+    TFQC_ASSERT(block.tiles[t] >= 0);
+    TFQC_ASSERT(block.tiles[t] + (TILE - 1) * block.pitch + block.steps[w.steps - 1] + STEP <= block.bytes);
+  }
+}
+
 // The panels [begin, end) of a block. sums: room for STRIP * PANEL numbers for each strip of the block.
 inline void multiply_block(const Weights& w, const Block& block, int64_t begin, int64_t end, int32_t* sums) {
+  check(w, block);
   if (w.steps > MOST_STEPS) return multiply_long_block(w, block, begin, end, sums);
   Finisher finisher(w);
   const int64_t strips = ceil_div(block.tile_count, 2), chunks = std::max<int64_t>(1, (w.steps + CHUNK / 2) / CHUNK);
@@ -472,14 +481,12 @@ inline Part part_of(const Team& team, int64_t units, int64_t rows_per_unit, int6
   return {units * i / down, units * (i + 1) / down, panels * j / across, panels * (j + 1) / across};
 }
 
-// Pieces of a thread's scratch memory, one after the other.
-struct Scratch {
-  uint8_t* next;
-  template <typename T> T* take(int64_t count) {
-    T* piece = (T*)next;
-    next += round_up(count * int64_t(sizeof(T)), 64);
-    return piece;
-  }
-};
+// What every product is told.
+inline void check([[maybe_unused]] const Epilogue& e, [[maybe_unused]] int64_t n) {
+  TFQC_ASSERT(e.act != GEGLU || n % PANEL == 0);
+  TFQC_ASSERT(e.out != nullptr && e.out_ld >= (e.act == GEGLU ? n / 2 : n));
+  TFQC_ASSERT(e.residual == nullptr || e.residual_ld >= (e.act == GEGLU ? n / 2 : n));
+  TFQC_ASSERT(e.out_dtype != U8 || (e.quant.scale.base != nullptr && e.quant.zero.base != nullptr));
+}
 
 }  // namespace gemm

@@ -8,6 +8,8 @@
 // Codes as tfqc.quantize has them, bit for bit. An infinity gives the end of the range, a NaN gives 0.
 extern "C" void tfqc_map(const void* args, const Team& team) {
   const MapArgs& map = *static_cast<const MapArgs*>(args);
+  TFQC_ASSERT(map.ldx >= (map.act == GEGLU ? 2 * map.c : map.c));
+  TFQC_ASSERT(map.out_dtype != U8 || map.quant.scale.base != nullptr);
   with_act(map.act, [&](auto act) {
     const Share share(team, map.batch * map.seq);
     for (int64_t token = share.begin; token < share.end; ++token) {

@@ -341,3 +341,16 @@ struct Share {
     if (end > n) end = n;
   }
 };
+
+// Pieces of a thread's scratch memory, one after the other, each on a cache line of its own.
+struct Scratch {
+  uint8_t* next;
+  const uint8_t* end;
+  explicit Scratch(const Team& team) : next(team.scratch), end(team.scratch + team.scratch_size) {}
+  template <typename T> T* take(int64_t count) {
+    T* piece = (T*)next;
+    next += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    TFQC_ASSERT(count >= 0 && next <= end);
+    return piece;
+  }
+};

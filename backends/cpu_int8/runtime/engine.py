@@ -24,8 +24,6 @@ from tfqc.backends.cpu_int8.runtime.schedule import Line, Recorder
 from tfqc.backends.cpu_int8.runtime.tiles import Tiles
 from tfqc.runtime import Plan, Stepper
 
-SHARED = 1 << 20  # bytes for what threads tell each other: 32 for each group of a norm and thread
-
 
 class Engine(Stepper):
     """A compiled model, called like the one that was captured. Not safe for use from several threads at once.
@@ -127,7 +125,8 @@ class Schedule:
         self._threads = torch.get_num_threads()
         self._scratch_size = -(-recorder.scratch // 64) * 64
         self._scratch = room(self._threads * self._scratch_size)
-        self._shared = torch.empty(SHARED + 64, dtype=torch.uint8)
+        self._shared_size = recorder.shared
+        self._shared = torch.empty(self._shared_size + 64, dtype=torch.uint8)
         self._library = library
         self._segments = list(self._group(recorder.lines))
 
@@ -151,7 +150,7 @@ class Schedule:
         pointer, count = ctypes.byref(commands), ctypes.c_int64(len(lines))
         rows, threads = ctypes.c_void_p(self._rows.data_ptr()), ctypes.c_int32(self._threads)
         scratch, scratch_size = ctypes.c_void_p(_aligned(self._scratch)), ctypes.c_int64(self._scratch_size)
-        shared, shared_size = ctypes.c_void_p(_aligned(self._shared)), ctypes.c_int64(SHARED)
+        shared, shared_size = ctypes.c_void_p(_aligned(self._shared)), ctypes.c_int64(self._shared_size)
         run = self._library.tfqc_run
         return lambda: run(pointer, count, rows, threads, scratch, scratch_size, shared, shared_size)
 

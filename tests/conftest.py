@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
+# Before torch is loaded, and for all processes that tests start. Without it MKL's products depend, on some CPUs, on
+# where operands lie in memory, and two runs of one float model differ in their last bits.
+os.environ["MKL_CBWR"] = "AVX2,STRICT"
+
 import torch
 
 from tests.models import MODELS, ROLES, Example

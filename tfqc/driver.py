@@ -19,7 +19,7 @@ from tfqc.calibration import Calibration
 from tfqc.checking import tables_of
 from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
-from tfqc.frontend.inputs import DynamicDims, arguments_by_name, assign_roles, tensors_by_path
+from tfqc.frontend.inputs import DynamicDims, inputs_of
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Stage
 from tfqc.models import ModelSpec, find_model, from_diffusers
@@ -171,7 +171,7 @@ def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[s
         spec = _of_module(spec, example)
     spec = replace(spec, example_inputs=example or spec.example_inputs, roles=roles or spec.roles)
     # What is wrong with them is said before anything is drawn for them.
-    assign_roles(tensors_by_path(arguments_by_name(spec.model, spec.example_inputs)), dict(spec.roles or {}), {})
+    inputs_of(spec.model, spec.example_inputs, spec.roles)
     return spec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ BATCHES = ([750.0], [500.0, 500.0], [0.0, 750.0, 250.0], [33.0])
 built = pytest.mark.skipif(
     best_isa() is None or shutil.which("g++") is None, reason="no CPU or no compiler for kernels"
 )
+
+
+def chosen_isa() -> str | None:
+    """The instruction set of models that are loaded here."""
+    return os.environ.get("TFQC_ISA") or best_isa()
 
 
 def save(program: Program, out: Path, target: str = "cpu-int8") -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 from typing import NamedTuple
 
@@ -13,15 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfqc.backends.cpu_int8.runtime import abi, build
+from tests.backends.kernels import DTYPES, EVERY_ISA, at_end, run
+from tfqc.backends.cpu_int8.runtime import abi
 
-ISAS = [isa for isa in build.ISAS if build.runs_here(isa)]
 MODES = (0, 1, 2)
 TOLERANCE = (2e-6, 1e-2, 2e-2)  # of the largest |v|, by mode
-DTYPES = {torch.float32: abi.DType.F32, torch.bfloat16: abi.DType.BF16, torch.uint8: abi.DType.U8}
-
-pytestmark = pytest.mark.skipif(not ISAS, reason="no instruction set of the kernels")
-everywhere = pytest.mark.parametrize("isa", ISAS)
+everywhere = EVERY_ISA
 in_all_modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -30,11 +25,6 @@ class Codes(NamedTuple):
 
     scale: Tensor
     zero: Tensor
-
-
-@functools.cache
-def library(isa: str) -> ctypes.CDLL:
-    return build.build(build.source_of("schedule.cpp", "attention.cpp"), isa)
 
 
 def attend(
@@ -50,9 +40,11 @@ def attend(
     scale: float | None = None,
     threads: int = 1,
     scratch: int = 4 << 20,
+    filled: int = 0xAA,
 ) -> Tensor:
     """The kernel on views [batch, heads, tokens, d]; the output is f32 unless given."""
-    out = torch.full_like(q, math.nan, dtype=torch.float32) if out is None else out
+    out = at_end(torch.full(q.shape, math.nan)) if out is None else out
+    q, k, v = at_end(q), at_end(k), at_end(v)
     (batch, heads, queries, d), keys = q.shape, k.shape[2]
     args = abi.AttentionArgs(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), batch=batch, heads=heads, queries=queries,
@@ -64,22 +56,13 @@ def attend(
         for axis, stride in zip(("entry", "head", "token"), x.stride(), strict=False):
             setattr(args, f"{name}_{axis}", stride)
     if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
+        mask = at_end(mask).expand(batch, heads, queries, keys)
         args.mask = mask.data_ptr()
         args.mask_entry, args.mask_head, args.mask_query, args.mask_key = mask.stride()
     if codes is not None:
         args.quant.scale = abi.Rows(base=codes.scale.data_ptr(), entry=1)
         args.quant.zero = abi.Rows(base=codes.zero.data_ptr(), entry=1)
-    rows = torch.zeros(batch, dtype=torch.int64)
-    memory = torch.empty(threads * scratch + 64, dtype=torch.uint8)
-    first = -memory.data_ptr() % 64 + memory.data_ptr()
-    kernels = library(isa)
-    command = abi.Command(run=ctypes.cast(kernels.tfqc_attention, ctypes.c_void_p).value, args=ctypes.addressof(args))
-    size = ctypes.c_int64
-    kernels.tfqc_run(
-        ctypes.byref(command), size(1), ctypes.c_void_p(rows.data_ptr()), threads, ctypes.c_void_p(first),
-        size(scratch), None, size(0),
-    )  # fmt: skip
+    run(isa, "attention", args, [0] * batch, threads, scratch, filled=filled)
     return out
 
 
@@ -217,8 +200,7 @@ def test_threads_do_not_change_a_bit(isa: str, mode: int) -> None:
 def test_codes_of_each_entry(isa: str, mode: int) -> None:
     q, k, v = heads_of(0, 2, 45, 40, batch=3), heads_of(1, 2, 77, 40, batch=3), heads_of(2, 2, 77, 40, batch=3)
     codes = Codes(torch.tensor([0.004, 0.02, 0.001]), torch.tensor([100, 128, 7], dtype=torch.int32))
-    out = torch.zeros(q.shape, dtype=torch.uint8)
-    attend(isa, mode, q, k, v, out=out, codes=codes)
+    out = attend(isa, mode, q, k, v, out=at_end(torch.zeros(q.shape, dtype=torch.uint8)), codes=codes)
     scale, zero = codes.scale.view(3, 1, 1, 1), codes.zero.view(3, 1, 1, 1)
     ideal = (exact(q, k, v) / scale + zero).clamp(0, 255)
     assert ((out - ideal).abs() <= 0.51 + TOLERANCE[mode] * v.abs().max() / scale).all()
@@ -234,3 +216,20 @@ def test_writes_nothing_beside_the_output(isa: str, dtype: torch.dtype, d: int) 
     attend(isa, 1, q, k, v, out=room[:, :, 1:38, 2 : 2 + d], codes=codes)
     room[:, :, 1:38, 2 : 2 + d] = 77
     assert (room == 77).all()
+
+
+@everywhere
+@in_all_modes
+@pytest.mark.parametrize("d", [512, 1024, 2048])
+def test_wide_heads(isa: str, mode: int, d: int) -> None:
+    """Blocks of queries are as many as scratch has room for beside some keys."""
+    q, k, v = heads_of(0, 1, 600, d), heads_of(1, 1, 1100, d), heads_of(2, 1, 1100, d)
+    assert error(attend(isa, mode, q, k, v), q, k, v) < TOLERANCE[mode]
+
+
+@everywhere
+@in_all_modes
+def test_what_lay_in_scratch_changes_nothing(isa: str, mode: int) -> None:
+    q, k, v = heads_of(0, 2, 45, 40), heads_of(1, 2, 77, 40), heads_of(2, 2, 77, 40)
+    one, other = (attend(isa, mode, q, k, v, filled=filled) for filled in (0, 0xFF))
+    assert torch.equal(one, other)

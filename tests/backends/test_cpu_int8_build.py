@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backends.engines import BATCHES, ODD, built, differ, made, save
+from tests.backends.engines import BATCHES, ODD, built, chosen_isa, differ, made, save
 from tests.lowered import finished, parts
 from tests.subjects import Subject, of_example
 from tfqc.backends.cpu_int8.runtime import build as building
@@ -54,7 +54,7 @@ def test_without_a_compiler(no_cache: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     if best_isa() is not None and shutil.which("g++"):
         loaded = load(tmp_path / "out")
-        assert loaded.isa == best_isa()  # type: ignore[union-attr]
+        assert loaded.isa == chosen_isa()  # type: ignore[union-attr]
         call = its.call([750.0, 0.0])
         assert differ(without(**call), loaded(**call)) < 0.1
 
@@ -72,6 +72,94 @@ def test_a_compiler_that_refuses(no_cache: Path, tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("CXX", str(compiler))
         held_by_torch(its, tmp_path / "out", f"{name} refuses|{name} is no compiler")
     assert not list(no_cache.rglob("*.so"))
+
+
+def no_more_than(flag: str, directory: Path) -> str:
+    """A compiler that does not know a flag, with an argument that it needs."""
+    compiler = directory / "old"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = g++ ] || exit 3\ncase "$*" in *{flag}*) echo "unknown {flag}" >&2; exit 1;; esac\n"$@"\n'
+    )
+    compiler.chmod(0o755)
+    return f"'{compiler}' g++"
+
+
+@built
+@pytest.mark.parametrize("flag, lesser", [("-mamx-int8", "avx512_vnni"), ("-mavx512vnni", "avx2")])
+def test_an_old_compiler(
+    flag: str, lesser: str, no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it can build for is used, and said."""
+    isa = ISAS[ISAS.index(lesser) - 1]
+    if not runs_here(isa):
+        pytest.skip(f"no {isa} here")
+    monkeypatch.setenv("CXX", no_more_than(flag, tmp_path))
+    monkeypatch.setenv("TFQC_ISA", isa)
+    out = save(finished(of_example("odd", ODD)), tmp_path / "out")
+    with pytest.warns(UserWarning, match=rf"refuses the kernels: unknown {flag} The kernels use {lesser} instead"):
+        assert load(out).isa == lesser  # type: ignore[union-attr]
+
+
+@built
+def test_a_compiler_with_arguments(no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", no_more_than("-nothing", tmp_path))
+    assert build('extern "C" int answer() { return 5; }', "avx2").answer() == 5
+    for wrong, why in (
+        ("'", "CXX is no command"),
+        (str(tmp_path), r"There is no g\+\+"),
+        ("false", "is no compiler"),
+    ):
+        monkeypatch.setenv("CXX", wrong)
+        with pytest.raises(BuildError, match=why):
+            build('extern "C" int answer() { return 5; }', "avx2")
+    (tmp_path / "text").write_text("neither a script nor a program")
+    (tmp_path / "text").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "text"))
+    with pytest.raises(BuildError, match="is no compiler"):
+        build('extern "C" int answer() { return 5; }', "avx2")
+    monkeypatch.setenv("CXX", "")
+    assert build('extern "C" int answer() { return 5; }', "avx2").answer() == 5
+
+
+@built
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_broken_library_is_built_again(left: int, no_cache: Path) -> None:
+    text, isa = 'extern "C" int answer() { return 13; }', best_isa()
+    assert isa is not None
+    script = f"from tfqc.backends.cpu_int8.runtime.build import build; build({text!r}, {isa!r})"
+    subprocess.run([sys.executable, "-c", script], check=True)  # this process would find it open
+    (library,) = no_cache.rglob("*.so")
+    whole = library.read_bytes()
+    library.write_bytes(whole[:left])
+    assert build(text, isa).answer() == 13
+    assert library.stat().st_size == len(whole)
+
+
+@built
+def test_a_library_that_cannot_be_loaded(no_cache: Path) -> None:
+    with pytest.raises(BuildError, match=r"cannot be loaded: .*undefined symbol: missing\."):
+        build('extern "C" int missing(); extern "C" int answer() { return missing(); }', "avx2")
+    assert not list(no_cache.rglob("*.so"))
+
+
+def test_amx_needs_a_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual machines show AMX and do not always let it be used: else the first tile would end the process."""
+    monkeypatch.setattr(building, "cpu_flags", lambda: frozenset(set().union(*building._NEEDS.values())))
+    monkeypatch.setattr(building, "amx_is_granted", lambda: False)
+    monkeypatch.delenv("TFQC_ISA", raising=False)
+    assert best_isa() == "avx512_vnni" and not runs_here("amx")
+    out = save(finished(of_example("odd", ODD)), tmp_path / "out", "cpu-int8{isa=amx}")
+    with pytest.warns(UserWarning, match=r"does not let the process use the registers of AMX"):
+        assert load(out).isa == "torch"  # type: ignore[union-attr]
+
+
+def test_where_linux_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "Path", lambda name: tmp_path / "absent")
+    for capability, best in (("AVX512", "avx2"), ("AVX2", "avx2"), ("DEFAULT", None)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda its=capability: its)
+        building.cpu_flags.cache_clear()
+        assert best_isa() == best
+    building.cpu_flags.cache_clear()
 
 
 @pytest.mark.parametrize("wanted", ["auto", "avx2", "amx"])

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from tests.backends.engines import BATCHES, built, differ, made
+from tests.backends.engines import BATCHES, built, chosen_isa, differ, made
 from tests.cli.conftest import FEW, TINY, Tfqc
 from tests.cli.conftest import tfqc as tfqc
 from tests.helpers import first
 from tests.lowered import EXACT, PER_TOKEN, STEPS, example, parts
 from tests.models import odd_names
 from tests.subjects import Subject, Subjects
-from tfqc.backends.cpu_int8.runtime.build import best_isa
 from tfqc.backends.cpu_int8.runtime.engine import Engine
 from tfqc.driver import compile
 from tfqc.errors import TfqcError
@@ -33,7 +32,7 @@ from tfqc.pipeline import Pipeline
 def test_batches(target: str, tmp_path: Path) -> None:
     its = parts()
     program, loaded = made(its, tmp_path / "out", target)
-    assert loaded.isa == best_isa()
+    assert loaded.isa == chosen_isa()
     for timesteps in (*BATCHES, *BATCHES):
         call = its.call(timesteps)
         assert differ(program(**call), loaded(**call)) < 0.1

@@ -6,6 +6,7 @@ float64's by some 1e-6, so a code differs, by one, only where the value is that 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.backends.kernels import DTYPES, EVERY_ISA, Guarded, by_row, quant, run
+from tests.backends.kernels import DTYPES, EVERY_ISA, Guarded, at_end, by_row, quant, run
 from tfqc.backends.cpu_int8.runtime import abi
-from tfqc.runtime import ops
+from tfqc.runtime import kernel_ops, ops
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 ACTS = {
@@ -38,8 +39,8 @@ some = settings(max_examples=25, deadline=None)
 
 def table(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Scales and zero points of the rows."""
-    scale = torch.rand(T, generator=generator) * 0.05 + 0.002
-    return scale, torch.randint(0, 256, (T,), generator=generator, dtype=torch.int32)
+    scale = at_end(torch.rand(T, generator=generator) * 0.05 + 0.002)
+    return scale, at_end(torch.randint(0, 256, (T,), generator=generator, dtype=torch.int32))
 
 
 def rows_for(batch: int, generator: torch.Generator) -> list[int]:
@@ -67,7 +68,7 @@ def normed(
     scale: Tensor, zero: Tensor, rows: list[int], team: int,
 ) -> Tensor:  # fmt: skip
     batch, seq, c = x.shape
-    to = Guarded((batch, seq, c), out)
+    to, x = Guarded((batch, seq, c), out), at_end(x)
     args = abi.NormArgs(
         x.data_ptr(), to.pointer, batch, seq, c, groups, by_row(weight), by_row(bias), 1e-5, DTYPES[x.dtype],
         DTYPES[out], act, quant(scale, zero),
@@ -82,7 +83,7 @@ def check_norm(
     """Against float64. The kernel rounds mean / deviation to f32, which is what it may be off by."""
     generator = torch.Generator().manual_seed(seed)
     batch, seq, c = x.shape
-    weight, bias = (torch.randn(T, c, generator=generator) if affine else None for _ in range(2))
+    weight, bias = (at_end(torch.randn(T, c, generator=generator)) if affine else None for _ in range(2))
     scale, zero = table(generator)
     rows = rows_for(batch, generator)
 
@@ -169,7 +170,7 @@ def mapped(
     """x [B, S, C] may be a slice of wider tokens."""
     batch, seq, c = x.shape
     c = c // 2 if act == abi.Act.GEGLU else c
-    to = Guarded((batch, seq, c), out)
+    to, x = Guarded((batch, seq, c), out), at_end(x)
     args = abi.MapArgs(
         x.data_ptr(), to.pointer, batch, seq, c, x.stride(1), DTYPES[x.dtype], DTYPES[out], act, 0, quant(scale, zero)
     )
@@ -251,7 +252,7 @@ class TestMap:
 
 
 def tokens_quantized(isa: str, x: Tensor, team: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, c = x.shape
+    (tokens, c), x = x.shape, at_end(x)
     to, scale, zero = Guarded((tokens, c), U8), Guarded((tokens,), F32), Guarded((tokens,), torch.int32)
     args = abi.TokenQuantizeArgs(
         x.data_ptr(), to.pointer, scale.pointer, zero.pointer, tokens, c, DTYPES[x.dtype], 0
@@ -279,13 +280,16 @@ class TestTokens:
         exact = ((high - low) / 255).clamp(min=torch.finfo(F32).eps)
         assert scale.equal(exact) and zero.equal(torch.round(-low / exact).int())
 
-    def test_not_a_number(self, isa: str) -> None:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_not_finite(self, isa: str, value: float) -> None:
+        """All that is made of such a token is NaN, of the others nothing is."""
         x = torch.linspace(-1, 2, 40).repeat(2, 1)
-        x[1, 5] = float("nan")
+        x[1, 5] = value
         codes, scale, zero = tokens_quantized(isa, x, 1)
-        assert scale[0] == scale[1] and zero[0] == zero[1] and codes[1, 5] == 0
-        codes[:, 5] = 0
-        assert codes[0].equal(codes[1])
+        wanted = kernel_ops.quantize_tokens(x)
+        assert codes.equal(wanted[0]) and zero.equal(wanted[2])
+        assert scale[0] == wanted[1][0] and scale[1].isnan() and wanted[1][1].isnan()
+        assert not codes[1].any() and zero[1] == 0
 
 
 @EVERY_ISA
@@ -305,10 +309,11 @@ class TestAdd:
         rows = rows_for(batch, generator)
 
         def operand(kind: torch.dtype, repeated: bool) -> Tensor:
-            return (torch.randn(1 if repeated else batch, seq, c, generator=generator) * 4 + 8).clamp(min=0).to(kind)
+            values = torch.randn(1 if repeated else batch, seq, c, generator=generator) * 4 + 8
+            return at_end(values.clamp(min=0).to(kind))
 
         a, b = operand(dtype, repeat[0]), None if dtype_b is None else operand(dtype_b, repeat[1])
-        gate = torch.randn(T, c, generator=generator) if gated else None
+        gate = at_end(torch.randn(T, c, generator=generator)) if gated else None
         got = added(isa, a, b, gate, out, scale, zero, rows, team)
         exact = a.double() * (gate.double()[rows][:, None] if gate is not None else 1)
         exact = (exact if b is None else exact + b.double()).expand(batch, -1, -1)
@@ -359,7 +364,7 @@ class TestMoves:
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         a, b = (
-            (torch.randn(tokens, n, generator=generator) * 9).clamp(min=0).to(dtype)
+            at_end((torch.randn(tokens, n, generator=generator) * 9).clamp(min=0).to(dtype))
             for n, dtype in zip((c, c2), dtypes, strict=False)
         )
         to = Guarded((tokens, c + c2), dtypes[2])
@@ -375,7 +380,7 @@ class TestMoves:
     def test_upsample(
         self, isa: str, seed: int, batch: int, h: int, w: int, pixel: int, factor: int, team: int
     ) -> None:
-        x = torch.randint(0, 256, (batch, h, w, pixel), generator=torch.Generator().manual_seed(seed), dtype=U8)
+        x = at_end(torch.randint(0, 256, (batch, h, w, pixel), generator=torch.Generator().manual_seed(seed), dtype=U8))
         to = Guarded((batch, h * factor, w * factor, pixel), U8)
         args = abi.UpsampleArgs(x.data_ptr(), to.pointer, batch, h, w, pixel, factor)
         expected = x.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

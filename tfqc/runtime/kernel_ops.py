@@ -202,14 +202,18 @@ def attention(
 
 @_define("quantize_tokens(Tensor x, int bits=8) -> (Tensor, Tensor, Tensor)")
 def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes u8 of x [..., C], scale f32 and zero point i32 [...] of each token: asymmetric, found at run time."""
+    """Codes u8 of x [..., C], scale f32 and zero point i32 [...] of each token: asymmetric, found at run time.
+
+    The scale of a token with a NaN or an infinity is NaN, so that all that is made of it is; its codes are 0.
+    """
     top = 2**bits - 1
     x = x.to(torch.float32)
     low = x.amin(-1).clamp(max=0)
     high = x.amax(-1).clamp(min=0)
-    scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).eps)
-    zero_point = torch.round(-low / scale)
-    codes = torch.clamp(torch.round(x * (1.0 / scale)[..., None]) + zero_point[..., None], 0, top)
+    odd = (x * 0).sum(-1)
+    scale = ((high - low + odd) / top).clamp(min=torch.finfo(torch.float32).eps)
+    zero_point = torch.round(-low / scale).nan_to_num(0)
+    codes = torch.clamp(torch.round(x * (1.0 / scale)[..., None]) + zero_point[..., None], 0, top).nan_to_num(0)
     return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
 
 

@@ -6,16 +6,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "check.h"
+
 enum DType : int32_t { F32 = 0, BF16 = 1, U8 = 2 };
 enum Act : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, GEGLU = 4 };
 
 // Parameters that may wait for the step, the batch entry or the token: of entry b, token s they begin at
-// base + rows[b] * row + b * entry + s * token. A null base stands for "there is none".
+// base + rows[b] * row + b * entry + s * token. A null base stands for "there is none". size: how many numbers lie
+// from base on, of which a debug build makes sure; 0 if it is not said.
 template <typename T> struct Rows {
   const T* base;
-  int64_t row, entry, token;
+  int64_t row, entry, token, size;
   const T* at(const int64_t* rows, int64_t b, int64_t s = 0) const {
-    return base + rows[b] * row + b * entry + s * token;
+    const int64_t place = rows[b] * row + b * entry + s * token;
+    TFQC_ASSERT(place >= 0 && (size == 0 || place < size));
+    return base + place;
   }
 };
 

@@ -109,16 +109,6 @@ void weigh(float* scores, int64_t keys, int64_t padded, int64_t rows, Block& blo
   for (int v = 0; v < 2; ++v) store(block.sum + v * LANES, total[v]);
 }
 
-// Pieces of a thread's memory.
-struct Room {
-  uint8_t* next;
-  template <typename T> T* take(int64_t n) {
-    T* piece = (T*)next;
-    next += round_up(n * int64_t(sizeof(T)), 64);
-    return piece;
-  }
-};
-
 template <class Score, class Value> class Attention {
  public:
   Attention(const AttentionArgs& args, const Team& team) : args(args), team(team), layout{args.d} {}
@@ -148,7 +138,7 @@ template <class Score, class Value> class Attention {
 
  private:
   void plan() {
-    Room room{team.scratch};
+    Scratch room(team);
     scores = room.take<float>(CHUNK * BLOCK);
     weights = Value::PACK == 1 ? (Word*)scores : room.take<Word>(CHUNK * BLOCK / 2);
     query_room = room.take<float>(layout.units() * Score::PACK * BLOCK);
@@ -163,18 +153,20 @@ template <class Score, class Value> class Attention {
         block[j].scale = room.take<float>(BLOCK);
         block[j].start = room.take<int32_t>(BLOCK);
       }
-      return (team.scratch + team.scratch_size - room.next - 256) / (key_words * 4) / CHUNK * CHUNK;
+      return (room.end - room.next - 256) / (key_words * 4) / CHUNK * CHUNK;
     };
-    const Room before = room;
+    const Scratch before = room;
     group = 1;
     span_keys = take_blocks(group);
     if (span_keys < args.keys) {
+      const int64_t block_bytes = room.next - before.next;  // as many blocks as leave a quarter of the room to keys
+      group = std::clamp<int64_t>((room.end - before.next) * 3 / 4 / block_bytes, 1, GROUP);
       room = before;
-      group = GROUP;
       span_keys = take_blocks(group);
     } else {
       span_keys = round_up(args.keys, CHUNK);
     }
+    TFQC_ASSERT(span_keys > 0);
     span.key = room.take<Word>(layout.units() * span_keys);
     span.value = room.take<Word>(layout.rows() * span_keys / Value::PACK);
     span.scale = room.take<float>(span_keys);

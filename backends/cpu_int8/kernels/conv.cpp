@@ -64,7 +64,7 @@ uint8_t* copy_patch(uint8_t* out, const ConvArgs& a, const Shape& shape, int64_t
     const uint8_t* x = a.x + (b * a.h + i) * a.w * a.c + group * shape.channels;
     std::memset(out, zero, size_t(begin * shape.pitch));
     std::memset(out + end * shape.pitch, zero, size_t((shape.width - end) * shape.pitch));
-    if (shape.pitch == a.c) {
+    if (shape.pitch == a.c && a.groups == 1) {
       std::memcpy(out + begin * a.c, x, size_t((end - begin) * a.c));
     } else {
       for (int64_t j = begin; j < end; ++j) {
@@ -79,12 +79,16 @@ uint8_t* copy_patch(uint8_t* out, const ConvArgs& a, const Shape& shape, int64_t
 
 extern "C" void tfqc_conv(const void* args, const Team& team) {
   const auto& a = *(const ConvArgs*)args;
+  TFQC_ASSERT(a.batch > 0 && a.groups > 0 && a.c % a.groups == 0 && a.n % a.groups == 0 && a.stride > 0 && a.pad >= 0);
+  TFQC_ASSERT(a.out_h > 0 && (a.out_h - 1) * a.stride + a.kh <= a.h + 2 * a.pad);
+  TFQC_ASSERT(a.out_w > 0 && (a.out_w - 1) * a.stride + a.kw <= a.w + 2 * a.pad);
+  gemm::check(a.epilogue, a.n);
   const Shape shape(a);
   const int64_t panels = ceil_div(shape.n, gemm::PANEL), columns = gemm::round_up(shape.n, gemm::TILE);
   const gemm::Part part = gemm::part_of(team, a.batch * a.out_h, shape.span, shape.most * shape.span, panels);
   if (part.row_begin == part.row_end || part.panel_begin == part.panel_end) return;
 
-  gemm::Scratch scratch{team.scratch};
+  Scratch scratch(team);
   auto* steps = scratch.take<int64_t>(shape.steps);
   auto* tiles = scratch.take<int64_t>(shape.product_rows() / gemm::TILE);
   auto* rows = scratch.take<gemm::Row>(shape.product_rows());
@@ -101,7 +105,7 @@ extern "C" void tfqc_conv(const void* args, const Team& team) {
                                 group * shape.n, &a.epilogue};
     for (int64_t from = part.row_begin; from < part.row_end; from += size) {
       const int64_t to = std::min(part.row_end, from + size);
-      gemm::Block block{codes, shape.pitch * a.stride, 0, tiles, steps, rows};
+      gemm::Block block{codes, shape.patch_bytes(a, shape.most), shape.pitch * a.stride, 0, tiles, steps, rows};
       uint8_t* patch = codes;
       for (int64_t i = from; i < to;) {
         const int64_t b = i / a.out_h, y = i - b * a.out_h, stop = std::min(to, (b + 1) * a.out_h), height = stop - i;

@@ -1,5 +1,6 @@
 // The product of u8 codes and packed s8 weights, and what follows it, for one thread. Linear layers and convolutions
-// differ only in where a tile of 16 rows lies in memory. Exact: no sum is ever rounded or saturated.
+// differ only in where a tile of 16 rows lies in memory. Exact: no sum is ever rounded or saturated, and it becomes a
+// float, to nearest even, when the zero point's part has been taken off.
 #pragma once
 #include "abi.h"
 #include "vec.h"
@@ -20,6 +21,8 @@ constexpr int64_t TILE_BYTES = TILE * STEP;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of codes that one thread works on: half of the second level cache
 constexpr int64_t MOST_ROWS = 1024;       // in a block
 constexpr int64_t CHUNK = 16;             // steps, about: as much of a panel as stays in the first level cache
+// Of 2^16 inputs, any sum of (code - zero point) * weight is below 2^31: each is at most 255 * 128.
+constexpr int64_t MOST_STEPS = (1 << 16) / STEP;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -77,7 +80,7 @@ struct Weights {
 // Rows to multiply, in tiles: input i of row r of tile t is codes[tiles[t] + r * pitch + steps[i / 64] + i % 64].
 struct Block {
   const uint8_t* codes;
-  int64_t pitch, tile_count;
+  int64_t bytes, pitch, tile_count;
   const int64_t *tiles, *steps;
   const Row* rows;
 };
@@ -117,7 +120,7 @@ inline V fast_gelu(V x) {
     const float* of = gelu_table.c[power];
     return V{_mm512_permutex2var_ps(_mm512_load_ps(of), i, _mm512_load_ps(of + 16))};
   };
-  return max(x, set(0)) - fma(fma(fma(c(3), u, c(2)), u, c(1)), u, c(0));
+  return max(set(0), x) - fma(fma(fma(c(3), u, c(2)), u, c(1)), u, c(0));
 }
 
 #else
@@ -126,14 +129,18 @@ inline V fast_gelu(V x) { return gelu(x); }
 
 #endif
 
+// Sums of 32 bits may have gone round any number of times when what is left fits.
+inline V less_zero_point(const int32_t* sum, VI part) { return to_float(load_i32(sum) - part); }
+inline V less_zero_point(const float* done, VI) { return load(done); }  // it has been taken off
+
 // Turns sums [2][STRIP][TILE] of a strip into outputs, a few rows at a time, so that it can be done meanwhile.
-class Finisher {
+template <typename Sum> class FinisherOf {
  public:
   static constexpr int64_t FEW = 4;
 
-  explicit Finisher(const Weights& weights) : w(weights), e(*weights.epilogue) {}
+  explicit FinisherOf(const Weights& weights) : w(weights), e(*weights.epilogue) {}
 
-  void begin(const int32_t* strip_sums, const Row* strip_rows, int64_t count, int64_t first_column) {
+  void begin(const Sum* strip_sums, const Row* strip_rows, int64_t count, int64_t first_column) {
     sums = strip_sums;
     rows = strip_rows;
     next = 0;
@@ -160,8 +167,8 @@ class Finisher {
   int64_t remaining() const { return end - next; }
 
  private:
-  template <int64_t R> void finish(const Row& row, const int32_t* left) const {
-    const int32_t* right = left + STRIP * TILE;
+  template <int64_t R> void finish(const Row& row, const Sum* left) const {
+    const Sum* right = left + STRIP * TILE;
     V y[R], z[R];
     if (e.act == GEGLU) {
       multiply_out<R>(y, left, row, column, TILE);
@@ -179,7 +186,7 @@ class Finisher {
     }
   }
 
-  template <int64_t R> void edge(const Row& row, const int32_t* sum, int64_t i) const {
+  template <int64_t R> void edge(const Row& row, const Sum* sum, int64_t i) const {
     const int64_t width = std::min(TILE, w.n - i);
     if (width <= 0) return;
     V y[R];
@@ -187,11 +194,11 @@ class Finisher {
     put<R>(row, y, i, width);
   }
 
-  template <int64_t R> void multiply_out(V* y, const int32_t* sum, const Row& row, int64_t i, int64_t width) const {
+  template <int64_t R> void multiply_out(V* y, const Sum* sum, const Row& row, int64_t i, int64_t width) const {
     const VI shift = set_i32(row.zero) * load_i32(w.sum + i);
     const V scale = set(row.scale) * load(w.scale + i);
     const V bias = row.bias ? load(row.bias + w.first + i, width) : set(0);
-    for (int64_t r = 0; r < R; ++r) y[r] = fma(to_float(load_i32(sum + r * TILE) - shift), scale, bias);
+    for (int64_t r = 0; r < R; ++r) y[r] = fma(less_zero_point(sum + r * TILE, shift), scale, bias);
     if (e.act == NONE || e.act == GEGLU) return;
     for (int64_t r = 0; r < R; ++r) y[r] = e.act == GELU ? fast_gelu(y[r]) : activate(y[r], e.act);
   }
@@ -215,10 +222,11 @@ class Finisher {
 
   const Weights& w;
   const Epilogue& e;
-  const int32_t* sums = nullptr;
+  const Sum* sums = nullptr;
   const Row* rows = nullptr;
   int64_t next = 0, end = 0, column = 0;
 };
+using Finisher = FinisherOf<int32_t>;
 
 // One strip times one panel over some steps. Tiles and columns that are not there repeat the first.
 struct Operands {
@@ -372,8 +380,56 @@ template <bool TWO> void multiply(const Operands& o, int32_t* sums, bool add, Fi
 
 #endif
 
+// multiply_block where 32 bits may not hold a sum: it is taken over MOST_STEPS at a time, and these are added in 64.
+__attribute__((noinline)) inline void multiply_long_block(const Weights& w, const Block& block, int64_t begin,
+                                                          int64_t end, int32_t* sums) {
+  constexpr int64_t SIDE = STRIP * TILE;  // from the sums of the left half of a panel to those of the right
+  Finisher nothing(w);
+  FinisherOf<float> finisher(w);
+  int64_t wide[2][TILE * TILE];
+  alignas(64) float done[2 * SIDE];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t column = panel * PANEL, sides = column + TILE < w.n ? 2 : 1;
+    const int8_t* left = w.codes + panel * 2 * w.column_bytes();
+    const int8_t* right = sides == 2 ? left + w.column_bytes() : left;
+    for (int64_t tile = 0; tile < block.tile_count; ++tile) {
+      const uint8_t* top = block.codes + block.tiles[tile];
+      const Row* rows = block.rows + tile * TILE;
+      std::fill_n(wide[0], 2 * TILE * TILE, 0);
+      for (int64_t from = 0; from < w.steps; from += MOST_STEPS) {
+        const int64_t skip = from * TILE_BYTES, count = std::min(MOST_STEPS, w.steps - from);
+        const Operands operands{{top, top}, block.pitch, block.steps + from, {left + skip, right + skip}, count,
+                                left, 0, 0, 0};
+        multiply<false>(operands, sums, false, nothing);
+        for (int64_t side = 0; side < sides; ++side) {
+          for (int64_t i = 0; i < TILE * TILE; ++i) wide[side][i] += sums[side * SIDE + i];
+        }
+      }
+      for (int64_t side = 0; side < sides; ++side) {
+        const int32_t* sum = w.sum + column + side * TILE;
+        for (int64_t i = 0; i < TILE * TILE; ++i) {
+          if (rows[i / TILE].at < 0) continue;
+          done[side * SIDE + i] = float(wide[side][i] - int64_t(rows[i / TILE].zero) * sum[i % TILE]);
+        }
+      }
+      finisher.begin(done, rows, TILE, column);
+      finisher.complete();
+    }
+  }
+}
+
+// That tiles lie in the codes' memory, to the last byte that is multiplied.
+inline void check([[maybe_unused]] const Weights& w, const Block& block) {
+  for (int64_t t = 0; t < block.tile_count; ++t) {
+    TFQC_ASSERT(block.tiles[t] >= 0);
+    TFQC_ASSERT(block.tiles[t] + (TILE - 1) * block.pitch + block.steps[w.steps - 1] + STEP <= block.bytes);
+  }
+}
+
 // The panels [begin, end) of a block. sums: room for STRIP * PANEL numbers for each strip of the block.
 inline void multiply_block(const Weights& w, const Block& block, int64_t begin, int64_t end, int32_t* sums) {
+  check(w, block);
+  if (w.steps > MOST_STEPS) return multiply_long_block(w, block, begin, end, sums);
   Finisher finisher(w);
   const int64_t strips = ceil_div(block.tile_count, 2), chunks = std::max<int64_t>(1, (w.steps + CHUNK / 2) / CHUNK);
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -425,14 +481,12 @@ inline Part part_of(const Team& team, int64_t units, int64_t rows_per_unit, int6
   return {units * i / down, units * (i + 1) / down, panels * j / across, panels * (j + 1) / across};
 }
 
-// Pieces of a thread's scratch memory, one after the other.
-struct Scratch {
-  uint8_t* next;
-  template <typename T> T* take(int64_t count) {
-    T* piece = (T*)next;
-    next += round_up(count * int64_t(sizeof(T)), 64);
-    return piece;
-  }
-};
+// What every product is told.
+inline void check([[maybe_unused]] const Epilogue& e, [[maybe_unused]] int64_t n) {
+  TFQC_ASSERT(e.act != GEGLU || n % PANEL == 0);
+  TFQC_ASSERT(e.out != nullptr && e.out_ld >= (e.act == GEGLU ? n / 2 : n));
+  TFQC_ASSERT(e.residual == nullptr || e.residual_ld >= (e.act == GEGLU ? n / 2 : n));
+  TFQC_ASSERT(e.out_dtype != U8 || (e.quant.scale.base != nullptr && e.quant.zero.base != nullptr));
+}
 
 }  // namespace gemm

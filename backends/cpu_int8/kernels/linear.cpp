@@ -24,6 +24,8 @@ void describe_rows(gemm::Row* out, int64_t begin, int64_t end, const LinearArgs&
 
 extern "C" void tfqc_linear(const void* args, const Team& team) {
   const auto& a = *(const LinearArgs*)args;
+  TFQC_ASSERT(a.batch > 0 && a.seq > 0 && a.k > 0 && a.n > 0 && a.ldx >= a.k);
+  gemm::check(a.epilogue, a.n);
   const int64_t m = a.batch * a.seq, pitch = gemm::pitch_of(a.k), most = rows_at_once(pitch);
   const gemm::Weights weights{a.weight, a.weight_scale, a.weight_sum, a.n, gemm::ceil_div(a.k, gemm::STEP), 0,
                               &a.epilogue};
@@ -32,7 +34,7 @@ extern "C" void tfqc_linear(const void* args, const Team& team) {
   const int64_t begin = part.row_begin * gemm::STRIP, end = std::min(m, part.row_end * gemm::STRIP);
   if (begin >= end || part.panel_begin == part.panel_end) return;
 
-  gemm::Scratch scratch{team.scratch};
+  Scratch scratch(team);
   auto* steps = scratch.take<int64_t>(weights.steps);
   auto* tiles = scratch.take<int64_t>(most / gemm::TILE);
   auto* rows = scratch.take<gemm::Row>(most);
@@ -48,7 +50,7 @@ extern "C" void tfqc_linear(const void* args, const Team& team) {
     const int64_t to = std::min(end, from + size);
     for (int64_t i = from; i < to; ++i) std::memcpy(codes + (i - from) * pitch, a.x + i * a.ldx, size_t(a.k));
     describe_rows(rows, from, to, a, team.rows);
-    const gemm::Block block{codes, pitch, gemm::ceil_div(to - from, gemm::TILE), tiles, steps, rows};
+    const gemm::Block block{codes, most * pitch, pitch, gemm::ceil_div(to - from, gemm::TILE), tiles, steps, rows};
     gemm::multiply_block(weights, block, part.panel_begin, part.panel_end, sums);
   }
 }

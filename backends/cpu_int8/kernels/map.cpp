@@ -8,6 +8,8 @@
 // Codes as tfqc.quantize has them, bit for bit. An infinity gives the end of the range, a NaN gives 0.
 extern "C" void tfqc_map(const void* args, const Team& team) {
   const MapArgs& map = *static_cast<const MapArgs*>(args);
+  TFQC_ASSERT(map.ldx >= (map.act == GEGLU ? 2 * map.c : map.c));
+  TFQC_ASSERT(map.out_dtype != U8 || map.quant.scale.base != nullptr);
   with_act(map.act, [&](auto act) {
     const Share share(team, map.batch * map.seq);
     for (int64_t token = share.begin; token < share.end; ++token) {
@@ -22,20 +24,22 @@ extern "C" void tfqc_map(const void* args, const Team& team) {
   });
 }
 
-// A NaN gives code 0 and has no say in the scale; a token with an infinity has an infinite scale and codes 0.
+// The scale of a token with a NaN or an infinity is NaN, so that all that is made of it is; its codes are 0.
 extern "C" void tfqc_quantize_tokens(const void* args, const Team& team) {
   const TokenQuantizeArgs& tokens = *static_cast<const TokenQuantizeArgs*>(args);
   const Share share(team, tokens.tokens);
   for (int64_t token = share.begin; token < share.end; ++token) {
     const int64_t at = token * tokens.c;
-    V least = set(0), most = set(0);
+    V least = set(0), most = set(0), odd = set(0);  // odd: not 0 where a value is not finite
     each_vector(tokens.c, [&](int64_t i, int64_t n) {
       const V x = load_as(tokens.x, tokens.x_dtype, at + i, n);
       least = min(x, least);
       most = max(x, most);
+      odd = fma(x, set(0), odd);
     });
-    const float low = lowest(least), scale = std::max((highest(most) - low) / 255, FLT_EPSILON);
-    const float zero = std::nearbyint(-low / scale);
+    const float low = lowest(least), range = highest(most) - low + sum(odd);
+    const float scale = std::isnan(range) ? range : std::max(range / 255, FLT_EPSILON);
+    const float zero = std::isnan(range) ? 0 : std::nearbyint(-low / scale);
     tokens.scale[token] = scale;
     tokens.zero[token] = int32_t(zero);
     each_vector(tokens.c, [&](int64_t i, int64_t n) {

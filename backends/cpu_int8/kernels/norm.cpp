@@ -63,9 +63,12 @@ void write_token(const NormArgs& norm, int64_t token, V rstd, V shift, const flo
 
 void group_norm(const NormArgs& norm, const Team& team) {
   const int64_t slots = whole_vectors(norm.c), size = norm.c / norm.groups;
-  double* sums = reinterpret_cast<double*>(team.scratch);
+  TFQC_ASSERT(norm.c % norm.groups == 0);
+  TFQC_ASSERT(team.shared_size >= 2 * team.count * norm.groups * int64_t(sizeof(Moments)));
+  Scratch scratch(team);
+  double* sums = scratch.take<double>(2 * slots);
   double* squares = sums + slots;
-  float* slope = reinterpret_cast<float*>(squares + slots);
+  float* slope = scratch.take<float>(2 * slots);
   float* offset = slope + slots;
   const Share share(team, norm.seq);
 

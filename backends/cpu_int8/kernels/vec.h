@@ -73,7 +73,7 @@ inline __m256i to_bf16(V a) {  // to nearest even; a NaN stays one
 inline void store_bf16(uint16_t* p, V a, int64_t n = LANES) { _mm256_mask_storeu_epi16(p, lanes(n), to_bf16(a)); }
 // Codes of values that have been multiplied by 1 / scale.
 inline void store_codes(uint8_t* p, V a, V zero, int64_t n = LANES) {
-  // Clamped as floats: a conversion of what no i32 holds gives the lowest one.
+  // Clamped as floats: a conversion of what no i32 holds gives the lowest one. A NaN becomes 0, as in torch.
   const V q = min(max(round(a) + zero, set(0)), set(255));
   _mm_mask_storeu_epi8(p, lanes(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(q.x)));
 }
@@ -252,19 +252,28 @@ inline V exp(V x) {
   return scale_by_power_of_2(fma(fma(high, r * r, low), r * r, r + set(1)), n);
 }
 
-inline V silu(V x) { return x / (set(1) + exp(set(0) - x)); }
+// In `max(constant, x)` a NaN stays, in `max(x, constant)` it becomes the constant; likewise `min`.
+
+// 0 far below zero, where the limit of exp would show.
+inline V silu(V x) {
+  x = max(set(-87), x);
+  return x / (set(1) + exp(set(0) - x));
+}
 
 // max(x, 0) - |x| * (1 - erf(|x| / sqrt(2))) / 2, with the error function of Abramowitz and Stegun, 7.1.26: absolute
-// error below 1e-7 * (1 + |x|).
+// error below 1e-7 * (1 + |x|). From |x| = 14 on it is x or 0.
 inline V gelu(V x) {
-  const V a = abs(x), t = set(1) / fma(a, set(0.231641888f), set(1));
+  const V a = min(set(14), abs(x)), t = set(1) / fma(a, set(0.231641888f), set(1));
   const V low = fma(t, set(-0.142248368f), set(0.127414796f));
   const V high = fma(t * t, set(0.530702715f), fma(t, set(-0.726576014f), set(0.710706871f)));
-  return max(x, set(0)) - a * t * fma(high, t * t, low) * exp(set(-0.5f) * x * x);
+  return max(set(0), x) - a * t * fma(high, t * t, low) * exp(set(-0.5f) * a * a);
 }
 
 // x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-inline V gelu_tanh(V x) { return x / (set(1) + exp(x * fma(set(-0.0713548163f) * x, x, set(-1.59576912f)))); }
+inline V gelu_tanh(V x) {
+  x = max(set(-14), x);
+  return x / (set(1) + exp(x * fma(set(-0.0713548163f) * x, x, set(-1.59576912f))));
+}
 
 inline V activate(V x, int32_t act) {
   switch (act) {
@@ -330,5 +339,18 @@ struct Share {
     begin = grains * team.id / team.count * grain;
     end = grains * (team.id + 1) / team.count * grain;
     if (end > n) end = n;
+  }
+};
+
+// Pieces of a thread's scratch memory, one after the other, each on a cache line of its own.
+struct Scratch {
+  uint8_t* next;
+  const uint8_t* end;
+  explicit Scratch(const Team& team) : next(team.scratch), end(team.scratch + team.scratch_size) {}
+  template <typename T> T* take(int64_t count) {
+    T* piece = (T*)next;
+    next += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    TFQC_ASSERT(count >= 0 && next <= end);
+    return piece;
   }
 };

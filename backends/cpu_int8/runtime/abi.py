@@ -30,7 +30,7 @@ def _struct(name: str, **fields: type) -> type[c.Structure]:
     return type(name, (c.Structure,), {"_fields_": list(fields.items())})
 
 
-Rows = _struct("Rows", base=PTR, row=I64, entry=I64, token=I64)
+Rows = _struct("Rows", base=PTR, row=I64, entry=I64, token=I64, size=I64)
 Quant = _struct("Quant", scale=Rows, zero=Rows)
 Epilogue = _struct(
     "Epilogue", bias=Rows, gate=Rows, residual=PTR, out=PTR, residual_ld=I64, out_ld=I64, residual_dtype=I32,

@@ -17,14 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tfqc.backends.cpu_int8.runtime import abi
 from tfqc.backends.cpu_int8.runtime.arena import pack
-from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build, runs_here
+from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build_best, runs_here, why_not
 from tfqc.backends.cpu_int8.runtime.eager import Eager
 from tfqc.backends.cpu_int8.runtime.memory import load_aligned, room
 from tfqc.backends.cpu_int8.runtime.schedule import Line, Recorder
 from tfqc.backends.cpu_int8.runtime.tiles import Tiles
 from tfqc.runtime import Plan, Stepper
-
-SHARED = 1 << 20  # bytes for what threads tell each other: 32 for each group of a norm and thread
 
 
 class Engine(Stepper):
@@ -146,7 +144,8 @@ class Schedule:
         self._threads = torch.get_num_threads()
         self._scratch_size = -(-recorder.scratch // 64) * 64
         self._scratch = room(self._threads * self._scratch_size)
-        self._shared = torch.empty(SHARED + 64, dtype=torch.uint8)
+        self._shared_size = recorder.shared
+        self._shared = torch.empty(self._shared_size + 64, dtype=torch.uint8)
         self._library = library
         self._segments = list(self._group(recorder.lines))
 
@@ -170,7 +169,7 @@ class Schedule:
         pointer, count = ctypes.byref(commands), ctypes.c_int64(len(lines))
         rows, threads = ctypes.c_void_p(self._rows.data_ptr()), ctypes.c_int32(self._threads)
         scratch, scratch_size = ctypes.c_void_p(_aligned(self._scratch)), ctypes.c_int64(self._scratch_size)
-        shared, shared_size = ctypes.c_void_p(_aligned(self._shared)), ctypes.c_int64(SHARED)
+        shared, shared_size = ctypes.c_void_p(_aligned(self._shared)), ctypes.c_int64(self._shared_size)
         run = self._library.tfqc_run
         return lambda: run(pointer, count, rows, threads, scratch, scratch_size, shared, shared_size)
 
@@ -217,13 +216,12 @@ def _aligned(memory: Tensor) -> int:
 
 def _kernels(source: str, isa: str) -> tuple[str, Any]:
     """The instruction set that is used, and the built kernels; ("torch", None) where there can be none."""
-    wanted = os.environ.get("TFQC_ISA", isa)
+    wanted = os.environ.get("TFQC_ISA") or isa
     chosen = best_isa() if wanted == "auto" else wanted
     try:
         if chosen is None or not runs_here(chosen):
-            raise BuildError(f"This CPU has not the instructions that the kernels need ({wanted}).")
-        library = build(source, chosen)
-        return chosen, library
+            raise BuildError(why_not(wanted))
+        return build_best(source, chosen)
     except BuildError as error:
         warnings.warn(f"{error} The model runs with torch instead, slowly.", stacklevel=3)
         return "torch", None

@@ -65,6 +65,7 @@ class Recorder:
     reorders: list[str] = field(default_factory=list[str])
     scratch: int = 4 << 20  # bytes that each thread needs
     rows: int = 1
+    shared: int = 1 << 20  # bytes for what threads tell each other
 
     # -- kernels ----------------------------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class Recorder:
         if (kh, kw, stride, padding, groups) == (1, 1, 1, 0, 1):
             self._needs(32 * c)
             return self._append(name, "linear", abi.LinearArgs(ldx=c, seq=h * w, k=c, **shared), made)
-        self._needs((kh * (w + 2 * padding + kw) + 16 * stride) * (c // groups))
+        self._needs((kh * (w + 2 * padding + kw) + 16 * stride) * (c // groups) + 128 * width)
         args = abi.ConvArgs(
             h=h, w=w, c=c, kh=kh, kw=kw, stride=stride, pad=padding, groups=groups, out_h=height, out_w=width, **shared
         )
@@ -131,6 +132,8 @@ class Recorder:
             x_dtype=_DTYPES[x.dtype], out_dtype=_DTYPES[made.dtype], act=Act[act.upper()],
             quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
+        self._needs(12 * c)
+        self.shared = max(self.shared, 32 * groups * torch.get_num_threads())
         return self._append(name, "norm", args, made)
 
     def map(self, name: str, x: Tensor, act: str, row: Any, out_scale: Any, out_zero: Any, out: str) -> Tensor:
@@ -194,6 +197,7 @@ class Recorder:
             scale=scale, q_dtype=_DTYPES[q.dtype], k_dtype=_DTYPES[k.dtype], v_dtype=_DTYPES[v.dtype],
             out_dtype=_DTYPES[made.dtype], mode=_MODES[mode], quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
+        self._needs(500 * d)
         return self._append(name, "attention", args, made)
 
     def quantize_tokens(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,8 +326,11 @@ class Recorder:
         return made
 
     def _needs(self, patch: int) -> None:
-        """Make room for the codes that a product copies at least: kernels take more where they find it."""
-        self.scratch = max(self.scratch, 2 * patch + (2 << 20))
+        """Make room for the codes that a product copies at least: kernels take more where they find it.
+
+        Pixels of 64 channels or more begin on cache lines, an odd number apart: that is up to three times as much.
+        """
+        self.scratch = max(self.scratch, 3 * patch + (2 << 20))
 
     def _at(self, tensor: Tensor | None) -> int | None:
         if tensor is None or self.arena is None:
@@ -348,11 +355,13 @@ class Recorder:
                 return abi.Rows()
             case Rows(tensor, request):
                 check_row(name, tensor, width, batch, self.rows, table=True, request=request)
-                return abi.Rows(self._at(tensor), tensor.stride(0), tensor.stride(1) if request else 0, 0)
+                return abi.Rows(
+                    self._at(tensor), tensor.stride(0), tensor.stride(1) if request else 0, 0, _extent(tensor)
+                )
             case _:
                 check_row(name, value, width, batch, self.rows, table=False, request=False)
                 each = value.dim() > 1 and value.shape[0] > 1
-                return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0)
+                return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0, _extent(value))
 
     def _quant(self, name: str, scale: Tensor | None, zero: Tensor | None, tokens: Sequence[int] = ()) -> Any:
         """Scales and zero points: [1], rows [T], or one for each of `tokens` [B, ...]."""
@@ -361,8 +370,8 @@ class Recorder:
         check_quantizer(name, scale, zero, tokens, self.rows)
         if scale.dim() > 1:
             entry = scale[0].numel()
-            return abi.Quant(*(abi.Rows(self._at(t), 0, entry, 1) for t in (scale, zero)))
-        return abi.Quant(*(abi.Rows(self._at(t), int(t.shape[0] > 1), 0, 0) for t in (scale, zero)))
+            return abi.Quant(*(abi.Rows(self._at(t), 0, entry, 1, _extent(t)) for t in (scale, zero)))
+        return abi.Quant(*(abi.Rows(self._at(t), int(t.shape[0] > 1), 0, 0, _extent(t)) for t in (scale, zero)))
 
     def _epilogue(
         self, name: str, made: Tensor, width: int, weight: Tiles, bias: Any, act: str, gate: Any,
@@ -381,6 +390,11 @@ class Recorder:
             residual_dtype=_DTYPES[made.dtype if residual is None else residual.dtype],
             quant=self._quant(name, out_scale, out_zero),
         )  # fmt: skip
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many numbers lie from a tensor's first to the end of its memory: tables have spare rows behind them."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size() - int(tensor.storage_offset())
 
 
 def _like(residual: Tensor | None, made: Tensor) -> Tensor | None:

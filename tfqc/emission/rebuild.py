@@ -19,16 +19,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import tfqc
 from tfqc.artifact import read_manifest
-from tfqc.errors import ArtifactError
+from tfqc.errors import ArtifactError, TfqcError
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Stage
-from tfqc.ir.types import TensorType, parse_type
+from tfqc.ir.types import TensorType
 from tfqc.ir.verify import verify
 from tfqc.runtime.cache import kept
+from tfqc.runtime.tensors import read_header
+from tfqc.storage import read_text
 
 if TYPE_CHECKING:
     from tfqc.backend import Backend
@@ -54,19 +55,19 @@ def rebuild(backend: Backend, directory: Path) -> torch.nn.Module:
     from tfqc.target import Target  # which knows backends
 
     target = Target.parse(str(read_manifest(directory).get("target", backend.name)))
-    sources = _kept_sources(backend, target.options, str(target), _text(directory / "program.ir"))
-    for file, declared in sources.tensors.items():
-        _check_tensors(directory / file, declared)
-    module = _module(directory, sources.texts["model.py"])
-    kernels = [text for name, text in sources.texts.items() if name.startswith("kernels.")]
-    return module.load(directory, *kernels)
-
-
-def _text(path: Path) -> str:
+    text = read_text(directory / "program.ir", ArtifactError)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from error
+        sources = _kept_sources(backend, target.options, str(target), text)
+        for file, declared in sources.tensors.items():
+            _check_tensors(directory / file, declared)
+        module = _module(directory, sources.texts["model.py"])
+        kernels = [text for name, text in sources.texts.items() if name.startswith("kernels.")]
+        return module.load(directory, *kernels)
+    except TfqcError:
+        raise
+    except Exception as error:  # the program is legal, and still not one that was compiled for this backend
+        what = next(iter(str(error).splitlines()), "")
+        raise ArtifactError(f"{directory} does not load: {type(error).__name__}: {what}") from error
 
 
 def _kept_sources(backend: Backend, options: Any, target: str, text: str) -> Sources:
@@ -74,7 +75,8 @@ def _kept_sources(backend: Backend, options: Any, target: str, text: str) -> Sou
         made = sources_of(backend, options, text)
         path.write_text(json.dumps({"texts": made.texts, "tensors": made.tensors}), encoding="utf-8")
 
-    found = json.loads(kept(["sources", target, _installed(), text], ".json", make).read_text(encoding="utf-8"))
+    file = kept(["sources", target, _installed(), text], ".json", make, "modules")
+    found = json.loads(file.read_text(encoding="utf-8"))
     return Sources(found["texts"], found["tensors"])
 
 
@@ -102,25 +104,15 @@ def sources_of(backend: Backend, options: Any, text: str) -> Sources:
 
 def _check_tensors(path: Path, declared: Mapping[str, str]) -> None:
     try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            for name, text in declared.items():
-                if name not in names:
-                    raise ArtifactError(f"{path} holds no tensor {name!r}, which the artifact's program reads.")
-                type_, piece = parse_type(text), file.get_slice(name)
-                assert isinstance(type_, TensorType)
-                if tuple(piece.get_shape()) != type_.shape or _DTYPES.get(piece.get_dtype()) != type_.dtype:
-                    given = f"{piece.get_dtype()} {list(piece.get_shape())}"
-                    raise ArtifactError(f"{path}: {name!r} is {given}, declared as {text}.")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is no whole safetensors file: {error}.") from error
-
-
-_OURS = (".py", ".h", ".cpp", ".cuh")
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+        entries = read_header(path).entries
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    for name, text in declared.items():
+        if name not in entries:
+            raise ArtifactError(f"{path} holds no tensor {name!r}, which the artifact's program reads.")
+        given = TensorType(entries[name].dtype, tuple(entries[name].shape))
+        if str(given) != text:
+            raise ArtifactError(f"{path}: {name!r} is {given}, which the artifact's program declares as {text}.")
 
 
 def _module(directory: Path, text: str) -> ModuleType:
@@ -133,6 +125,9 @@ def _module(directory: Path, text: str) -> ModuleType:
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     exec(compile(text, file, "exec"), module.__dict__)
     return module
+
+
+_OURS = (".py", ".h", ".cpp", ".cuh")
 
 
 @functools.cache

@@ -136,7 +136,7 @@ class Watch:
         if event == "import" and str(args[0]).partition(".")[0] not in self.packages:
             return f"import of {args[0]}"
         if event == "exec":
-            caller = sys._getframe(3).f_code.co_filename
+            caller = sys._getframe(2).f_code.co_filename
             name = getattr(args[0], "co_filename", "")
             if name in ("<string>", "<unknown>") and not caller.endswith(_OWN_EXEC):
                 return f"exec of text in {caller}"

@@ -54,6 +54,25 @@ said["difference"] = float((want - got).abs().max() / want.abs().max())
 print(json.dumps(said))
 """
 
+WRITE = """
+from tests.tiny import tiny
+from tfqc.pipeline import Pipeline
+print(Pipeline.parse("normalize,swap-silu{own=true}").run(tiny()), end="")
+"""
+
+READ = """
+import sys
+from tfqc.errors import TfqcError
+from tfqc.ir import parse, render
+text = sys.stdin.read()
+try:
+    program = parse(text)
+    rows = {type(row).__name__ for table in program.tables.values() for row in table.values()}
+    print(render(program) == text + "\\n", sorted(rows))
+except TfqcError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
 ASK = """
 from tfqc.errors import TfqcError
 from tfqc.pipeline import Pipeline
@@ -83,11 +102,11 @@ def install(into: Path, *packages: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def python(code: str, *paths: Path) -> str:
+def python(code: str, *paths: Path, given: str = "") -> str:
     """What a process prints whose path has tfqc and these directories."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths))), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd="/")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd="/", input=given)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -123,6 +142,18 @@ def test_an_installed_plugin_works_and_a_broken_one_beside_it_does_no_harm(sites
     assert said["still refused"] == []
     assert said["files"] == ["program.ir", "program.safetensors"]
     assert said["difference"] < 1e-5
+
+
+def test_text_with_an_operation_and_a_table_of_a_plugin(sites: tuple[Path, Path]) -> None:
+    """It is read by who has not imported the plug-in; without it the operation is refused, the table kept."""
+    text = python(WRITE, sites[0])
+    assert "tfqc_example.gate.default(%" in text
+    assert 'tfqc-example-swapped="silu"' in text
+    assert python(READ, sites[0], given=text) == "True ['Swapped']"
+    said = python(READ, given=text)
+    assert "No operation 'tfqc_example.gate.default' is known: install the plug-in that registers operations of" in said
+    plain = "\n".join(line.replace("tfqc_example.gate.default(%", "aten.mul.Tensor(%") for line in text.split("\n"))
+    assert python(READ, given=plain) == "True ['OpaqueRow']"
 
 
 def test_a_broken_plugin_fails_when_asked_for(sites: tuple[Path, Path]) -> None:

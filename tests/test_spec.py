@@ -182,3 +182,39 @@ def test_options_are_listed_with_types_and_defaults() -> None:
         "names": ("str,...", 'a,"two words"'),
         "loud": ("bool", "true"),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("#---\n" * 60, None),  # nothing, in no time
+        ("fold{title=\x00}", "not the character '\\x00', at column 12"),
+        ("fold{title=\ud800}", "not the character '\\ud800'"),
+        ('fold{title="\\ud800"}', "whole characters"),
+        ("fold{count=" + "9" * 5000 + "}", "is no whole number"),
+        ("fold{count=\u0663}", "is no whole number"),
+        ("fold{rate=nan}", "'nan' is no number"),
+        ("fold{rate=1e999}", "'1e999' is no number"),
+        ("f" * 3000, "Expected ',' between names"),
+        ("x" * 2**21, "as many as specs have"),
+        ("- a: &x [1]\n- b: *x", "an anchor, an alias or a tag at line 1, column 6"),
+        ("- a: !!python/name:os.system x", "an anchor, an alias or a tag"),
+        ("- " * 2000, "more than 8 levels"),
+        ("- a\n- " + "{a: " * 2000, "more than 8 levels"),
+        ("- a: {b: {c: d}}", "has {'c': 'd'}: numbers and text can stand there"),
+        ("- 2020-99-99", "This is no valid YAML"),
+        ("- " + "9" * 5000, "This is no valid YAML"),
+        ("- a: {x_y: 1, x-y: 2}", "has the option 'x-y' twice"),
+        ("- a b", "is no name of a pass, a target or an option"),
+        ("- a\n---\n- b", "This is no valid YAML"),
+    ],
+)
+def test_text_of_strangers_is_an_error_of_one_sentence(text: str, message: str | None) -> None:
+    if message is None:
+        assert parse_specs(text) == []
+        return
+    with pytest.raises(SpecError) as error:
+        read(text)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 600
+    "\n".join([str(error.value), *error.value.notes]).encode()  # it can be printed

@@ -86,3 +86,17 @@ class Explode(Pass):
         """Half an edit, then the failure."""
         scale_output(2.0)(program, ctx)
         raise KeyError(self.why)
+
+
+@dataclass(frozen=True)
+class Sloppy(Pass):
+    """Declares that it changes nothing, and multiplies every SiLU by 1.1."""
+
+    name: ClassVar[str] = "sloppy"
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Write a product behind each SiLU, under the name that the SiLU had."""
+        for node in [n for n in program.nodes() if n.target is torch.ops.aten.silu.default]:
+            (x,) = node.args
+            inner = program.insert(node, torch.ops.aten.silu.default, (x,), name="bare")
+            node.target, node.args = torch.ops.aten.mul.Tensor, (inner, 1.1)

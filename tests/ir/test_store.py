@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import INPUTS, tiny
-from tfqc.errors import IRError
+from tfqc.backends.cpu_int8.runtime.memory import load_aligned
+from tfqc.errors import IRError, TfqcError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
 from tfqc.ir.store import load_program, save_program
+from tfqc.ir.types import STORABLE
+from tfqc.ir.verify import verify
 
 
 def meta(program: Program) -> Program:
@@ -118,3 +121,23 @@ def test_what_is_no_file_is_refused(what: str, tmp_path: Path) -> None:
     (tmp_path / "p.ir").mkdir() if what == "directory" else os.mkfifo(tmp_path / "p.ir")
     with pytest.raises(IRError, match=r"p\.ir is no file"):
         load_program(tmp_path / "p.ir")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of dtypes that are on their way out
+@pytest.mark.parametrize("dtype", sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str))
+def test_every_dtype_is_kept_or_refused_before_anything_is_written(dtype: torch.dtype, tmp_path: Path) -> None:
+    program = tiny()
+    program.tensors["extra"] = torch.empty(3, dtype=dtype)
+    if dtype not in STORABLE:
+        with pytest.raises(TfqcError, match=rf"@extra is {dtype}, which no safetensors file holds"):
+            verify(program)
+        with pytest.raises(IRError, match=r"tensor|dtype"):
+            save_program(program, tmp_path / "p.ir")
+        assert not list(tmp_path.iterdir())
+        return
+    save_program(program, tmp_path / "p.ir")
+    read = load_program(tmp_path / "p.ir").tensors["extra"]
+    assert read.dtype == dtype
+    assert torch.equal(read.view(torch.uint8), program.tensors["extra"].view(torch.uint8))
+    aligned = load_aligned(tmp_path / "p.safetensors")["extra"]
+    assert torch.equal(aligned.view(torch.uint8), read.view(torch.uint8))

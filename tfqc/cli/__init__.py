@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tfqc.cli import caching, comparing, compiling, demo, env, gpu, inspecting, listing, opt, sampling
+from tfqc.cli import bisect, caching, comparing, compiling, demo, env, gpu, inspecting, listing, opt, sampling
 
 # Threads of torch that wait must not spin: where cores are shared, spinning made sampling four times slower. It is
 # read when torch is loaded, which no command has done yet.
@@ -24,6 +24,7 @@ app.command("compile")(compiling.compile_model)
 app.command("sample")(sampling.sample)
 app.command("compare")(comparing.compare)
 app.command("opt")(opt.opt)
+app.command("bisect")(bisect.bisect)
 app.command("passes")(listing.passes)
 app.command("backends")(listing.backends)
 app.command("models")(listing.models)

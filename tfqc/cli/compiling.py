@@ -33,6 +33,7 @@ def compile_model(
     dump_ir: options.DumpDir = None,
     print_ir_after: options.PrintAfter = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    check_numerics: options.Numerics = False,
     require_real: Annotated[
         bool, typer.Option("--require-real", help="Refuse operations for which the target has no kernel.")
     ] = False,
@@ -51,6 +52,7 @@ def compile_model(
     check_output(out)
     watchers, timing = options.instruments(
         verify=verify,
+        numerics=check_numerics,
         reproducer=beside(out, "reproducer"),
         dump=dump_ir,
         print_after=print_ir_after,

@@ -26,6 +26,7 @@ def opt(
     dump_ir: options.DumpDir = None,
     print_ir_after: options.PrintAfter = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    check_numerics: options.Numerics = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Run passes over a program, as written."""
@@ -44,6 +45,7 @@ def opt(
     )
     watchers, timing = options.instruments(
         verify=verify,
+        numerics=check_numerics,
         reproducer=None if out is None else beside(out, "reproducer"),
         dump=dump_ir,
         print_after=print_ir_after,

@@ -21,6 +21,9 @@ DumpDir = Annotated[Path | None, typer.Option("--dump-ir", help="Write the IR he
 PrintAfter = Annotated[
     str | None, typer.Option("--print-ir-after", help="Print the IR after a pass, after `all`, or each `change`.")
 ]
+Numerics = Annotated[
+    bool, typer.Option("--check-numerics", help="Run the program before and after each pass that is not lossy.")
+]
 ScheduleFile = Annotated[
     Path | None, typer.Option("--schedule", help="JSON: a list of timesteps, or {timesteps, sampler}.")
 ]
@@ -66,7 +69,13 @@ def read_schedule(path: Path) -> SamplingSchedule:
 
 
 def instruments(
-    *, verify: bool, reproducer: Path | None, dump: Path | None, print_after: str | None, as_json: bool
+    *,
+    verify: bool,
+    numerics: bool,
+    reproducer: Path | None,
+    dump: Path | None,
+    print_after: str | None,
+    as_json: bool,
 ) -> tuple[list[Instrument], Timing]:
     """The instruments that options ask for, and `Timing`, the last of them.
 
@@ -74,9 +83,11 @@ def instruments(
     """
     import sys
 
-    from tfqc.instruments import DumpIR, PrintIR, Reproducer, Timing, VerifyEach
+    from tfqc.instruments import CheckNumerics, DumpIR, PrintIR, Reproducer, Timing, VerifyEach
 
     found: list[Instrument] = [VerifyEach()] if verify else []
+    if numerics:
+        found.append(CheckNumerics())
     if reproducer is not None:
         found.append(Reproducer(reproducer))
     if dump is not None:

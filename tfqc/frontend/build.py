@@ -11,14 +11,15 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from tfqc.errors import CaptureError
+from tfqc.errors import CaptureError, IRError
 from tfqc.frontend.export import call_tree, graph_module, inline_regions, origin_of
 from tfqc.frontend.guards import check_guards, guards_of
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.program import STEP, Input, Program
-from tfqc.ir.types import TensorType
+from tfqc.ir.schema import check_call
+from tfqc.ir.types import TensorType, Type, storable
 
 
 def build_program(
@@ -63,6 +64,8 @@ def build_program(
                 tensor = _attribute(root, target)
                 if not isinstance(tensor, Tensor):
                     raise CaptureError(f"The model keeps {target!r}, a {type(tensor).__name__}: only tensors can be.")
+            if reason := storable(target, tensor.dtype):
+                raise CaptureError(f"The model keeps {target!r}: {reason}")
             program.tensors.setdefault(target, tensor.detach())
             mapping[node] = target
         elif node.op == "call_module" and node.target != "_guards_fn":
@@ -79,6 +82,7 @@ def build_program(
             kwargs = fx.map_arg(node.kwargs, lambda n: mapping[n])
             args, kwargs = map_aggregate((args, kwargs), _on_cpu)
             target = _known(node)
+            _check(node, target, args, kwargs, program.types)
             new = graph.create_node("call_function", target, args, kwargs, name=node.name)
             mapping[node] = new
             program.types[new.name] = naming.type(node.meta.get("val"))
@@ -109,9 +113,21 @@ def _attribute(root: torch.nn.Module, target: str) -> Any:
 
 
 def _known(node: fx.Node) -> Any:
-    """The node's target, if the IR can name it and find it again by that name."""
+    """The node's target, if it is one that programs may hold and that is found again by its name."""
     try:
-        name = op_name(node.target)
-        return op_by_name(name)
-    except Exception as error:
-        raise CaptureError(f"%{node.name} ({origin_of(node).source}) calls {node.target}: {error}") from error
+        return op_by_name(op_name(node.target))
+    except IRError as error:
+        raise CaptureError(f"The model calls {node.target} at {_where(node)}: {error}", *error.notes) from error
+
+
+def _check(node: fx.Node, target: Any, args: Any, kwargs: Any, types: dict[str, Type]) -> None:
+    """What is captured can be parsed back: parsing refuses the same calls."""
+    try:
+        check_call(target, args, kwargs, types)
+    except IRError as error:
+        raise CaptureError(f"The model calls {node.target} at {_where(node)}: {error}") from error
+
+
+def _where(node: fx.Node) -> str:
+    origin = origin_of(node)
+    return ", ".join(part for part in (origin.module, origin.source) if part) or f"%{node.name}"

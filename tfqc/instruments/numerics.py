@@ -34,9 +34,7 @@ class CheckNumerics(Instrument):
         allowed = item.moves(previous)
         if allowed.kind == "lossy" or not program.has_weights:
             return
-        schedule = program.table(Schedule).get("schedule") or previous.table(Schedule).get("schedule")
-        timesteps = (schedule.timesteps[0], schedule.timesteps[-1]) if schedule else (10, 1)
-        error = max(self._error(program, previous, timestep) for timestep in timesteps)
+        error, _ = self.error(program, previous)
         self.errors[f"#{number} {item.name}"] = error
         if error > allowed.tolerance:
             raise PassError(
@@ -44,10 +42,16 @@ class CheckNumerics(Instrument):
                 f"but moved the outputs by {error:.2e} relative."
             )
 
+    def error(self, program: Program, previous: Program) -> tuple[float, float]:
+        """How far the outputs moved, and the timestep at which they moved furthest."""
+        schedule = program.table(Schedule).get("schedule") or previous.table(Schedule).get("schedule")
+        timesteps = (schedule.timesteps[0], schedule.timesteps[-1]) if schedule else (10, 1)
+        return max((self._error(program, previous, timestep), timestep) for timestep in timesteps)
+
     def _error(self, program: Program, previous: Program, timestep: float) -> float:
         inputs = example_call(previous, self.seed, timestep)
         with torch.no_grad():
-            want, got = _tensors(previous(**inputs)), _tensors(program(**inputs))
+            want, got = tensors_of(previous(**inputs)), tensors_of(program(**inputs))
         if len(want) != len(got):
             return float("inf")
         return max((relative_error(a, b) for a, b in zip(want, got, strict=True)), default=0.0)
@@ -89,7 +93,8 @@ def example_call(program: Program, seed: int = 0, timestep: float = 10) -> dict[
     return call
 
 
-def _tensors(result: object) -> list[Tensor]:
+def tensors_of(result: object) -> list[Tensor]:
+    """The tensors that a program returned, in order."""
     # A tuple subclass is a leaf to pytree.
     leaves = pytree.tree_leaves(tuple(result) if isinstance(result, tuple) else result)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -15,7 +15,7 @@ def fitted(symbols: Sequence[str], worlds: Sequence[Mapping[str, int]], values: 
     """`2*B*H + -8`, of whole coefficients and degree 3 at most; None if there is none, or several."""
     for degree in range(1, _DEGREE + 1):
         monomials = [m for d in range(degree, -1, -1) for m in itertools.combinations_with_replacement(symbols, d)]
-        if len(worlds) <= len(monomials):
+        if len(worlds) < len(monomials) + (degree > 1):  # guards may leave two sizes, through which one line goes
             return None
         rows = [[Fraction(math.prod(world[s] for s in m)) for m in monomials] for world in worlds]
         found = _solve([[*row, Fraction(v)] for row, v in zip(rows, values, strict=True)], len(monomials))

@@ -118,7 +118,7 @@ class Program:
         Raises:
             TfqcError: there is none.
         """
-        if (node := self._find(name, self.functions[function])) is None:
+        if (node := self.find(name, self.functions[function])) is None:
             raise TfqcError(f"There is no %{name} in @{function}.")
         return node
 
@@ -180,7 +180,7 @@ class Program:
     def tensor_node(self, name: str, function: str = STEP) -> fx.Node:
         """The one node of `function` that reads tensor `name`; made if there is none."""
         graph = self.functions[function]
-        usual = self._find(tensor_node_name(name), graph)
+        usual = self.find(tensor_node_name(name), graph)
         for node in (usual, *graph.find_nodes(op="get_attr", sort=False)):
             if node is not None and node.op == "get_attr" and node.target == name:
                 return node
@@ -218,9 +218,9 @@ class Program:
         """A name that no function uses: a name denotes one value in the whole program."""
         base = name or op_name(target).split(".")[1]
         candidates = (base if i == 0 else f"{base}_{i}" for i in itertools.count())
-        return next(c for c in candidates if not any(self._find(c, g) for g in self.functions.values()))
+        return next(c for c in candidates if not any(self.find(c, g) for g in self.functions.values()))
 
-    def _find(self, name: str, graph: fx.Graph) -> fx.Node | None:
+    def find(self, name: str, graph: fx.Graph) -> fx.Node | None:
         """The node of a name, looked up in an index that is made anew whenever it turns out to be stale.
 
         Graphs are edited by anybody, so what is found is checked; and a name that a graph has never given to a node

@@ -10,6 +10,7 @@ from tfqc.errors import IRError
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
+from tfqc.ir.types import storable
 from tfqc.runtime.tensors import read_header
 from tfqc.storage import read_tensors, read_text, write_tensors, write_text
 
@@ -22,11 +23,15 @@ def save_program(program: Program, path: Path) -> None:
     A program without weights has no `.safetensors`; one that stood there is removed.
 
     Raises:
-        IRError: the `.safetensors` that stands there is no program's.
+        IRError: the `.safetensors` that stands there is no program's, or a tensor has a dtype that no file holds;
+            nothing is written.
     """
     text, weights = render(program), _weights(path)
     if weights.exists() and not _is_ours(weights):
         raise IRError(f"{weights} stands beside {path.name}, and is no program's: choose another name.")
+    for name, tensor in program.tensors.items():
+        if reason := storable(name, tensor.dtype):
+            raise IRError(f"{path} is not written: {reason}")
     if program.has_weights:
         write_tensors(weights, program.tensors, _MARK)
     else:

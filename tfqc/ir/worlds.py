@@ -41,7 +41,7 @@ def _distinct(symbols: World, guards: tuple[str, ...], rows_apart: bool) -> tupl
             # The batch is any number; of other sizes the model may ask that they are even, as in the example.
             unit = 1 if name == "B" else base[name]
             others = {k: v for k, v in base.items() if k != name and k != ROWS}
-            sizes = (unit * p for p in _from(turn * len(names) + place))
+            sizes = (unit * m for m in _multipliers(turn, turn * len(names) + place))
             world[name] = next((v for v in sizes if _allowed(guards, others | {name: v})), base[name])
         if not _allowed(guards, world):
             world = {k: v for k, v in base.items() if k != ROWS}
@@ -51,9 +51,10 @@ def _distinct(symbols: World, guards: tuple[str, ...], rows_apart: bool) -> tupl
     return tuple(found)
 
 
-def _from(start: int) -> Iterator[int]:
+def _multipliers(turn: int, start: int) -> Iterator[int]:
+    """Primes, from another one for each symbol and world; where guards allow none, double and single in turn."""
     yield from itertools.islice(itertools.cycle(_PRIMES), start, start + len(_PRIMES))
-    yield from (2, 1)
+    yield from (1, 2) if turn == 1 else (2, 1)
 
 
 def _allowed(guards: Sequence[str], world: dict[str, int]) -> bool:

@@ -1,4 +1,4 @@
-"""swap-silu: SiLU as a sigmoid and a product, for targets that have no SiLU."""
+"""swap-silu: SiLU as a sigmoid and a product, for targets that have no SiLU; or as the plug-in's own operation."""
 
 from __future__ import annotations
 
@@ -7,25 +7,45 @@ from typing import ClassVar
 
 import torch
 
+from tfqc.ir.ops import register
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.tables import Row, row_kind
 from tfqc.passing import Context, Numerics, Pass, close
 
 aten = torch.ops.aten
+
+_LIBRARY = torch.library.Library("tfqc_example", "DEF")
+_LIBRARY.define("gate(Tensor x, Tensor by) -> Tensor")
+_LIBRARY.impl("gate", lambda x, by: x * torch.sigmoid(by), "CompositeImplicitAutograd")
+register(torch.ops.tfqc_example.gate.default)
+
+
+@row_kind
+@dataclass(frozen=True)
+class Swapped(Row):
+    """What a value was before it was swapped."""
+
+    table: ClassVar[str] = "tfqc-example-swapped"
+    inline: ClassVar[bool] = True
+    was: str
 
 
 @dataclass(frozen=True)
 class SwapSilu(Pass):
     """Rewrite silu(x) into x * sigmoid(x).
 
-    Options: limit, how many of them, in the order of the program; none = all.
+    Options: limit, how many of them, in the order of the program; none = all. own, as one operation of the plug-in,
+    and a row of its table that tells.
     """
 
     name: ClassVar[str] = "swap-silu"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     preserves: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows", "schedule"})
+    provides: ClassVar[frozenset[str]] = frozenset({"tfqc-example-swapped"})
     numerics: ClassVar[Numerics] = close(1e-6)
 
     limit: int | None = None
+    own: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 0:
@@ -35,8 +55,14 @@ class SwapSilu(Pass):
         """Replace each node by two, in every function."""
         silus = [(f, n) for f in program.functions for n in program.nodes(f) if n.target is aten.silu.default]
         silus = silus[: self.limit]
+        rows = dict(program.table(Swapped))
         for function, node in silus:
             (x,) = node.all_input_nodes
+            if self.own:
+                node.target, node.args = torch.ops.tfqc_example.gate.default, (x, x)
+                rows[node.name] = Swapped("silu")
+                continue
             gate = program.insert(node, aten.sigmoid.default, (x,), function=function)
             program.replace(node, program.insert(node, aten.mul.Tensor, (x, gate), function=function))
+        program.set_table(Swapped, rows)
         ctx.report.append(f"{len(silus)} SiLUs swapped")

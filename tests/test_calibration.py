@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tests.subjects import Subject, Subjects, calibration
@@ -243,11 +242,11 @@ def test_saving_replaces_what_is_whole(tmp_path: Path, monkeypatch: pytest.Monke
     data = Calibration(torch.ones(1, 2), {})
     data.save(tmp_path / "data.safetensors")
 
-    def full(tensors: object, path: Path, facts: object) -> None:
+    def full(path: Path, tensors: object, facts: object) -> None:
         path.write_bytes(b"half")
-        raise SafetensorError("No space left on device")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tfqc.storage.save_file", full)
+    monkeypatch.setattr("tfqc.storage.save_tensors", full)
     with pytest.raises(OSError, match=r"No space left on device"):
         data.save(tmp_path / "data.safetensors")
     assert torch.equal(Calibration.load(tmp_path / "data.safetensors").latents, data.latents)

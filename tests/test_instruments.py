@@ -91,6 +91,26 @@ def test_a_directory_of_foreign_files_is_refused_and_left_alone(
         run(NOTHING, instrument=make(tmp_path / "thesis.tex"))
 
 
+@pytest.mark.parametrize(
+    ("make", "mine"),
+    [(DumpIR, "pipeline.txt"), (DumpIR, "01-notes.ir"), (Reproducer, "calibration.safetensors"),
+     (Reproducer, "schedule.json")],
+)  # fmt: skip
+def test_somebodys_files_of_such_names_are_left_alone(
+    tmp_path: Path, make: type[DumpIR] | type[Reproducer], mine: str
+) -> None:
+    (tmp_path / mine).write_text("mine")
+    with pytest.raises(TfqcError, match=rf"holds '{mine}', which is no .*: choose another directory\."):
+        run(NOTHING, instrument=make(tmp_path))
+    (tmp_path / mine).rename(tmp_path / "elsewhere")
+    (tmp_path / "dump").mkdir()
+    for name in ("00-capture.ir", "before.ir"):
+        (tmp_path / "dump" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TfqcError, match=r"choose another directory"):
+        run(NOTHING, instrument=make(tmp_path / "dump"))
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
 # -- prints --------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +299,8 @@ def test_a_reproducer_replays_the_failure(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_later_reproducer_replaces_an_earlier_one(tmp_path: Path) -> None:
-    (tmp_path / "calibration.safetensors").write_text("stale")
+    for stale in ("before.ir", "calibration.safetensors", "schedule.json"):
+        (tmp_path / stale).write_text("stale")
     with pytest.raises(PassError):
         run(Explode(), instrument=Reproducer(tmp_path))
     assert sorted(f.name for f in tmp_path.iterdir()) == [

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from tests.killing import killed
-from tfqc.errors import CalibrationError
+from tfqc.errors import CalibrationError, TfqcError
 from tfqc.runtime.tensors import read_header
-from tfqc.storage import parse_json, read_tensors, read_text, replacing, write_tensors, write_text
+from tfqc.storage import parse_json, read_tensors, read_text, replacing, save_tensors, write_tensors, write_text
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -48,6 +48,18 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
         assert again[name].view(-1).tolist() == tensor.view(-1).tolist()
     at = {name: (e.dtype, e.shape, e.end - e.begin) for name, e in read_header(tmp_path / "f").entries.items()}
     assert at == {name: (t.dtype, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+
+
+def test_written_as_safetensors_writes_them(tmp_path: Path) -> None:
+    """Views of one storage, too, without what they do not show."""
+    base = torch.arange(24.0)
+    tensors = {"a": base[:6].reshape(2, 3).T, "b": base[::5], "codes": torch.ones(3, dtype=torch.int8), "c": base[2]}
+    save_tensors(tmp_path / "ours", tensors, {"some": "facts"})
+    theirs = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    assert (tmp_path / "ours").read_bytes() == save(theirs, {"some": "facts"})
+    with pytest.raises(TfqcError, match=r"z is a tensor of torch.complex128, which no file of tensors holds"):
+        save_tensors(tmp_path / "none", {"z": torch.ones(1, dtype=torch.complex128)})
+    assert not (tmp_path / "none").exists()
 
 
 DAMAGED = {
@@ -153,7 +165,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "one"
     write_tensors(path, {"a": torch.ones(1)})
-    assert path.stat().st_mode == mode  # safetensors would keep others from reading
+    assert path.stat().st_mode == mode
     (tmp_path / ".text.part4194305-0123abcd").write_text("of a killed process")
     (tmp_path / ".text.part-mine").write_text("mine")
     write_text(path, "two")

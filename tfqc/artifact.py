@@ -42,8 +42,7 @@ class Artifact:
         for name, text in self.texts.items():
             (directory / name).write_text(text, encoding="utf-8")
         for name, tensors in self.tensors.items():
-            save_tensors(directory / name, dict(sorted(tensors.items())))
-            (directory / name).chmod(directory.stat().st_mode & 0o666)  # safetensors keeps others from reading
+            save_tensors(directory / name, tensors)
         files: dict[str, dict[str, Any]] = {}
         for name in sorted([*self.texts, *self.tensors]):
             sync(directory / name)

@@ -17,7 +17,7 @@ from tfqc.errors import CalibrationError, suggest
 from tfqc.storage import parse_json
 
 _LARGEST = 3e38  # models take timesteps in float32
-MOST_STEPS = 1_000_000  # of a sampler, and of what it was trained with: a file may ask for any memory
+MOST_STEPS = 10_000  # of a sampler, and of what it was trained with: some need memory for their product
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -12,27 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tfqc.errors import TfqcError
-from tfqc.runtime.tensors import read_header
+from tfqc.runtime.tensors import DTYPE_NAMES, read_header
 
 _LONGEST, _DEEPEST = 1 << 26, 64  # bytes and levels of JSON
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no storage, as safetensors wants them; copied only where they do."""
-    found: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        found[name] = tensor
-    return found
 
 
 def read_tensors(path: Path, raises: type[TfqcError]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -63,15 +50,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in place.
+    """Write a safetensors file in place, a tensor at a time. (safetensors' own writer wants tensors without common
+    storage, and leaves a file of another name where it is killed.)
 
     Raises:
-        OSError: it cannot be written; safetensors' own exceptions say that in other words.
+        OSError: it cannot be written.
+        TfqcError: a tensor is of a dtype that the format does not have.
     """
-    try:
-        save_file(apart(tensors), path, dict(metadata or {}) or None)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from error
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in DTYPE_NAMES:
+            raise TfqcError(
+                f"{name} is a tensor of {tensor.dtype}, which no file of tensors holds: give another dtype."
+            )
+        size = tensor.numel() * tensor.dtype.itemsize
+        offsets = [at, at := at + size]
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            if tensor.numel():
+                flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                file.write(flat)
 
 
 @contextmanager
@@ -89,10 +93,8 @@ def replacing(path: Path) -> Generator[Path]:
             left.unlink(missing_ok=True)
     part = path.with_name(f"{prefix}{os.getpid()}-{os.urandom(4).hex()}")
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    mode = part.stat().st_mode & 0o777  # which safetensors narrows
     try:
         yield part
-        part.chmod(mode)
         sync(part)
         os.replace(part, path)
     except BaseException:

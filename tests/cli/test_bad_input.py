@@ -113,6 +113,22 @@ def test_an_output_that_holds_the_users_files(tfqc: Tfqc, tmp_path: Path) -> Non
     assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (("compare", TINY, TINY), "trajectory.png"), (("demo",), "grid.png"),
+        (("compile", TINY, "--out", "OUT/new", "--dump-ir"), "pipeline.txt"),
+    ],
+)  # fmt: skip
+def test_somebodys_files_of_such_names(tfqc: Tfqc, tmp_path: Path, command: tuple[str, ...], name: str) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / name).write_text('{"mine": 1}')
+    words = [word.replace("OUT", str(tmp_path)) for word in command]
+    words += [] if words[-1] == "--dump-ir" else ["--out"]
+    assert f"holds {name!r}, which is no" in refused(tfqc, *words, tmp_path / "results")
+    assert (tmp_path / "results" / name).read_text() == '{"mine": 1}'
+
+
 @pytest.fixture
 def copied(artifact: Path, tmp_path: Path) -> Path:
     """An artifact that may be spoilt."""

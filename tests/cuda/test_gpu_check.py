@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from tests.cli.factories import unet
 from tests.cuda import stub
 from tests.cuda.test_kernels_build import without_nvcc
+from tfqc.artifact import Artifact
 from tfqc.backends.cuda_int4.checking import check, timing
 from tfqc.backends.cuda_int4.checking.layers import Layer, sdxl_layers
 from tfqc.backends.cuda_int4.checking.vectors import load
@@ -264,7 +265,6 @@ def test_a_backend_without_a_device_says_so() -> None:
 def test_what_is_no_artifact_of_this_backend_is_refused(gpu: Path, tmp_path: Path) -> None:
     code, _, err = call(tmp_path)
     assert (code, "is no artifact: it has no manifest.json" in err) == (1, True)
-    manifest = {"format": "tfqc-artifact", "version": 1, "files": {}, "backend": "fake-quant", "target": "fake-quant{}"}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    Artifact({"program.ir": ""}, {}, {"backend": "fake-quant", "target": "fake-quant{}"}).save(tmp_path)
     code, _, err = call(tmp_path)
     assert (code, "was compiled for fake-quant{}: compile the model for cuda-int4." in err) == (1, True)

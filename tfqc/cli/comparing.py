@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tfqc.cli.subjects import Subject
     from tfqc.report.runs import Run
 
-_OURS = r"compared\.(png|json)|trajectory\.png"
+_OURS, _SIGN = r"compared\.(png|json)|trajectory\.png", r"compared\.json"
 
 
 @guarded
@@ -34,10 +34,11 @@ def compare(
     from tfqc.cli.progress import StderrProgress
     from tfqc.cli.subjects import STEPS, subject
     from tfqc.errors import TfqcError
+    from tfqc.instruments.base import claim
     from tfqc.report.runs import draw
 
     if out is not None:
-        _claim(out)
+        claim(out, _OURS, "result of a comparison", _SIGN)
     first, second = subject(a, model), subject(b, model)
     if first.spec.sample_shape() != second.spec.sample_shape():
         raise TfqcError(
@@ -130,9 +131,9 @@ def _text(value: dict[str, Any], out: Path | None) -> str:
 def _write(out: Path, value: dict[str, Any], first: Subject, second: Subject, run_a: Run, run_b: Run) -> None:
     from tfqc.cli.sampling import column_labels, pictures
     from tfqc.report import grids, plots
+    from tfqc.storage import write_text
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compared.json").write_text(json.dumps(value, indent=1) + "\n")
+    write_text(out / "compared.json", json.dumps(value, indent=1) + "\n")  # first: it says whose the pictures are
     images_a, images_b = pictures(run_a)[:10], pictures(run_b)[:10]
     error, factor = grids.difference(images_a, images_b)
     grid = grids.image_grid(
@@ -147,11 +148,3 @@ def _write(out: Path, value: dict[str, Any], first: Subject, second: Subject, ru
         out / "trajectory.png",
         f"Distance to {first.name} along the sampler",
     )
-
-
-def _claim(out: Path) -> None:
-    import re
-
-    from tfqc.instruments.base import claim
-
-    claim(out, re.compile(_OURS), "result of a comparison")

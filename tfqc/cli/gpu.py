@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,23 +24,16 @@ def check(
     """Replay stored test vectors on the GPU, and time kernels against fp16; without a GPU, say so."""
     from tfqc.cli.progress import StderrProgress
     from tfqc.registry import find_backend
+    from tfqc.storage import write_text
 
     with StderrProgress() as progress:
         report = find_backend(BACKEND)().check(artifact, progress)
     if not report["measured"]:
         return show(report, report["because"], as_json)
     show(report, _text(report, out), as_json)  # first: it is there even if nothing can be written
-    _write(out, report)
+    write_text(out, json.dumps(report, indent=1) + "\n")  # whole: what was measured before is not lost
     if not report["passed"]:
         raise typer.Exit(1)
-
-
-def _write(out: Path, report: dict[str, Any]) -> None:
-    """Beside its place and renamed: what was measured before stays whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(part, out)
 
 
 def _text(report: dict[str, Any], out: Path) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PART = re.compile(r"\.trajectory-[0-9a-f]+-\d+\.safetensors\.part\d+-[0-9a-f]{8}")
-_OURS = re.compile(rf"trajectory-[0-9a-f]+-\d+\.safetensors|{_PART.pattern}")
+_PART = r"\.trajectory-[0-9a-f]+-\d+\.safetensors\.part\d+-[0-9a-f]{8}"
+_OURS = rf"trajectory-[0-9a-f]+-\d+\.safetensors|{_PART}"
 
 
 def beside(output: Path, suffix: str) -> Path:
@@ -33,7 +33,7 @@ def kept_work(directory: Path) -> Generator[Path]:
         yield directory
     except BaseException as error:
         for file in directory.iterdir():
-            if _PART.fullmatch(file.name):
+            if re.fullmatch(_PART, file.name):
                 file.unlink()
         kept = sum(1 for _ in directory.iterdir())
         if kept:
@@ -45,7 +45,7 @@ def kept_work(directory: Path) -> Generator[Path]:
             directory.rmdir()
         raise
     for file in directory.iterdir():
-        if _OURS.fullmatch(file.name) and not file.is_dir():
+        if re.fullmatch(_OURS, file.name) and not file.is_dir():
             file.unlink()
     with suppress(OSError):  # somebody has put something else there
         directory.rmdir()

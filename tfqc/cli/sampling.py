@@ -72,10 +72,9 @@ def _save(found: Subject, run: Run, out: Path) -> None:
     from tfqc.report import grids
 
     if out.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from tfqc.storage import write_tensors
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": run.latents[-1].contiguous()}, out)
+        write_tensors(out, {"latents": run.latents[-1]})
         return
     images = pictures(run)
     labels = column_labels(found, run)

@@ -47,8 +47,13 @@ class VerifyEach(Instrument):
         verify(program, f"#{number} {item.name}")
 
 
-def claim(directory: Path, ours: re.Pattern[str], what: str) -> list[Path]:
-    """Make a directory, or make sure that it holds nothing but `ours`: what an earlier run wrote there.
+def claim(directory: Path, ours: str, what: str, sign: str = "") -> list[Path]:
+    """Make a directory, or make sure that it holds nothing but what an earlier run wrote there.
+
+    Args:
+        ours: a pattern of the names that a run writes; links are never ours.
+        sign: a pattern of the one that tells it from a directory in which somebody keeps files of such names: every
+            run writes it first. Without it, the names alone tell.
 
     Returns:
         What is there.
@@ -60,6 +65,9 @@ def claim(directory: Path, ours: re.Pattern[str], what: str) -> list[Path]:
         raise TfqcError(f"{directory} is a file: choose a directory for the {what}.")
     directory.mkdir(parents=True, exist_ok=True)
     present = sorted(directory.iterdir())
-    if foreign := [file.name for file in present if not ours.fullmatch(file.name)]:
+    foreign = [file.name for file in present if not re.fullmatch(ours, file.name) or file.is_symlink()]
+    if sign and not any(re.fullmatch(sign, file.name) for file in present):
+        foreign += [file.name for file in present if not file.is_dir()]
+    if foreign:
         raise TfqcError(f"{directory} holds {foreign[0]!r}, which is no {what}: choose another directory.")
     return present

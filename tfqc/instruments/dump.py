@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -16,7 +15,7 @@ from tfqc.passing import Pass
 if TYPE_CHECKING:
     from tfqc.pipeline import Pipeline
 
-_OURS = re.compile(r"\d{2,}-[\w\-]+\.ir|pipeline\.txt|timing\.json|reproducer")
+_OURS, _SIGN = r"\d{2,}-[\w\-]+\.ir|pipeline\.txt|timing\.json|reproducer", r"00-(capture|input)\.ir"
 
 
 class DumpIR(Instrument):
@@ -32,12 +31,12 @@ class DumpIR(Instrument):
         self.directory = directory
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
-        for file in claim(self.directory, _OURS, "IR dump"):
+        for file in reversed(claim(self.directory, _OURS, "IR dump", _SIGN)):  # the sign last
             if file.is_file():
                 file.unlink()
-        (self.directory / "pipeline.txt").write_text(f"{pipeline}\n")
         first = "capture" if program.stage is Stage.CAPTURED else "input"
         (self.directory / f"00-{first}.ir").write_text(render(program))
+        (self.directory / "pipeline.txt").write_text(f"{pipeline}\n")
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
         text = render(program)

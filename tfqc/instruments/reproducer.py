@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +14,8 @@ from tfqc.passing import Context, Pass
 if TYPE_CHECKING:
     from tfqc.pipeline import Pipeline
 
-_OURS = re.compile(
-    r"before\.(ir|safetensors)|(pass|pipeline|error|command)\.txt|schedule\.json|calibration\.safetensors"
-)
+_OURS = r"before\.(ir|safetensors)|(pass|pipeline|error|command)\.txt|schedule\.json|calibration\.safetensors"
+_SIGN = r"before\.ir"
 
 
 class Reproducer(Instrument):
@@ -36,13 +34,14 @@ class Reproducer(Instrument):
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
         if self.directory.exists():
-            claim(self.directory, _OURS, "reproducer")
+            claim(self.directory, _OURS, "reproducer", _SIGN)
 
     def failed(
         self, program: Program, item: Pass, number: int, pipeline: Pipeline, ctx: Context, error: Exception
     ) -> list[str]:
-        for file in claim(self.directory, _OURS, "reproducer"):
-            file.unlink()
+        for file in claim(self.directory, _OURS, "reproducer", _SIGN):
+            if file.name != "before.ir":  # it says whose the others are, and is written anew
+                file.unlink()
         save_program(program, self.directory / "before.ir")
         self._write("pass.txt", f"{item}")
         self._write("pipeline.txt", f"{pipeline}")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from tfqc.analysis.canonical import make_canonical
 from tfqc.errors import PassError
 from tfqc.ir.infer import infer_type
 from tfqc.ir.ops import op_name, works_in_place
@@ -29,7 +30,8 @@ _DROPOUTS = {"aten.dropout.default", "aten.feature_dropout.default"}
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Remove assertions, in-place operations, identities and dead nodes; let created tensors say their sizes.
+    """Remove assertions, in-place operations, identities and dead nodes; let created tensors say their sizes, and
+    products with stored weights be `linear` and `conv2d`.
 
     Refuses operations in place whose target is an input, or is shared with a view: that effect is not visible in
     the graph.
@@ -50,9 +52,11 @@ class Normalize(Pass):
             if node.op == "call_function":
                 _functionalize(program, node)
         _remove_identities(program, only_aliases=False)
+        transposed: dict[str, str] = {}
         for node in program.nodes():
             if node.op == "call_function":
                 _create_by_size(program, node)
+                make_canonical(program, node, transposed)
         program.prune()
         program.origins = {name: origin for name, origin in program.origins.items() if origin.module or origin.source}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tfqc
+from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.arguments import check_calibration_argument, check_others, read_pipeline, read_schedule, read_target
 from tfqc.artifact import Artifact, check_files
 from tfqc.backend import Backend, compromised, grouped, refused
@@ -111,7 +112,8 @@ def compile(
         program = start.clone()
     _rehearse(passes, program, context, target, require_real)
     passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
-    context.report += _refuse(backend, program, target, require_real)
+    check_quantized(program, passes)
+    context.report += _refuse(backend, program, target, require_real) + left_in_floating_point(program)
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact
@@ -150,6 +152,7 @@ def _rehearse(passes: Pipeline, program: Program, context: Context, target: Targ
         if error.__cause__ is None:
             raise
         return  # a pass that does not do without values: the run tells what there is to tell
+    check_quantized(rehearsed, passes)
     _refuse(target.backend, rehearsed, target, require_real)
 
 

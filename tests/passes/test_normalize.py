@@ -199,3 +199,97 @@ def test_a_failed_pass_leaves_the_program_as_it_was() -> None:
     with pytest.raises(PassError):
         run_pass(program, Normalize())
     assert render(program) == text
+
+
+# -- products with stored weights ----------------------------------------------------------------------------
+
+
+class Products(Model):
+    """The model above with a matrix of 6 x 6, a vector, and a kernel of convolutions."""
+
+    def __init__(self, code: Forward) -> None:
+        super().__init__(code)
+        self.w, self.b = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.kernel = nn.Parameter(torch.randn(3, 3, 4, 3))
+        self.requires_grad_(False)
+
+
+def product(code: Forward) -> Program:
+    """`code` and a time; what is multiplied is to stay the same bit for bit."""
+    model = Products(lambda self, x, t: code(self, x, t).sum() + x * t[:, None])
+    program = capture(model, {"x": X, "t": T})
+    run_pass(program, Normalize())
+    torch.testing.assert_close(program(x=X, t=T), model(X, T), rtol=0, atol=0)
+    return program
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x, t: x @ m.w,
+        lambda m, x, t: x @ m.w.T,
+        lambda m, x, t: torch.mm(x, m.w.t()),
+        lambda m, x, t: x @ m.w.transpose(1, 0).t().permute(1, 0),
+        lambda m, x, t: x.reshape(-1, 1, 6) @ m.w,
+        lambda m, x, t: torch.mm(x, m.w) + m.b,
+        lambda m, x, t: torch.addmm(m.b, x, m.w),
+        lambda m, x, t: torch.addmm(m.b, x, m.w.transpose(0, 1)),
+        lambda m, x, t: x @ m.w + x @ m.w,
+    ],
+)  # fmt: skip
+def test_products_with_stored_matrices_become_linear(code: Forward) -> None:
+    program = product(code)
+    assert "aten.linear.default" in ops(program)
+    assert not {"aten.mm.default", "aten.matmul.default", "aten.addmm.default"} & set(ops(program))
+    assert len([t for t in program.tensors if "transposed" in t]) <= 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x, t: x @ x.T,
+        lambda m, x, t: m.w @ x.T,
+        lambda m, x, t: torch.addmm(x, x, m.w),
+        lambda m, x, t: torch.addmm(m.b, x, m.w, beta=2),
+        lambda m, x, t: torch.addmm(m.b[:1], x, m.w),
+        lambda m, x, t: x[0] @ m.w,
+        lambda m, x, t: m.w @ m.w,
+    ],
+)
+def test_other_products_stay(code: Forward) -> None:
+    program = product(code)
+    assert "aten.linear.default" not in ops(program)
+    assert {"aten.mm.default", "aten.matmul.default", "aten.addmm.default"} & set(ops(program))
+
+
+def test_a_matrix_is_transposed_once() -> None:
+    program = product(lambda m, x, t: x @ m.w @ m.w + x @ m.w.T)
+    assert sorted(program.tensors) == ["w", "w.transposed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "padding"),
+    [
+        ({"padding": "valid"}, [0, 0]), ({"padding": "valid", "stride": 2}, [0, 0]),
+        ({"padding": "same"}, [0, 0]),  # an even kernel: what is odd is padded before
+        ({"padding": "same", "dilation": 2}, [3, 2]), ({"padding": "same", "dilation": (2, 3)}, [3, 3]),
+        ({"padding": "same", "dilation": (3, 1)}, [0, 0]),
+    ],
+)  # fmt: skip
+def test_padding_by_name_becomes_numbers(options: dict[str, Any], padding: list[int]) -> None:
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        image = x.repeat(1, 18).reshape(-1, 3, 6, 6) * t[:, None, None, None]
+        return nn.functional.conv2d(image, self.kernel, self.b[:3], **options)
+
+    program = product(forward)
+    (conv,) = find(program, "conv2d")
+    assert op_name(conv.target) == "aten.conv2d.default"
+    assert conv.args[4] == padding
+    assert ("aten.constant_pad_nd.default" in ops(program)) == (padding == [0, 0] and options["padding"] == "same")
+
+
+def test_padding_of_sequences_by_name_becomes_numbers() -> None:
+    program = product(lambda m, x, t: nn.functional.conv1d(x[:, None], m.kernel[:1, :1, 0], padding="same"))
+    (conv,) = find(program, "conv1d")
+    assert op_name(conv.target) == "aten.conv1d.default"
+    assert conv.args[4] == [1]

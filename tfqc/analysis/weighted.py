@@ -11,6 +11,14 @@ from tfqc.ir.program import STEP, Program
 from tfqc.ir.rows import Maintenance, Tib
 
 WEIGHTED = {"aten.linear.default", "aten.conv2d.default", "aten.conv1d.default", "tfqc.conv2d_rows.default"}
+# What multiplies by weights, where an operand is a stored tensor; `tfqc.analysis.canonical` brings some to those above.
+PRODUCTS = WEIGHTED | {
+    "aten.mm.default", "aten.matmul.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default",
+    "aten.addbmm.default", "aten.mv.default", "aten.addmv.default", "aten.einsum.default", "aten.bilinear.default",
+    "aten.tensordot.default", "aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.default",
+    "aten.conv3d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input", "aten.convolution.default",
+}  # fmt: skip
 # What holds weights or multiplies matrices and is left in floating point; reports name it.
 LEFT_IN_FLOAT = {
     "aten.scaled_dot_product_attention.default", "aten.matmul.default", "aten.bmm.default", "aten.einsum.default",

@@ -50,7 +50,7 @@ def capture(
             model's source at which it did), or the model's code took a way that is right for some batches only.
     """
     arguments = arguments_by_name(model, example_inputs)
-    flat = tensors_by_path(arguments, roles or {})
+    flat = tensors_by_path(arguments, roles)
     inputs = assign_roles(flat, roles or {}, domains or {})
     if strange := [s for d in (dynamic or {}).values() for s in d.values() if not SYMBOL.fullmatch(s)]:
         raise CaptureError(f"{strange[0]!r} is no name for a dimension: use capital letters, such as 'H'.")

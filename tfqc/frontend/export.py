@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -134,7 +136,8 @@ def shared_by_all(
 ) -> list[tuple[str, ...]]:
     """Places of inputs that are one for all images: their first dimension is as long as the example's batch by chance.
 
-    The model never brings that dimension together with the batch. (A time is one for each image, whatever it does.)
+    The model fixes that dimension, or asks nothing of it that has to do with the batch. (A time is one for each image,
+    whatever it does.)
     """
     parameters = [n for n in exported.graph.nodes if n.op == "placeholder"][
         -len(exported.graph_signature.user_inputs) :
@@ -144,8 +147,18 @@ def shared_by_all(
         keys_of(path): str(n.meta["val"].shape[0]) for path, n in leaves if dims.get(keys_of(path), {}).get(0) == "B"
     }
     batch = next(first[i.path] for i in inputs if i.role is Role.SAMPLE)
-    requests = [i.path for i in inputs if i.role is Role.REQUEST]
-    return [path for path in requests if not batch.isdigit() and first.get(path, batch) != batch]
+    if batch.isdigit():
+        return []
+    equations = [guard.expr for guard in shape_environment(exported).guards if isinstance(guard.expr, sympy.Eq)]
+    together = [{str(symbol) for symbol in e.free_symbols} for e in equations]
+    related = {batch, *(symbol for symbols in together if batch in symbols for symbol in symbols)}
+    return [i.path for i in inputs if i.role is Role.REQUEST and first.get(i.path, batch) not in related]
+
+
+def shape_environment(exported: torch.export.ExportedProgram) -> Any:
+    """torch's record of symbols and guards; None if no input has a symbolic dimension."""
+    values = (node.meta.get("val") for node in exported.graph.nodes)
+    return next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
 
 
 def call_tree(exported: torch.export.ExportedProgram, parameters: list[fx.Node]) -> dict[str, Any]:

@@ -16,12 +16,11 @@ import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
 from tfqc.frontend.arithmetic import NoArithmetic, comparison
-from tfqc.frontend.export import call_tree
+from tfqc.frontend.export import call_tree, shape_environment
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 
@@ -39,7 +38,7 @@ def guards_of(exported: torch.export.ExportedProgram, naming: Symbols, model: st
         CaptureError: the model's code decides by what is no integer arithmetic, such as the root of a size.
     """
     kept: list[str] = []
-    environment = _environment(exported)
+    environment = shape_environment(exported)
     for guard in environment.guards if environment else ():
         place = guard.sloc.framework_loc
         file, line = (place.filename, place.lineno or 0) if isinstance(place, traceback.FrameSummary) else ("", 0)
@@ -60,12 +59,6 @@ def guards_of(exported: torch.export.ExportedProgram, naming: Symbols, model: st
                     "could not be checked for it. Decide by whole numbers, or capture these sizes as they are."
                 ) from error
     return tuple(_independent(kept))
-
-
-def _environment(exported: torch.export.ExportedProgram) -> Any:
-    """torch's record of symbols and guards; None if the model has no tensor inputs."""
-    values = (node.meta.get("val") for node in exported.graph.nodes)
-    return next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
 
 
 def _inside_torch(file: str) -> str:

@@ -63,12 +63,14 @@ def keys_of(path: Sequence[Any]) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def tensors_by_path(arguments: Mapping[str, Any], roles: Mapping[str, str]) -> dict[tuple[str, ...], Tensor]:
+def tensors_by_path(
+    arguments: Mapping[str, Any], roles: Mapping[str, str] | None = None
+) -> dict[tuple[str, ...], Tensor]:
     """Tensors of a call, and a timestep that is a Python number as one."""
     leaves = {keys_of(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
     numbers = {p for p, leaf in leaves.items() if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)}
     tensors = {p for p, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    times = _in_role(Role.TIME, tensors | numbers, roles)
+    times = _in_role(Role.TIME, tensors | numbers, roles or {})
     return {p: torch.as_tensor(leaf) for p, leaf in leaves.items() if p in tensors or (p in numbers and p in times)}
 
 
@@ -145,7 +147,7 @@ def inputs_of(
     model: torch.nn.Module, example: Example, roles: Mapping[str, str] | None = None
 ) -> list[tuple[Input, Tensor]]:
     """The tensor inputs of a model, with the example's values: names, places and roles as `capture` has them."""
-    flat = tensors_by_path(arguments_by_name(model, example), roles or {})
+    flat = tensors_by_path(arguments_by_name(model, example), roles)
     return [(item, flat[item.path]) for item in assign_roles(flat, roles or {}, {})]
 
 

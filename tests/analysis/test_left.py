@@ -1,0 +1,102 @@
+"""What is left in floating point is named; a target that asks for bits and gets none is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tfqc
+from tests.tiny import tiny
+from tfqc.analysis.left import check_quantized, left_in_floating_point
+from tfqc.errors import TfqcError
+from tfqc.models import ModelSpec
+from tfqc.pipeline import Pipeline
+
+
+class Left(nn.Module):
+    """A layer, if asked for, beside one product that is in no form that is quantized."""
+
+    def __init__(self, make: Callable[[], nn.Module], layer: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.product = nn.Linear(1, 4), make()
+        self.layer = nn.Conv2d(4, 4, 3, padding=1) if layer else nn.Identity()
+        self.requires_grad_(False)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        shift = self.time(timestep[:, None].float() / 1000)
+        return self.product(self.layer(sample + shift[:, :, None, None]))
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(x[0], x[0], self.w)[None] + torch.einsum("bchw,chv->bcwv", x, self.w)
+
+
+class Volume(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(4, 4, 3, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, :, None])[:, :, 0]
+
+
+class Larger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(4, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)[:, :, ::2, ::2]
+
+
+KINDS = {
+    Batched: ["aten.baddbmm.default multiplies by @product.w", "aten.einsum.default multiplies by @product.w"],
+    Volume: ["aten.conv3d.padding multiplies by @product.conv.weight"],
+    Larger: ["aten.conv_transpose2d.input multiplies by @product.conv.weight"],
+}
+
+
+def spec(make: Callable[[], nn.Module], layer: bool) -> ModelSpec:
+    inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([0, 250])}
+    return ModelSpec("a model", Left(make, layer), inputs, diffusers.DDIMScheduler())
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("target", ["fake-quant{weights=8 activations=8}", "cpu-int8", "cuda-int4{arch=sm_86}"])
+def test_products_that_stay_are_named(make: type[nn.Module], target: str) -> None:
+    report = tfqc.compile(spec(make, True), target, steps=2, calibration=2).facts["report"]
+    named = [line for line in report if "in floating point: only linear" in line]
+    assert len(named) == len(KINDS[make])
+    assert all(part in line and "(product" in line for part, line in zip(KINDS[make], named, strict=True))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_target_that_quantizes_nothing_is_refused(make: type[nn.Module], tmp_path: Path) -> None:
+    for target in ("fake-quant{weights=8 activations=8}", "fake-quant{weights=none activations=8}", "cpu-int8"):
+        with pytest.raises(
+            TfqcError, match=r"Nothing of a model was quantized: .*found: 1 aten.*nn.Linear or nn.Conv2d"
+        ):
+            tfqc.compile(spec(make, False), target, steps=2, calibration=2)
+    asked = tfqc.compile(spec(make, False), "fake-quant{weights=none activations=none}", steps=2, calibration=2)
+    assert any("multiplies by" in line for line in asked.facts["report"])
+
+
+def test_only_passes_that_quantize_have_to_find_something() -> None:
+    check_quantized(tiny(), Pipeline.parse("normalize,discover-tib"))
+    with pytest.raises(TfqcError, match=r"found: 2 aten.conv2d.default, 2 aten.linear.default"):
+        check_quantized(tiny(), Pipeline.parse("normalize,calibrate-weights"))
+
+
+def test_layers_are_not_named() -> None:
+    assert left_in_floating_point(tiny()) == []

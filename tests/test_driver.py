@@ -13,11 +13,13 @@ from diffusers import DDIMScheduler
 import tfqc
 from tests.helpers import first
 from tests.subjects import Subjects, calibration
+from tests.tiny import make_pass, tiny
 from tfqc import driver
 from tfqc.errors import ArtifactError, CalibrationError, PipelineError, SpecError, TfqcError
 from tfqc.frontend import capture
 from tfqc.instruments import Instrument
 from tfqc.ir.parse import parse
+from tfqc.pipeline import Pipeline
 
 
 def ddim() -> DDIMScheduler:
@@ -159,3 +161,135 @@ def test_labels_are_enumerated(subject: Subjects, tmp_path: Path) -> None:
     for label in range(10):
         call = its.call([951.0, 37.0], class_labels=torch.tensor([label, 9 - label]))
         assert torch.allclose(first(loaded(**call)), its.reference(call), rtol=1e-4, atol=1e-5)
+
+
+# -- wrong arguments: one sentence at once ------------------------------------------------------------------------
+
+
+class NoDenoiser:
+    """A pipeline whose parts are none that is known."""
+
+    vae = torch.nn.Identity()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"model": None}, r"A NoneType is no model: give a torch module"),
+    ({"model": 3}, r"A int is no model"),
+    ({"model": torch.nn.Linear}, r"The class Linear is no model"),
+    ({"model": NoDenoiser()}, r"A NoDenoiser is no model"),
+    ({"model": "fashion-unett"}, r"no model 'fashion-unett'.*Did you mean 'fashion-unet'"),
+    ({"model": ""}, r"is no diffusers folder"),
+    ({"model": "no.such:factory"}, r"cannot be found"),
+    ({"model": torch.nn.Linear(2, 2)}, r"inputs of a Linear are not known: give example_inputs"),
+    ({"target": "fake-qant"}, r"Did you mean 'fake-quant'"),
+    ({"target": None}, r"target=None is no target"),
+    ({"target": "fake-quant{wieghts=4}"}, r"no option 'wieghts'.* Did you mean 'weights'"),
+    ({"target": "fake-quant,cpu-int8"}, r"one name with options"),
+    ({"target": ""}, r"one name with options"),
+    ({"target": "cuda-int4{edges=99}"}, r"edges=99 is out of range"),
+    ({"steps": 0}, r"steps=0 is out of range: at least 1"),
+    ({"steps": -1}, r"steps=-1 is out of range"),
+    ({"steps": 1.5}, r"steps=1.5 is no whole number"),
+    ({"steps": "50"}, r"steps='50' is no whole number"),
+    ({"steps": True}, r"steps=True is no whole number"),
+    ({"steps": 5000}, r"DDIMScheduler cannot be set to 5000 steps"),
+    ({"steps": None}, r"no number of steps: give steps=N"),
+    ({"schedule": "ddim"}, r"schedule='ddim' is no schedule"),
+    ({"schedule": 50}, r"schedule=50 is no schedule"),
+    ({"schedule": DDIMScheduler}, r"is no schedule"),
+    ({"schedule": {"timesteps": [3.0]}}, r"is no schedule"),
+    ({"schedule": [10.0, "x"]}, r"The schedule holds 'x', which is no timestep"),
+    ({"schedule": [float("nan")]}, r"holds nan, which is no timestep"),
+    ({"schedule": torch.tensor([[1.0]])}, r"The schedule holds \[1.0\], which is no timestep"),
+    ({"calibration": -3}, r"calibration=-3 is out of range"),
+    ({"calibration": 0}, r"calibration=0 is out of range"),
+    ({"calibration": "x"}, r"calibration='x' is no whole number, or Calibration data"),
+    ({"calibration": 2.5}, r"calibration=2.5 is no whole number"),
+    ({"calibration": torch.zeros(2, 2)}, r"is no whole number"),
+    ({"pipeline": ["normalize"]}, r"pipeline=\['normalize'\] is no pipeline"),
+    ({"pipeline": 3}, r"pipeline=3 is no pipeline"),
+    ({"pipeline": "normalise"}, r"Did you mean 'normalize'"),
+    ({"strategy": "fould"}, r"Did you mean 'fold'"),
+    ({"strategy": None}, r"There is no strategy None"),
+    ({"strategy": "fould", "pipeline": "normalize"}, r"Did you mean 'fold'"),
+    ({"example_inputs": {"smaple": torch.zeros(1)}}, r"takes no input 'smaple'"),
+    ({"example_inputs": "x"}, r"example_inputs='x' is neither a mapping"),
+    ({"example_inputs": 3}, r"example_inputs=3 is neither a mapping"),
+    ({"roles": {"smaple": "sample"}}, r"no input 'smaple' to give a role"),
+    ({"roles": {"sample": "noise"}}, r"'noise' is no role"),
+    ({"roles": ["sample"]}, r"roles=\['sample'\] is no mapping"),
+    ({"dynamic": {"smaple": {2: "H"}}}, r"no input 'smaple' with dynamic dimensions"),
+    ({"dynamic": {"sample": "H"}}, r"dynamic=\{'sample': 'H'\} maps no dimensions"),
+    ({"dynamic": {"sample": {2: "h"}}}, r"'h' is no name for a dimension"),
+    ({"dynamic": "H"}, r"dynamic='H' is no mapping"),
+    ({"seed": "a"}, r"seed='a' is no whole number"),
+    ({"seed": -1}, r"seed=-1 is out of range"),
+    ({"seed": 2**70}, r"is out of range"),
+    ({"workdir": 3}, r"workdir=3 is no path"),
+    ({"workdir": __file__}, r"is a file: give a directory"),
+    ({"instruments": [3]}, r"no list of instruments"),
+    ({"progress": 3}, r"has no track\(\) and say\(\)"),
+    ({"require_real": True}, r"fake-quant computes in floating point"),
+]
+
+
+@pytest.mark.parametrize(("changed", "why"), WRONG, ids=[str(n) for n in range(len(WRONG))])
+def test_wrong_arguments(changed: dict[str, Any], why: str, subject: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("exported")
+
+    monkeypatch.setattr("torch.export.export", never)
+    options: dict[str, Any] = {
+        "model": subject("unet2d").model, "target": "fake-quant", "schedule": ddim(), "steps": 4, **changed
+    }  # fmt: skip
+    with pytest.raises(TfqcError, match=why) as caught:
+        driver.compile(options.pop("model"), options.pop("target"), **options)
+    assert "\n" not in str(caught.value)
+
+
+# -- refusals come before calibration ------------------------------------------------------------------------------
+
+
+class Volumes(torch.nn.Module):
+    """Convolutions that no backend has kernels for, between two that are linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.first, self.last = (torch.nn.Linear(n, 4) for n in (1, 4, 4))
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv3d(2, 2, 3, padding=1) for _ in range(4))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        h = self.first(sample) + self.time(timestep.float()[:, None] / 1000)[:, None, None, None]
+        for block in self.blocks:
+            h = block(h)
+        return self.last(h)
+
+
+VOLUMES = {"sample": torch.zeros(2, 2, 3, 4, 4), "timestep": torch.tensor([7, 421])}
+
+
+@pytest.mark.parametrize("target", ["cpu-int8", "cuda-int4{mode=w4a8 edges=none}"])
+def test_refused_before_the_calibration(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("tfqc.trajectories.sample", never)
+    with pytest.raises(TfqcError, match=r"has no kernel for \d+ operations of Volumes") as caught:
+        driver.compile(
+            Volumes(), target, schedule=ddim(), steps=3, calibration=2, example_inputs=VOLUMES, require_real=True
+        )
+    wanted = "4 x aten.conv3d.default (blocks.0, blocks.1, ... 2 more): runs in torch: there is no kernel for"
+    assert [note for note in caught.value.notes if note.startswith(wanted)]
+
+
+def test_a_pass_that_needs_values_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A plug-in that knows nothing of rehearsals runs all the same."""
+    seen: list[bool] = []
+
+    def peek(program: Any, ctx: Any) -> None:
+        seen.append(ctx.rehearsal)
+        float(next(iter(program.tensors.values())).flatten()[0])
+
+    passes = make_pass("peek", peek, data=frozenset({"weights"}))
+    driver.compile(tiny(), schedule=[421.0], pipeline=Pipeline((passes,)), workdir=tmp_path)
+    assert seen == [True, False]

@@ -68,7 +68,7 @@ def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:
         if strange := [t for t in given if not _is_number(t)]:
             raise CalibrationError(f"The schedule holds {_shown(strange[0])}, which is no timestep.")
         return SamplingSchedule.of([float(t) for t in given])
-    if not (hasattr(given, "config") and hasattr(given, "set_timesteps")):
+    if isinstance(given, type) or not (hasattr(given, "config") and hasattr(given, "set_timesteps")):
         raise CalibrationError(
             f"schedule={_shown(given)} is no schedule: give a diffusers scheduler, a list of timesteps, or a "
             "SamplingSchedule."

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test sanitize lint bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ demo: $(READY)  ## compile the built-in model to W4A8, sample it, show what it c
 
 test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+sanitize: $(READY)  ## run the tests of the CPU kernels under g++'s address and undefined-behaviour sanitizers
+	TFQC_DEBUG=sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backends/test_cpu_int8*.py \
+		--deselect tests/backends/test_cpu_int8_build.py
 
 lint: $(READY)  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -129,18 +129,16 @@ inline V fast_gelu(V x) { return gelu(x); }
 
 #endif
 
-// Sums of 32 bits may have gone round any number of times when what is left fits.
-inline V less_zero_point(const int32_t* sum, VI part) { return to_float(load_i32(sum) - part); }
-inline V less_zero_point(const float* done, VI) { return load(done); }  // it has been taken off
-
 // Turns sums [2][STRIP][TILE] of a strip into outputs, a few rows at a time, so that it can be done meanwhile.
-template <typename Sum> class FinisherOf {
+// centred: the sums are floats, and the zero point's part has been taken off.
+class Finisher {
  public:
   static constexpr int64_t FEW = 4;
 
-  explicit FinisherOf(const Weights& weights) : w(weights), e(*weights.epilogue) {}
+  explicit Finisher(const Weights& weights, bool centred = false)
+      : w(weights), e(*weights.epilogue), centred(centred) {}
 
-  void begin(const Sum* strip_sums, const Row* strip_rows, int64_t count, int64_t first_column) {
+  void begin(const int32_t* strip_sums, const Row* strip_rows, int64_t count, int64_t first_column) {
     sums = strip_sums;
     rows = strip_rows;
     next = 0;
@@ -149,7 +147,7 @@ template <typename Sum> class FinisherOf {
   }
 
   // FEW rows or more. Not inline: the loop that calls it needs its registers.
-  __attribute__((noinline)) void advance(int64_t count) {
+  __attribute__((noinline, noclone)) void advance(int64_t count) {
     const int64_t stop = std::min(end, next + count);
     while (next < stop) {
       const Row& row = rows[next];
@@ -167,8 +165,8 @@ template <typename Sum> class FinisherOf {
   int64_t remaining() const { return end - next; }
 
  private:
-  template <int64_t R> void finish(const Row& row, const Sum* left) const {
-    const Sum* right = left + STRIP * TILE;
+  template <int64_t R> void finish(const Row& row, const int32_t* left) const {
+    const int32_t* right = left + STRIP * TILE;
     V y[R], z[R];
     if (e.act == GEGLU) {
       multiply_out<R>(y, left, row, column, TILE);
@@ -186,7 +184,7 @@ template <typename Sum> class FinisherOf {
     }
   }
 
-  template <int64_t R> void edge(const Row& row, const Sum* sum, int64_t i) const {
+  template <int64_t R> void edge(const Row& row, const int32_t* sum, int64_t i) const {
     const int64_t width = std::min(TILE, w.n - i);
     if (width <= 0) return;
     V y[R];
@@ -194,16 +192,23 @@ template <typename Sum> class FinisherOf {
     put<R>(row, y, i, width);
   }
 
-  template <int64_t R> void multiply_out(V* y, const Sum* sum, const Row& row, int64_t i, int64_t width) const {
+  // Within `finish` with all that it calls: rows stay in registers.
+  template <int64_t R>
+  __attribute__((always_inline)) void multiply_out(V* y, const int32_t* sum, const Row& row, int64_t i,
+                                                   int64_t width) const {
     const VI shift = set_i32(row.zero) * load_i32(w.sum + i);
     const V scale = set(row.scale) * load(w.scale + i);
     const V bias = row.bias ? load(row.bias + w.first + i, width) : set(0);
-    for (int64_t r = 0; r < R; ++r) y[r] = fma(less_zero_point(sum + r * TILE, shift), scale, bias);
+    for (int64_t r = 0; r < R; ++r) {
+      // What is left fits into 32 bits, however often the sums have gone beyond them.
+      y[r] = centred ? load((const float*)sum + r * TILE) : to_float(load_i32(sum + r * TILE) - shift);
+      y[r] = fma(y[r], scale, bias);
+    }
     if (e.act == NONE || e.act == GEGLU) return;
     for (int64_t r = 0; r < R; ++r) y[r] = e.act == GELU ? fast_gelu(y[r]) : activate(y[r], e.act);
   }
 
-  template <int64_t R> void put(const Row& row, V* y, int64_t i, int64_t width) const {
+  template <int64_t R> __attribute__((always_inline)) void put(const Row& row, V* y, int64_t i, int64_t width) const {
     i += w.first;
     if (row.gate) {
       const V gate = load(row.gate + i, width);
@@ -222,11 +227,11 @@ template <typename Sum> class FinisherOf {
 
   const Weights& w;
   const Epilogue& e;
-  const Sum* sums = nullptr;
+  const bool centred;
+  const int32_t* sums = nullptr;
   const Row* rows = nullptr;
   int64_t next = 0, end = 0, column = 0;
 };
-using Finisher = FinisherOf<int32_t>;
 
 // One strip times one panel over some steps. Tiles and columns that are not there repeat the first.
 struct Operands {
@@ -384,8 +389,7 @@ template <bool TWO> void multiply(const Operands& o, int32_t* sums, bool add, Fi
 __attribute__((noinline)) inline void multiply_long_block(const Weights& w, const Block& block, int64_t begin,
                                                           int64_t end, int32_t* sums) {
   constexpr int64_t SIDE = STRIP * TILE;  // from the sums of the left half of a panel to those of the right
-  Finisher nothing(w);
-  FinisherOf<float> finisher(w);
+  Finisher nothing(w), finisher(w, true);
   int64_t wide[2][TILE * TILE];
   alignas(64) float done[2 * SIDE];
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -412,7 +416,7 @@ __attribute__((noinline)) inline void multiply_long_block(const Weights& w, cons
           done[side * SIDE + i] = float(wide[side][i] - int64_t(rows[i / TILE].zero) * sum[i % TILE]);
         }
       }
-      finisher.begin(done, rows, TILE, column);
+      finisher.begin((const int32_t*)done, rows, TILE, column);
       finisher.complete();
     }
   }

@@ -241,9 +241,9 @@ inline double sum(D a) {
 
 #endif
 
-// exp(x), relative error below 2.2e-7 where the result is normal; 2^-126 below -87, the largest float above 88.
+// exp(x) for x up to 88, relative error below 2.2e-7 where the result is normal; 2^-126 below -87.
 inline V exp(V x) {
-  x = min(max(x, set(-87.0f)), set(88.0f));
+  x = max(x, set(-87.0f));
   constexpr float MAGIC = 12582912;  // 1.5 * 2^23, beside which there is room for whole numbers only
   const V n = fma(x, set(1.44269504f), set(MAGIC)) - set(MAGIC);
   const V r = fma(n, set(-1.42860677e-6f), fma(n, set(-0.693145752f), x));
@@ -254,7 +254,7 @@ inline V exp(V x) {
 
 // In `max(constant, x)` a NaN stays, in `max(x, constant)` it becomes the constant; likewise `min`.
 
-// 0 far below zero, where the limit of exp would show.
+// As good as 0 where exp(-x) would be beyond its limit; likewise gelu_tanh.
 inline V silu(V x) {
   x = max(set(-87), x);
   return x / (set(1) + exp(set(0) - x));
@@ -271,7 +271,7 @@ inline V gelu(V x) {
 
 // x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
 inline V gelu_tanh(V x) {
-  x = max(set(-14), x);
+  x = max(set(-10), x);
   return x / (set(1) + exp(x * fma(set(-0.0713548163f) * x, x, set(-1.59576912f))));
 }
 

@@ -114,6 +114,7 @@ def compile(
     passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
     check_quantized(program, passes)
     context.report += _refuse(backend, program, target, require_real) + left_in_floating_point(program)
+    program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact

@@ -30,7 +30,7 @@ def read_tensors(path: Path, raises: type[TfqcError]) -> tuple[dict[str, Tensor]
     """
     try:
         header = read_header(path)
-        return load_file(path), header.metadata
+        return load_file(path, backend="pread"), header.metadata  # what is mapped ends the process if it is truncated
     except OSError as error:
         raise raises(f"{path} cannot be read: {said(error)}.") from error
     except ValueError as error:

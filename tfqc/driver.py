@@ -13,6 +13,7 @@ import torch
 
 import tfqc
 from tfqc.analysis.left import check_quantized, left_in_floating_point
+from tfqc.analysis.weighted import check_weights
 from tfqc.arguments import check_calibration_argument, check_others, read_pipeline, read_schedule, read_target
 from tfqc.artifact import Artifact, check_files
 from tfqc.backend import Backend, compromised, grouped, refused
@@ -22,7 +23,7 @@ from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
 from tfqc.frontend.inputs import DynamicDims, inputs_of
 from tfqc.instruments import Instrument, VerifyEach
-from tfqc.ir.program import Program, Stage
+from tfqc.ir.program import Program, Role, Stage
 from tfqc.models import ModelSpec, find_model, from_diffusers
 from tfqc.passing import Context, Progress, Silent
 from tfqc.pipeline import Pipeline
@@ -108,8 +109,12 @@ def compile(
         program = capture(
             spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=dynamic or spec.dynamic
         )
+        shared = {".".join(i.path) for i in program.input(Role.REQUEST) if i.type.shape[:1] != ("B",)}
+        if not shared.isdisjoint(context.calibration.cond if context.calibration else ()):
+            context.calibration = _calibration(replace(spec, shared=frozenset(shared)), calibration, seed)
     else:
         program = start.clone()
+    check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
     check_quantized(program, passes)

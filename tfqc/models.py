@@ -31,7 +31,8 @@ class ModelSpec:
     conditions: (n, seed) -> (cond, uncond) request inputs by dotted name, n rows each; uncond None without guidance.
     decode: latents -> images [N, C, H, W] in 0..1, or None. labels: (n, seed) -> class labels [n], where images have
     classes; class_names: what they are called. metrics: name -> function of (images, labels). roles: of the inputs,
-    where names do not tell. dynamic: further symbolic dimensions, as `capture` has them.
+    where names do not tell. dynamic: further symbolic dimensions, as `capture` has them. shared: request inputs that
+    are one for all images, though they have as many rows as the example has images.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelSpec:
     roles: Mapping[str, str] | None = None
     note: str = ""
     dynamic: Mapping[str, Mapping[int, str]] | None = None
+    shared: frozenset[str] = frozenset()
 
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one noisy sample, from the example inputs."""
@@ -66,15 +68,19 @@ class ModelSpec:
     def _noisy(self) -> Tensor:
         return next(value for item, value in self._inputs() if item.role is Role.SAMPLE)
 
-    def _per_image(self, value: Tensor) -> bool:
-        """True for an example input that has a row for each image."""
-        return value.dim() > 0 and value.shape[0] == self._noisy().shape[0]
+    def _per_image(self) -> dict[str, Tensor]:
+        """Request inputs that have a row for each image."""
+        images = self._noisy().shape[0]
+        return {
+            k: v for k, v in self._requests().items() if k not in self.shared and v.dim() > 0 and v.shape[0] == images
+        }
 
     def calibration(self, images: int = 16, seed: int = 0, batch_size: int = 16) -> Calibration:
         """Noise and request inputs of a few images; conditions are random numbers where the model has no others."""
         cond, uncond = (self.conditions or self._random_conditions)(images, seed)
         noise = initial_noise(images, self.sample_shape(), seed)
-        shared = {k: v for k, v in self._requests().items() if k not in cond and not self._per_image(v)}
+        per_image = {*cond, *self._per_image()}
+        shared = {k: v for k, v in self._requests().items() if k not in per_image}
         return Calibration(noise, cond, uncond, self.guidance, batch_size, seed, shared)
 
     @property
@@ -88,8 +94,7 @@ class ModelSpec:
     def _random_conditions(self, n: int, seed: int) -> tuple[dict[str, Tensor], None]:
         generator = torch.Generator().manual_seed(seed)
         cond: dict[str, Tensor] = {}
-        per_image = {k: v for k, v in self._requests().items() if self._per_image(v)}
-        for name, example in per_image.items():
+        for name, example in self._per_image().items():
             shape = (n, *example.shape[1:])
             if example.is_floating_point():
                 cond[name] = torch.randn(shape, generator=generator).to(example.dtype)

@@ -128,6 +128,19 @@ def compiled(model: Any, target: str, batch: int, to: Path) -> Callable[..., Ten
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["fake-quant{weights=8 activations=8}", "cpu-int8"])
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 8])
+def test_compiled_for_every_batch(kind: Callable[[], nn.Module], target: str, batch: int, tmp_path: Path) -> None:
+    """What is compiled with one example is what is compiled with another."""
+    model = made(kind)
+    two, other = compiled(model, target, 2, tmp_path / "two"), compiled(model, target, batch, tmp_path / "other")
+    for called in (1, 2, 3, 4):
+        call = example(model, called)
+        assert other(**call).shape == model(**call).shape
+        torch.testing.assert_close(other(**call), two(**call))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8])
 def test_unquantized_it_is_the_model(kind: Callable[[], nn.Module], batch: int, tmp_path: Path) -> None:
     model = made(kind)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
+from tfqc.errors import TfqcError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import STEP, Program
 from tfqc.ir.rows import Maintenance, Tib
@@ -33,6 +35,21 @@ def weight_of(node: fx.Node) -> str | None:
         return None
     weight = node.args[1]
     return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def check_weights(program: Program) -> None:
+    """Refuse weights that are not float32, in which models are calibrated.
+
+    Raises:
+        TfqcError: naming one.
+    """
+    for node in weighted_nodes(program):
+        weight = str(weight_of(node))
+        if (dtype := program.tensors[weight].dtype) != torch.float32:
+            raise TfqcError(
+                f"Weight @{weight} of {program.at(node)} is {dtype}, and models are compiled from float32: convert it "
+                "with model.float() first (what is compiled takes inputs of any float dtype)."
+            )
 
 
 def is_linear(program: Program, node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.analysis.fold import fold_affine, fold_bias
-from tfqc.analysis.outline import outline
+from tfqc.analysis.outline import add_outlined
 from tfqc.analysis.reads import RowIndices, become_request_read, become_table_read, detach, switch, widen
 from tfqc.analysis.tabulate import feature_rows, label_of
 from tfqc.ir.program import TIME, Input, Program, Role, Stage
@@ -104,7 +104,7 @@ class FoldCache(Pass):
         if not values:
             return
         if outputs:
-            program.functions[TIME] = outline(program, outputs, {Role.TIME, Role.REQUEST})
+            add_outlined(program, TIME, outputs, {Role.TIME, Role.REQUEST})
         tables = _evaluate(program, [n for n in values if n not in per_request], labels)
         for node in values:
             strategy = maintenance[node.name].strategy

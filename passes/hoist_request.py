@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from tfqc.analysis.binding import binding_times, needing_other_sizes, symbols_known
-from tfqc.analysis.outline import outline
+from tfqc.analysis.outline import add_outlined
 from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage
 from tfqc.ir.rows import RowSource
 from tfqc.passing import EXACT, Context, Numerics, Pass
@@ -42,7 +42,7 @@ class HoistRequest(Pass):
         values = [n for n in program.step.nodes if n in values]
         if not values or BEGIN in program.functions:
             return
-        program.functions[BEGIN] = outline(program, values, {Role.REQUEST})
+        add_outlined(program, BEGIN, values, {Role.REQUEST})
         program.functions[STEP] = _with_parameters(program.step, values)
         for output, node in enumerate(values):
             sources[node.name] = RowSource("begin", output)

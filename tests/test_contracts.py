@@ -183,7 +183,7 @@ def test_what_auto_chooses_from(measured: str, granularity: str) -> None:
         ("reconstruct-weights{edge-bits=0}", "bits=0 is out of range"),
         ("reconstruct-weights{group=-1}", "at least one column"),
         ("reconstruct-tib{learning-rate=0}", "a positive number"),
-        ("reconstruct-tib{learning-rate=nan}", "a positive number"),
+        ("reconstruct-tib{learning-rate=nan}", "number"),
         ("reconstruct-tib{learning-rate=inf}", "a positive number"),
         ("measure-disturbance{strategies=}", "at least one"),
         ("measure-disturbance{trajectory=-1}", "negative"),

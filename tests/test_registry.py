@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,3 +138,74 @@ def test_what_is_no_backend_is_refused(declare: Declare) -> None:
     declare("some-plugin", "backends", {"bad": f"{HERE}:Good"})
     with pytest.raises(SpecError, match=r"Backend 'bad': .*Good.* is no class derived from tfqc\.backend"):
         find_backend("bad")
+
+
+LOOKS_UP = """
+from dataclasses import dataclass
+from typing import ClassVar
+import tfqc.registry
+from tfqc.passing import Pass
+{when_imported}
+@dataclass(frozen=True)
+class Found(Pass):
+    name: ClassVar[str] = {name!r}
+    def other(self):
+        return tfqc.registry.find_pass({other!r})
+"""
+
+
+def _write(folder: Path, name: str, other: str, when_imported: str = "") -> None:
+    text = LOOKS_UP.format(name=name, other=other, when_imported=when_imported)
+    (folder / f"plugin_{name}.py").write_text(text)
+
+
+@pytest.fixture
+def pair(declare: Declare, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Two plug-ins, `one` and `two`, that look each other up; `when` they are imported, or when they run."""
+
+    def make(when: str) -> None:
+        for name, other in (("one", "two"), ("two", "one")):
+            _write(tmp_path, name, other, f"tfqc.registry.find_pass({other!r})" if when == "imported" else "")
+            declare(f"plugin{name}", "passes", {name: f"plugin_{name}:Found"})
+
+    yield make
+    for name in ("plugin_one", "plugin_two"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_plugins_that_look_each_other_up_when_they_run(first: str, pair: Callable[[str], None]) -> None:
+    pair("run")
+    cls = find_pass(first)
+    assert find_pass(cls().other().name) is cls().other()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("first", "second"), [("one", "two"), ("two", "one")])
+def test_plugins_that_need_each_other_while_they_are_imported(
+    first: str, second: str, pair: Callable[[str], None]
+) -> None:
+    pair("imported")
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(SpecError) as caught:
+            find_pass(first)
+        assert str(caught.value).startswith(f"The pass '{first}' of plugin{first} does not load: The pass '{second}'")
+        assert f"'{first}' -> '{second}' -> '{first}' need each other while they are imported" in str(caught.value)
+    assert "normalize" in dict(sound_passes())
+
+
+@pytest.mark.parametrize(
+    "first", ["plugin_one", "tfqc.registry", "tfqc.passing", "tfqc.pipeline", "tfqc.ir", "tfqc.backend"]
+)
+def test_a_plugin_may_be_imported_first(first: str, tmp_path: Path) -> None:
+    """In a fresh interpreter, whatever is imported first."""
+    _write(tmp_path, "one", "normalize", "tfqc.registry.find_pass('normalize')")
+    code = f"import {first}, plugin_one, tfqc; tfqc.Pipeline.parse('normalize'); print(plugin_one.Found().other().name)"
+    path = os.pathsep.join([str(tmp_path), str(Path(registry.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("normalize", "")

@@ -18,6 +18,7 @@ from tfqc.errors import CaptureError, suggest
 from tfqc.examples import example_inputs
 from tfqc.frontend.inputs import arguments_by_name, inputs_of, replaced
 from tfqc.ir.program import Input, Role
+from tfqc.quiet import quiet_import
 from tfqc.sampling import initial_noise
 
 Conditions = Callable[[int, int], tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]
@@ -148,11 +149,12 @@ def from_diffusers(model: Any, name: str | None = None) -> ModelSpec:
 
 
 def _from_folder(folder: Path) -> ModelSpec:
-    import diffusers
-
     def load(part: Path, default: str) -> Any:
         config = json.loads((part / default).read_text())
-        cls = getattr(diffusers, config["_class_name"], None)
+        with quiet_import():
+            import diffusers
+
+            cls = getattr(diffusers, config["_class_name"], None)
         if cls is None:
             raise CaptureError(f"{part} is a {config['_class_name']}, which this diffusers does not know.")
         return cls.from_pretrained(part) if default == "config.json" else cls.from_config(config)

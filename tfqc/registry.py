@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -49,6 +50,8 @@ BACKENDS = {
     "cpu-int8": "tfqc.backends.cpu_int8.backend:CpuInt8Backend",
 }
 _KINDS = {"passes": "pass", "backends": "backend"}
+# Whose modules are being imported (by this thread), the outermost first.
+_loading: ContextVar[tuple[Entry, ...]] = ContextVar("_loading", default=())
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,17 @@ def _load(group: str, name: str) -> Any:
     if name not in known:
         raise SpecError(f"There is no {kind} {name!r}.{suggest(name, list(known))}")
     entry = known[name]
+    outer = _loading.get()
+    if entry in outer:
+        needing = " -> ".join(repr(e.name) for e in (*outer[outer.index(entry) :], entry))
+        raise SpecError(
+            f"{needing} need each other while they are imported: look passes and backends up when they run."
+        )
+    token = _loading.set((*outer, entry))
     try:
         return metadata.EntryPoint(name, entry.path, f"tfqc.{group}").load()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, TfqcError) else f"{type(error).__name__}: {error}"
         raise SpecError(f"The {kind} {name!r} of {entry.owner} does not load: {reason}") from error
+    finally:
+        _loading.reset(token)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from tfqc.errors import CalibrationError, suggest
+from tfqc.quiet import quiet_import
 from tfqc.storage import parse_json
 
 _LARGEST = 3e38  # models take timesteps in float32
@@ -137,10 +138,11 @@ def scheduler_class(name: Any) -> Any:
     Raises:
         CalibrationError: it has none of this name.
     """
-    from diffusers import schedulers
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    with quiet_import():
+        from diffusers import schedulers
+        from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    found = getattr(schedulers, name, None) if isinstance(name, str) and name in _scheduler_names() else None
+        found = getattr(schedulers, name, None) if isinstance(name, str) and name in _scheduler_names() else None
     if not isinstance(found, type) or not issubclass(found, SchedulerMixin) or not hasattr(found, "set_timesteps"):
         close = suggest(name, _scheduler_names()) if isinstance(name, str) and len(name) < 100 else ""
         raise CalibrationError(f"diffusers has no scheduler {str(name)[:100]!a}.{close}")

@@ -10,80 +10,96 @@ from torch import fx
 from tfqc.errors import PassError
 from tfqc.ir.ops import SHAPE_ONLY, op_name
 from tfqc.ir.program import Program, Role
-from tfqc.ir.types import ScalarType
+from tfqc.ir.types import ScalarType, Type
 
 
 def outline(program: Program, outputs: Iterable[fx.Node], roles: set[Role]) -> fx.Graph:
     """A new function that computes `outputs` (nodes of one function) from the inputs that have `roles`.
 
-    The program is not changed. Nodes keep their names. Sizes that were read off the sample are read off an input of
-    the new function that has the same symbol. Returns a tuple of the outputs.
+    The program is not changed. Nodes keep their names. All inputs of the roles are parameters, read or not. Sizes that
+    were read off the sample are read off an input of the new function that has the same symbol. Returns a tuple of the
+    outputs.
 
     Raises:
         PassError: an output depends on an input of another role.
     """
-    wanted = list(outputs)
-    needed: set[fx.Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if not (node.op == "call_function" and op_name(node.target) in SHAPE_ONLY):
-                stack.extend(node.all_input_nodes)
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    inputs = [i for i in program.inputs if i.role in roles]
-    # All inputs of the roles are parameters, read or not: the caller need not know which are.
-    given = {i.name: graph.placeholder(i.name) for i in inputs}
-    program.types.update({i.name: i.type for i in inputs})
-    source = wanted[0].graph if wanted else program.step
-    ordered = [n for n in source.nodes if n in needed]
-    for node in [n for n in ordered if n.op == "get_attr"]:
-        mapping[node] = graph.create_node("get_attr", node.target, name=node.name)
-    sizes: dict[str, fx.Node] = {}
-    for node in ordered:
-        if node.op == "placeholder":
-            if node.name not in given:
-                raise PassError(f"{program.at(wanted[0])} depends on %{node.name}, which is not there at that time.")
-            mapping[node] = given[node.name]
-        elif node.op == "call_function" and op_name(node.target) in SHAPE_ONLY:
-            mapping[node] = _shape(program, graph, node, given, sizes, mapping)
-        elif node.op == "call_function":
-            args = fx.map_arg(node.args, lambda n: mapping[n])
-            kwargs = fx.map_arg(node.kwargs, lambda n: mapping[n])
-            mapping[node] = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-    graph.output(tuple(mapping[n] for n in wanted))
-    return graph
+    return _Outline(program, roles).graph_of(list(outputs))
 
 
-def _shape(
-    program: Program,
-    graph: fx.Graph,
-    node: fx.Node,
-    given: dict[str, fx.Node],
-    sizes: dict[str, fx.Node],
-    mapping: dict[fx.Node, fx.Node],
-) -> fx.Node:
-    """The counterpart of a node that reads a shape."""
-    type_ = program.types[node.name]
-    if isinstance(type_, ScalarType) and type_.value is not None:
-        if type_.value not in sizes:
-            sizes[type_.value] = _size(program, graph, node, type_.value, given)
-        return sizes[type_.value]
-    if any(n not in mapping for n in node.all_input_nodes):
-        raise PassError(f"{program.at(node)} takes its shape from a value that is not there at that time.")
-    args = fx.map_arg(node.args, lambda n: mapping[n])
-    return graph.create_node("call_function", node.target, args, dict(node.kwargs), name=node.name)
+def add_outlined(program: Program, function: str, outputs: Iterable[fx.Node], roles: set[Role]) -> None:
+    """Make what `outline` gives a function of the program.
+
+    Raises:
+        PassError: an output depends on an input of another role.
+    """
+    made = _Outline(program, roles)
+    program.functions[function] = made.graph_of(list(outputs))
+    program.types.update(made.types)
 
 
-def _size(program: Program, graph: fx.Graph, node: fx.Node, symbol: str, given: dict[str, fx.Node]) -> fx.Node:
-    # Off the timesteps, if they are there: the other inputs need not be, where their values are not read.
-    for item in sorted(program.inputs, key=lambda i: i.role is not Role.TIME):
-        parameter, type_, name = given.get(item.name), item.type, item.name
-        if parameter is not None and symbol in type_.shape:
-            made = graph.call_function(torch.ops.aten.sym_size.int, (parameter, type_.shape.index(symbol)))
-            made.name = graph._graph_namespace.create_name(f"size_{name}_{type_.shape.index(symbol)}", made)
-            program.types[made.name] = ScalarType("int", symbol)
-            return made
-    raise PassError(f"{program.at(node)} needs the size {symbol}, which only the sample has.")
+class _Outline:
+    def __init__(self, program: Program, roles: set[Role]) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.inputs = [i for i in program.inputs if i.role in roles]
+        # Sizes are read off the timesteps, if they are there: the other inputs need not be, where their values are not.
+        self.inputs.sort(key=lambda i: i.role is not Role.TIME)
+        self.given = {i.name: self.graph.placeholder(i.name) for i in program.inputs if i.role in roles}
+        self.types: dict[str, Type] = {i.name: i.type for i in self.inputs}  # of what is new in the program
+        self.sizes: dict[str, fx.Node] = {}
+
+    def graph_of(self, wanted: list[fx.Node]) -> fx.Graph:
+        needed = self._needed(wanted)
+        mapping: dict[fx.Node, fx.Node] = {}
+        ordered = [n for n in wanted[0].graph.nodes if n in needed] if wanted else []
+        for node in [n for n in ordered if n.op == "get_attr"]:
+            mapping[node] = self.graph.create_node("get_attr", node.target, name=node.name)
+        for node in ordered:
+            if node.op == "placeholder":
+                if node.name not in self.given:
+                    raise PassError(
+                        f"{self._reader(node, needed)} reads %{node.name}, which is not there at that time."
+                    )
+                mapping[node] = self.given[node.name]
+            elif node.op == "call_function":
+                if (symbol := self._symbol(node)) in self._known():
+                    mapping[node] = self._size(symbol)
+                    continue
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: mapping[n])
+                mapping[node] = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        self.graph.output(tuple(mapping[n] for n in wanted))
+        return self.graph
+
+    def _needed(self, wanted: list[fx.Node]) -> set[fx.Node]:
+        """The outputs and all that they are computed from; what only tells a known size is not computed."""
+        needed: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                if self._symbol(node) not in self._known():
+                    stack.extend(node.all_input_nodes)
+        return needed
+
+    def _symbol(self, node: fx.Node) -> str:
+        """The symbol that a node reads off a shape; empty for any other node."""
+        type_ = self.program.types.get(node.name)
+        reads = node.op == "call_function" and op_name(node.target) in SHAPE_ONLY
+        return type_.value or "" if reads and isinstance(type_, ScalarType) else ""
+
+    def _known(self) -> set[str]:
+        return {dim for i in self.inputs for dim in i.type.shape if isinstance(dim, str)}
+
+    def _size(self, symbol: str) -> fx.Node:
+        if symbol not in self.sizes:
+            item = next(i for i in self.inputs if symbol in i.type.shape)
+            at = item.type.shape.index(symbol)
+            made = self.graph.call_function(torch.ops.aten.sym_size.int, (self.given[item.name], at))
+            made.name = self.graph._graph_namespace.create_name(f"size_{item.name}_{at}", made)
+            self.types[made.name] = ScalarType("int", symbol)
+            self.sizes[symbol] = made
+        return self.sizes[symbol]
+
+    def _reader(self, node: fx.Node, needed: set[fx.Node]) -> str:
+        return self.program.at(next((u for u in node.users if u in needed), node))

@@ -28,7 +28,6 @@ _INPUT = "Tensor codes, Tensor? scale, Tensor? zero_point, Tensor? row_in"
 CODES = {"u8": 255, "u4": 15}  # the greatest code
 _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 GROUP = 128  # columns of a weight that share a scale where there are several for each of its rows
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
 
 
 @_define("unpack_tiles(Tensor packed, Tensor sums, int[] shape, int groups, bool paired, int bits) -> Tensor")
@@ -280,7 +279,7 @@ def ending(
 
 
 def activate(y: Tensor, act: str) -> Tensor:
-    """One of `ACTIVATIONS`; geglu takes values and gates side by side in the last dimension."""
+    """One of none, silu, gelu, gelu_tanh and geglu, which takes values and gates side by side in the last dimension."""
     match act:
         case "silu":
             return F.silu(y)

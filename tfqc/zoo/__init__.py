@@ -16,7 +16,10 @@ def fashion_unet() -> ModelSpec:
     import torch
 
     from tfqc.models import ModelSpec
-    from tfqc.zoo import fashion, metrics
+    from tfqc.quiet import quiet_import
+
+    with quiet_import():
+        from tfqc.zoo import fashion, metrics
 
     tokens = fashion.load_tokens()
 

@@ -35,7 +35,7 @@ def save(program: Program, out: Path, target: str = "cpu-int8") -> Path:
     """The artifact of a lowered program."""
     parsed = Target.parse(target)
     artifact = parsed.backend.emit(program, parsed.options)
-    artifact.facts["backend"] = parsed.name
+    artifact.facts |= {"backend": parsed.name, "target": str(parsed)}
     return artifact.save(out)
 
 

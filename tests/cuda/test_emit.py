@@ -64,7 +64,7 @@ def emitted(target: str = "cuda-int4{arch=sm_86}", program: Program | None = Non
     """What a target emits for a program, by default the small one."""
     parsed = Target.parse(target)
     artifact = parsed.backend.emit(finished(small()) if program is None else program, parsed.options)
-    artifact.facts["backend"] = parsed.name
+    artifact.facts |= {"backend": parsed.name, "target": str(parsed)}
     return artifact
 
 

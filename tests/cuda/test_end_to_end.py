@@ -66,7 +66,7 @@ def emitted(program: Program, target: str, out: Path) -> tuple[Artifact, Engine]
     """The artifact of a lowered program, and its model."""
     parsed = Target.parse(target)
     artifact = parsed.backend.emit(program, parsed.options)
-    artifact.facts["backend"] = parsed.name
+    artifact.facts |= {"backend": parsed.name, "target": str(parsed)}
     loaded = load(artifact.save(out))
     assert isinstance(loaded, Engine)
     return artifact, loaded

@@ -30,6 +30,9 @@ class Call:
         self._constants = dict(plan.constants)
         self._used = {path[0] for path in (*self._by_path, *self._constants)} | {"return_dict"}
         self._flat = all(len(i.path) == 1 for i in plan.inputs)
+        self._timeless = [i for i in plan.inputs if i.role != "time"]
+        self._times = [i for i in plan.inputs if i.role == "time"]
+        self._noisy = plan.sample.name
         self._right: set[Any] = set()
         self._converted: dict[str, tuple[Tensor, int, Tensor]] = {}
 
@@ -43,21 +46,20 @@ class Call:
         """
         call = self._named(args, kwargs)
         values = self._tensors(call)
-        sample = values[self._plan.sample.name]
+        sample = values[self._noisy]
         dtype = sample.dtype
         if sample.dim() != len(self._plan.sample.shape) or 0 in sample.shape:
             self._check(values)  # timesteps are told apart by the images that there are
-        for item in self._plan.inputs:
-            if item.role == "time":
-                values[item.name] = self._timesteps(item, values[item.name], sample)
-        key = tuple((v.shape, v.dtype, v.device) for v in values.values())
+        for item in self._times:
+            values[item.name] = self._timesteps(item, values[item.name], sample)
+        key = tuple([(v.shape, v.dtype, v.device) for v in values.values()])
         if key not in self._right:
             self._check(values)
             if len(self._right) == self.MOST_KEPT:
                 self._right.clear()
             self._right.add(key)
-        for item in self._plan.inputs:
-            if values[item.name].dtype != item.dtype and item.role != "time":
+        for item in self._timeless:
+            if values[item.name].dtype != item.dtype:
                 values[item.name] = self._convert(item, values[item.name])
         return values, dtype if dtype.is_floating_point else self._plan.sample.dtype
 
@@ -120,7 +122,10 @@ class Call:
         """One timestep for each image, in the kind of number that was captured."""
         if t.dtype.is_complex or t.dtype == torch.bool:
             raise TypeError(f"{item.name} is {t.dtype}: a timestep is a number.")
-        t = t.to(sample.device).reshape(-1)
+        if t.device != sample.device:
+            t = t.to(sample.device)
+        if t.dim() != 1:
+            t = t.reshape(-1)
         if item.dtype.is_floating_point:
             t = t.to(item.dtype if t.is_floating_point() else torch.float32)
         elif t.is_floating_point() and bool(((t == t.round()) & torch.isfinite(t)).all()):

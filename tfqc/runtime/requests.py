@@ -75,5 +75,5 @@ def broken_images(inputs: Mapping[str, Tensor], batch: int) -> Tensor | None:
 
 def all_finite(x: Tensor) -> bool:
     """True if no value is NaN or infinite; one sweep, and a second only where the sum overflows."""
-    total = float(x.sum(dtype=torch.float32))
+    total = x.sum().item()
     return total - total == 0 or bool(torch.isfinite(x).all())

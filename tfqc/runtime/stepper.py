@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tfqc.runtime.call import Call
 from tfqc.runtime.encoding import encode_row
-from tfqc.runtime.plan import Input, Output, Plan, buffer_name
-from tfqc.runtime.requests import Request, broken_images
+from tfqc.runtime.plan import Output, Plan, buffer_name
+from tfqc.runtime.requests import Request, all_finite, broken_images
 from tfqc.runtime.untraced import untraced
 from tfqc.runtime.watching import first_not_finite
 
@@ -54,6 +54,7 @@ class Stepper(torch.nn.Module):
         self._row_tensors: dict[tuple[int, torch.device], Tensor] = {}
         self._requested = [i.name for i in plan.inputs if i.role == "request"]
         self._sampled = [i.name for i in plan.inputs if i.role == "sample"]
+        self._noisy, self._dtype, self._clock = plan.sample.name, plan.sample.dtype, plan.time.name
         self._lock, self._process = threading.RLock(), os.getpid()
         _ALIVE.add(self)
 
@@ -83,16 +84,17 @@ class Stepper(torch.nn.Module):
             if self._process != os.getpid():
                 self._in_a_fork()
             values, dtype = self.bind(args, kwargs)
-            kind = values[self.plan.sample.name].device.type
-            if not torch.is_autocast_enabled(kind):
+            kind = values[self._noisy].device.type
+            if not torch.is_autocast_enabled(kind) and not torch.is_inference_mode_enabled():
                 return self._run(values, dtype)
-            with torch.autocast(kind, enabled=False):  # it computes in what it was compiled for
+            # It computes in what it was compiled for, and what it keeps has to serve calls of every mode.
+            with torch.autocast(kind, enabled=False), torch.inference_mode(False), torch.no_grad():
                 return self._run(values, dtype)
 
     def _run(self, values: dict[str, Tensor], dtype: torch.dtype) -> Any:
-        broken = self._broken(values)
         plan = self.plan
-        with torch.inference_mode(False), torch.no_grad():  # what is kept has to serve calls of every mode
+        with torch.no_grad():
+            broken = self._broken(values)
             if plan.row or plan.label_rows:
                 rows = self._rows(values)
                 values |= {name: _with_label(rows, values[k], k, n) for name, (k, n) in plan.label_rows.items()}
@@ -106,8 +108,19 @@ class Stepper(torch.nn.Module):
         if self.check_finite:
             self._check_finite(values)
         result = self.step(**values)
-        finish = _Finish(self.plan.sample, dtype, broken)
-        return Output(map(finish, result)) if isinstance(result, tuple) else finish(result)
+        if isinstance(result, tuple):
+            return Output(self._finished(out, dtype, broken) for out in result)
+        return self._finished(result, dtype, broken)
+
+    def _finished(self, out: Any, dtype: torch.dtype, broken: Tensor | None) -> Any:
+        """An output as its caller wants it."""
+        if (broken is None and dtype == self._dtype) or not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        if broken is not None:
+            whole = out.shape[:1] != broken.shape
+            mask = broken.any() if whole else broken.reshape(-1, *[1] * (out.dim() - 1))
+            out = out.masked_fill(mask, float("nan"))
+        return out if dtype == self._dtype else out.to(dtype)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
         """The tensors of a call by name, as they were captured, and the dtype in which outputs are wanted.
@@ -118,12 +131,15 @@ class Stepper(torch.nn.Module):
         return self._calls.bind(args, kwargs)
 
     def _broken(self, values: Mapping[str, Tensor]) -> Tensor | None:
-        return broken_images({name: values[name] for name in self._sampled}, len(values[self._sampled[0]]))
+        noisy = values[self._noisy]
+        if len(self._sampled) == 1 and noisy.device.type == "cpu" and all_finite(noisy):
+            return None
+        return broken_images({name: values[name] for name in self._sampled}, len(noisy))
 
     def _check_finite(self, values: Mapping[str, Tensor]) -> None:
-        step = f"at timestep {float(values[self.plan.time.name][0]):g}"
+        step = f"at timestep {float(values[self._clock][0]):g}"
         for item in self.plan.inputs:
-            found = broken_images({item.name: values[item.name]}, len(values[self._sampled[0]]))
+            found = broken_images({item.name: values[item.name]}, len(values[self._noisy]))
             if found is not None and bool(found.any()):
                 raise FloatingPointError(f"The input {item.name!r} holds NaN or infinity {step}.")
         if where := first_not_finite(lambda: self.watched_step(**values)):
@@ -133,7 +149,7 @@ class Stepper(torch.nn.Module):
 
     def _rows(self, values: Mapping[str, Tensor]) -> Tensor:
         """Row of each batch entry's timestep: [1] where they are all equal, else [B]."""
-        time, timesteps = values[self.plan.time.name], self._timesteps(values)
+        time, timesteps = values[self._clock], self._timesteps(values)
         unknown = {t for t in timesteps if t not in self._known}
         if len(self._known) - len(self._schedule) + len(unknown) > self.MAX_EXTRA_ROWS:
             self._forget_extra_rows()  # before any row of this call is looked up
@@ -147,7 +163,7 @@ class Stepper(torch.nn.Module):
 
     def _timesteps(self, values: Mapping[str, Tensor]) -> list[float]:
         """One timestep if all are equal, else one for each batch entry."""
-        timesteps: list[float] = values[self.plan.time.name].to(torch.float32).tolist()
+        timesteps: list[float] = values[self._clock].to(torch.float32).tolist()
         for t in timesteps:
             if t - t != 0:
                 raise ValueError(f"{'.'.join(self.plan.time.path)} is {t}, which is no timestep.")
@@ -208,7 +224,7 @@ class Stepper(torch.nn.Module):
             for name in self.plan.per_image:  # the first image's stand in for the others: rows wait for the label alone
                 inputs[name] = inputs[name][:1].expand(classes, *inputs[name].shape[1:])
             inputs[label] = everything
-        time = self.plan.time.name
+        time = self._clock
         size = (classes,) if label else inputs[time].shape
         inputs[time] = inputs[time].new_full(size, t, dtype=_time_dtype(inputs[time], t))
         return self.time(**inputs)
@@ -217,7 +233,7 @@ class Stepper(torch.nn.Module):
 
     def _request(self, values: Mapping[str, Tensor]) -> Request:
         request = {name: values[name] for name in self._requested}
-        batch = len(values[self._sampled[0]])
+        batch = len(values[self._noisy])
         entry = next((e for e in self._requests if e.serves(request, batch)), None)
         if entry is None:
             entry = Request.of(request, batch)
@@ -275,23 +291,6 @@ def again(load: Callable[[str], Any], directory: str, device: str, check_finite:
     model = load(directory)
     model.check_finite = check_finite
     return model if device == "cpu" else model.to(device)
-
-
-class _Finish:
-    """An output as its caller wants it."""
-
-    def __init__(self, sample: Input, dtype: torch.dtype, broken: Tensor | None) -> None:
-        self._dtype = None if dtype == sample.dtype else dtype
-        self._broken = broken
-
-    def __call__(self, out: Any) -> Any:
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            return out
-        if self._broken is not None:
-            whole = out.shape[:1] != self._broken.shape
-            mask = self._broken.any() if whole else self._broken.reshape(-1, *[1] * (out.dim() - 1))
-            out = out.masked_fill(mask, float("nan"))
-        return out if self._dtype is None else out.to(self._dtype)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

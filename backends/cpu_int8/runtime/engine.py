@@ -86,7 +86,7 @@ class Engine(Stepper):
         """One timestep."""
         if self._library is None:
             return self.watched_step(**values)
-        with torch.inference_mode(False), torch.no_grad():  # what is recorded has to serve calls of every mode
+        with torch.no_grad():
             return self.schedule(values).run(values)
 
     def watched_step(self, **values: Any) -> Any:

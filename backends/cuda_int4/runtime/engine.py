@@ -75,7 +75,7 @@ class Engine(Stepper):
         rows = values.get(self.plan.row)
         none = torch.zeros(1, dtype=torch.int32, device=self.tensors.device)
         step = none if rows is None else rows.to(torch.int32)
-        with torch.inference_mode(False), torch.no_grad():  # forms of tensors are kept for calls of every mode
+        with torch.no_grad():
             return self.lines(Launches(self._kernels, self.tensors, step), self._whole, **values)
 
     def _whole(self, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tfqc
 from tests.helpers import first
+from tfqc.artifact import Artifact
 from tfqc.calibration import Calibration
 from tfqc.runtime import VERSION
 
@@ -34,19 +35,27 @@ class Denoiser(nn.Module):
         return self.leave(h + self.text(prompt)[:, :, None, None])
 
 
+def example() -> dict[str, Tensor]:
+    """A call of two images."""
+    made = torch.Generator().manual_seed(1)
+    sample, prompt = torch.randn(2, 3, 8, 8, generator=made), torch.randn(2, 8, generator=made)
+    return {"sample": sample, "timestep": torch.tensor([900, 900]), "prompt": prompt}
+
+
+def small_artifact(target: str) -> Artifact:
+    """The model above, compiled for four steps."""
+    torch.manual_seed(0)
+    model, data = Denoiser(), Calibration(torch.randn(4, 3, 8, 8), {"prompt": torch.randn(4, 8)})
+    schedule = DDIMScheduler(clip_sample=False)
+    return tfqc.compile(model, target, schedule=schedule, steps=4, calibration=data, example_inputs=example())
+
+
 def main() -> None:
     """Three artifacts, and a call of each with its answer."""
-    torch.manual_seed(0)
-    model = Denoiser()
-    example = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([900, 900]), "prompt": torch.randn(2, 8)}
-    data = Calibration(torch.randn(4, 3, 8, 8), {"prompt": torch.randn(4, 8)})
     for target in TARGETS:
         directory = Path(__file__).parent / f"v{VERSION}" / target.partition("{")[0]
-        artifact = tfqc.compile(
-            model, target, schedule=DDIMScheduler(clip_sample=False), steps=4, calibration=data, example_inputs=example
-        )
-        loaded = tfqc.load(artifact.save(directory))
-        call = {**example, "timestep": torch.tensor([500, 33])}
+        loaded = tfqc.load(small_artifact(target).save(directory))
+        call = {**example(), "timestep": torch.tensor([500, 33])}
         save_file({**call, "want": first(loaded(**call)).contiguous()}, directory.with_suffix(".call.safetensors"))
 
 

@@ -49,7 +49,9 @@ class SplitLowRank(Pass):
             if Role.SAMPLE in roles[x.name]:
                 readers.setdefault(x, []).append(node)
         split = 0
-        for x, nodes in ctx.progress.track(readers.items(), "splitting weights", len(readers)):
+        for nodes in ctx.progress.track(readers.values(), "splitting weights", len(readers)):
+            x = nodes[0].args[0]  # which may be what a linear before was split into
+            assert isinstance(x, fx.Node)
             weights = [program.tensors[str(weight_of(n))] for n in nodes]
             if min(weights[0].shape[1], sum(len(w) for w in weights)) > self.rank:
                 self._split(program, x, nodes, weights)

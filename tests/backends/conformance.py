@@ -187,6 +187,7 @@ def quantization_error(its: Subject, model: nn.Module | Program, call: dict[str,
 
 
 _ALONE = """
+import importlib.machinery
 import sys
 ours = ("tfqc", "tfqc.errors", "tfqc.backends", "tfqc.backends.{backend}")
 trees = ("tfqc.runtime", "tfqc.backends.{backend}.runtime")
@@ -196,7 +197,9 @@ class Block:
         top = name.split(".")[0]
         allowed = name in ours or name in trees or name.startswith(tuple(t + "." for t in trees))
         if top in blocked or (top == "tfqc" and not allowed):
-            raise ImportError(name + " is blocked")
+            return importlib.machinery.ModuleSpec(name, self)  # torch asks what there is, and imports none of it
+    def create_module(self, spec):
+        raise ImportError(spec.name + " is blocked")
 sys.meta_path.insert(0, Block())
 import torch
 from safetensors.torch import load_file

@@ -237,13 +237,16 @@ def test_unknown_timesteps_append_rows(made: tuple[Subject, Program, Engine], mo
 
 @cpu
 def test_only_devices_are_followed(made: tuple[Subject, Program, Engine]) -> None:
-    """A model is moved with `.to(torch.float16)` by pipelines: its scales and biases are what kernels read."""
+    """A change of dtype is refused, and leaves the numbers that kernels read as they are."""
     its, _, model = made
     call = its.call([750.0])
     want = run(model, call)
     types = {name: model.tensors.get(name).dtype for name in ("wide.bias", "act.x.scale", "wide.weight.packed")}
     assert types == {"wide.bias": F32, "act.x.scale": F32, "wide.weight.packed": U8}
-    for moved in (model.to(torch.float16), model.half(), model.to("cpu", torch.bfloat16), model.float()):
+    for move in ((torch.float16,), ("cpu", torch.bfloat16), (torch.float64,)):
+        with pytest.raises(ValueError, match=r"cannot be turned into"):
+            model.to(*move)
+    for moved in (model.float(), model.to("cpu"), model.to(torch.float32)):
         assert moved is model and {name: model.tensors.get(name).dtype for name in types} == types
         assert torch.equal(run(model, call), want)
 
@@ -251,7 +254,8 @@ def test_only_devices_are_followed(made: tuple[Subject, Program, Engine]) -> Non
 def test_a_step_on_the_meta_device(made: tuple[Subject, Program, Engine]) -> None:
     """Everything follows, and no kernel is launched."""
     _, _, model = made
-    assert model.to("meta") is model and model.tensors.device == META
+    model.move(META)
+    assert model.tensors.device == META
     row = torch.zeros(1, dtype=torch.int64, device=META)
     with torch.no_grad():
         out = model.step(x=torch.empty(3, 32, 4, 4, device=META), row=row)
@@ -262,7 +266,8 @@ def test_what_is_made_of_nothing_is_made_where_the_inputs_are(subject: Subjects,
     """Timesteps that are not in the schedule go through sines of an `arange` that was captured on a CPU."""
     its = subject("unet-sd")
     program = finished(its)
-    model = loaded(emitted(program=program), tmp_path / "out").to("meta")
+    model = loaded(emitted(program=program), tmp_path / "out")
+    model.move(META)
     inputs = {i.name: torch.empty(1, *i.type.shape[1:], dtype=i.type.dtype, device=META) for i in program.inputs}  # type: ignore[arg-type]
     assert model.time is not None
     with torch.no_grad():

@@ -265,6 +265,6 @@ def test_a_backend_without_a_device_says_so() -> None:
 def test_what_is_no_artifact_of_this_backend_is_refused(gpu: Path, tmp_path: Path) -> None:
     code, _, err = call(tmp_path)
     assert (code, "is no artifact: it has no manifest.json" in err) == (1, True)
-    Artifact({"program.ir": ""}, {}, {"backend": "fake-quant", "target": "fake-quant{}"}).save(tmp_path)
-    code, _, err = call(tmp_path)
+    other = Artifact({"program.ir": ""}, {}, {"backend": "fake-quant", "target": "fake-quant{}"}).save(tmp_path / "out")
+    code, _, err = call(other)
     assert (code, "was compiled for fake-quant{}: compile the model for cuda-int4." in err) == (1, True)

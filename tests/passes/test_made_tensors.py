@@ -88,7 +88,7 @@ def test_a_weight_split_for_two_values(tmp_path: Path) -> None:
     its = of(True)
     program = Pipeline.parse("split-low-rank{rank=16}").run(its.program)
     names = sorted(n for n in program.tensors if n.endswith(".rest"))
-    assert len(names) == 4  # two of a, one of c, one of the last
+    assert len(names) == 5  # two of a, one of c, one of c as a matrix, one of the last
     call = its.call([750.0])
     assert error(program(**call), its.reference(call)) < 1e-5
 

@@ -30,9 +30,12 @@ def check_names(text: str) -> None:
 
 
 def _check_statement(statement: ast.stmt, live: set[str]) -> None:
-    inner = {n for s in ast.walk(statement) if isinstance(s, ast.comprehension | ast.For | ast.If) for n in _stores(s)}
-    for name in ast.walk(statement):
-        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load) and name.id not in live | inner:
+    names = [n for n in ast.walk(statement) if isinstance(n, ast.Name)]
+    stored = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    # What a loop, a branch or a comprehension makes is read within it.
+    within = stored if not isinstance(statement, ast.Assign) or _comprehends(statement) else set[str]()
+    for name in names:
+        if isinstance(name.ctx, ast.Load) and name.id not in live and name.id not in within:
             raise TfqcError(
                 f"Emission wrote a line that reads {name.id!r}, which no line before it makes: "
                 f"{ast.unparse(statement)[:200]!r}. This is a fault of tfqc: please report it."
@@ -40,7 +43,11 @@ def _check_statement(statement: ast.stmt, live: set[str]) -> None:
     if isinstance(statement, ast.Delete):
         live -= {t.id for t in statement.targets if isinstance(t, ast.Name)}
     else:
-        live |= {*_made(statement), *_stores(statement)}
+        live |= stored | set(_made(statement))
+
+
+def _comprehends(statement: ast.stmt) -> bool:
+    return any(isinstance(n, ast.comprehension) for n in ast.walk(statement))
 
 
 def _made(statement: ast.stmt) -> Iterator[str]:
@@ -49,12 +56,12 @@ def _made(statement: ast.stmt) -> Iterator[str]:
             yield name
         case ast.Import(names=names) | ast.ImportFrom(names=names):
             yield from (alias.asname or alias.name.split(".")[0] for alias in names)
+        case ast.Assign(targets=targets):
+            yield from (t.id for t in targets if isinstance(t, ast.Name))
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            yield name
         case _:
-            yield from _stores(statement)
-
-
-def _stores(node: ast.AST) -> Iterator[str]:
-    return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+            pass
 
 
 def _arguments(arguments: ast.arguments) -> Iterator[ast.arg]:

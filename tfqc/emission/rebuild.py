@@ -24,6 +24,7 @@ import tfqc
 from tfqc.artifact import read_manifest
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.ir.parse import parse
+from tfqc.ir.program import Stage
 from tfqc.ir.types import TensorType
 from tfqc.ir.verify import verify
 from tfqc.runtime.cache import kept
@@ -83,12 +84,14 @@ def sources_of(backend: Backend, options: Any, text: str) -> Sources:
     """What a backend emits for a program's text, without the values of its tensors.
 
     Raises:
-        ArtifactError: the backend does not run the program.
+        ArtifactError: the program is not lowered, or the backend does not run it.
     """
     from tfqc.backend import refusals
 
     program = parse(text)
     verify(program)
+    if program.stage is not Stage.LOWERED:
+        raise ArtifactError(f"The artifact's program is {program.stage}, not lowered for a backend.")
     if refused := refusals(backend, program, options):
         raise ArtifactError(f"{backend.name} does not run the artifact's program.", *refused)
     artifact = backend.emit(program, options)

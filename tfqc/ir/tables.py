@@ -94,8 +94,7 @@ def row_from_json(cls: type[R], value: Any) -> R:
     """
     if issubclass(cls, OpaqueRow):
         return cls(value)
-    fields = dataclasses.fields(cls)
-    hints = typing.get_type_hints(cls)
+    fields, hints = dataclasses.fields(cls), _hints(cls)
     single = len(fields) == 1
     try:
         if not single and not isinstance(value, dict):
@@ -107,6 +106,11 @@ def row_from_json(cls: type[R], value: Any) -> R:
         shown = shown if len(shown) <= 400 else shown[:397] + "..."
         names = [f.name for f in fields]
         raise IRError(f"{shown} is no row of table {cls.table!r}, which has {names}: {error}.") from error
+
+
+@functools.cache
+def _hints(cls: type[Row]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _read(hint: Any, value: Any) -> Any:

@@ -159,7 +159,7 @@ class Call:
                 if not all([solve(dim, size, symbols) for dim, size in sizes]):
                     raise ValueError(self._misfit(item, values[item.name], before))
         for guard in self._plan.guards:
-            if not arithmetic(guard)(symbols):
+            if not _holds(guard, symbols):
                 item = next((i for i in ordered if _mentions(i.shape, guard)), ordered[0])
                 raise ValueError(self._misfit(item, values[item.name], {}))
 
@@ -197,6 +197,13 @@ class Call:
         made = value.detach().to(item.dtype)
         self._converted[item.name] = (value, 0 if value.is_inference() else value._version, made)
         return made
+
+
+def _holds(guard: str, symbols: Mapping[str, int]) -> bool:
+    try:
+        return bool(arithmetic(guard)(symbols))
+    except ZeroDivisionError:
+        return False
 
 
 def _check_kind(item: Input, value: Tensor) -> None:

@@ -94,6 +94,8 @@ class Call:
             for key, item in _items(value):
                 self._unused((*path, key), item)
             return
+        if any(known[: len(path)] == path for known in self._by_path):
+            return  # whose parts are missed next
         raise TypeError(f"The model was captured without {'.'.join(path)!r}; it takes {sorted(self._used)}.")
 
     # -- tensors ----------------------------------------------------------------------------------------------------
@@ -158,10 +160,10 @@ class Call:
                 sizes = zip(item.shape, values[item.name].shape, strict=True)
                 if not all([solve(dim, size, symbols) for dim, size in sizes]):
                     raise ValueError(self._misfit(item, values[item.name], before))
-        for guard in self._plan.guards:
-            if not _holds(guard, symbols):
-                item = next((i for i in ordered if _mentions(i.shape, guard)), ordered[0])
-                raise ValueError(self._misfit(item, values[item.name], {}))
+                for guard in self._plan.guards:
+                    if symbols_in(guard) <= symbols.keys() and not _holds(guard, symbols):
+                        culprit = next((i for i in ordered if _mentions(i.shape, guard)), item)
+                        raise ValueError(self._misfit(culprit, values[culprit.name], {}))
 
     def _misfit(self, item: Input, value: Tensor, known: Mapping[str, int]) -> str:
         shape = [d for d in item.shape if isinstance(d, str)]

@@ -177,7 +177,9 @@ class Call:
         if value.dim() != len(item.shape):
             return f"{text}."
         pairs = enumerate(zip(item.shape, value.shape, strict=True))
-        if fixed := [i for i, (dim, size) in pairs if isinstance(dim, int) and dim != size]:
+        channels = 1 if len(item.shape) > 3 else len(item.shape) - 1  # which weights fix
+        fixed = [i for i, (dim, size) in pairs if isinstance(dim, int) and dim != size]
+        if fixed and channels not in fixed:
             asked = ", ".join(f"{i}: '{_letter(item, i)}'" for i in fixed)
             text += (
                 f": compile it with dynamic={{'{'.'.join(item.path)}': {{{asked}}}}} if its layers allow other sizes"

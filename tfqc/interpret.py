@@ -58,7 +58,7 @@ class Interpreter(Stepper):
     def _call(self, function: str, values: dict[str, Any]) -> Any:
         return self._modules_by_name[function](*(values[name] for name in self._parameters_of[function]))
 
-    def step(self, **values: Any) -> Any:
+    def step(self, /, **values: Any) -> Any:
         """One timestep."""
         return self._call(STEP, values)
 

@@ -151,7 +151,9 @@ class Border:
         damaged = model.get_tensor(name).clone()
         damaged[0].view(-1)[0] = INF
         model.set_tensor(name, damaged)
-        first(model(**{**call, "timestep": torch.tensor(500)}))
+        model.check_finite = False
+        assert bool(first(model(**{**call, "timestep": torch.tensor(500)})).isfinite().all())
+        model.check_finite = True
         with pytest.raises(FloatingPointError, match=r"at timestep 750; first in down_blocks.0.resnets.0\S*: \w+ = .*"):
             model(**call)
 
@@ -215,6 +217,35 @@ class Border:
             torch.set_num_threads(threads)
         assert process.exitcode == 0
         assert torch.equal(got, want)
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_loaded_in_a_fork(self, directory: Path, model: nn.Module, call: dict[str, Any]) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            model(**call)
+            torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+            context = multiprocessing.get_context("fork")
+            queue = context.Queue()
+            process = context.Process(target=_load, args=(directory, call, queue))
+            process.start()
+            got = torch.tensor(queue.get(timeout=100))
+            process.join(100)
+        finally:
+            torch.set_num_threads(1)
+            want = first(model(**call))
+            torch.set_num_threads(threads)
+        assert process.exitcode == 0
+        assert torch.equal(got, want)
+
+    def test_no_plain_tensor_after_a_plain_one(self, model: nn.Module, call: dict[str, Any]) -> None:
+        model(**call)
+        for name in call:
+            for strange in (call[name].to("meta"), call[name].float().to_sparse()):
+                with pytest.raises(TypeError, match=rf"{name} is no plain tensor"):
+                    model(**{**call, name: strange})
+        with pytest.raises(ValueError, match=r"is not emptied"):
+            model.to_empty(device="cpu")
 
     def test_modes_of_torch(self, model: nn.Module, call: dict[str, Any]) -> None:
         """What one mode leaves behind serves the others."""
@@ -284,6 +315,10 @@ def _call(model: nn.Module, call: dict[str, Any], queue: Any) -> None:
     queue.close()
     queue.join_thread()
     os._exit(0)
+
+
+def _load(directory: Path, call: dict[str, Any], queue: Any) -> None:
+    _call(load(directory), call, queue)
 
 
 def _refuse(graph: Any, inputs: list[Tensor]) -> Any:

@@ -148,6 +148,6 @@ def engine_class(program: Program, members: Sequence[str]) -> Iterator[str]:
     for function in (BEGIN, TIME):
         if function in program.functions:
             yield ""
-            yield f"    def {function}(self, **inputs: Tensor) -> Any:"
+            yield f"    def {function}(self, /, **inputs: Tensor) -> Any:"
             yield f'        """{DOCS[function]}"""'
             yield f"        return {function}(self.get_tensor, **inputs)"

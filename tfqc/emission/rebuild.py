@@ -55,11 +55,13 @@ def rebuild(backend: Backend, directory: Path) -> torch.nn.Module:
     from tfqc.target import Target  # which knows backends
 
     target = Target.parse(str(read_manifest(directory).get("target", backend.name)))
+    if target.name != backend.name:
+        raise ArtifactError(f"{directory} is for the backend {backend.name!r}, but its target is {target}.")
     text = read_text(directory / "program.ir", ArtifactError)
     try:
         sources = _kept_sources(backend, target.options, str(target), text)
-        for file, declared in sources.tensors.items():
-            _check_tensors(directory / file, declared)
+        for file in sorted({*sources.tensors, *(f.name for f in directory.glob("*.safetensors"))}):
+            _check_tensors(directory / file, sources.tensors.get(file, {}))
         module = _module(directory, sources.texts["model.py"])
         kernels = [text for name, text in sources.texts.items() if name.startswith("kernels.")]
         return module.load(directory, *kernels)
@@ -107,6 +109,8 @@ def _check_tensors(path: Path, declared: Mapping[str, str]) -> None:
         entries = read_header(path).entries
     except ValueError as error:
         raise ArtifactError(str(error)) from error
+    if beyond := sorted(entries.keys() - declared.keys()):
+        raise ArtifactError(f"{path} holds the tensor {beyond[0]!r}, which the artifact's program does not have.")
     for name, text in declared.items():
         if name not in entries:
             raise ArtifactError(f"{path} holds no tensor {name!r}, which the artifact's program reads.")

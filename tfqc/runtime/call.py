@@ -52,7 +52,7 @@ class Call:
             self._check(values)  # timesteps are told apart by the images that there are
         for item in self._times:
             values[item.name] = self._timesteps(item, values[item.name], sample)
-        key = tuple([(v.shape, v.dtype, v.device) for v in values.values()])
+        key = tuple([(v.shape, v.dtype, v.device, v.layout) for v in values.values()])
         if key not in self._right:
             self._check(values)
             if len(self._right) == self.MOST_KEPT:
@@ -118,12 +118,16 @@ class Call:
         try:
             return torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{'.'.join(item.path)} is a {type(value).__name__}, not a tensor.") from error
+            why = next(iter(str(error).splitlines()), "").rstrip(".")
+            raise TypeError(f"{'.'.join(item.path)} is a {type(value).__name__}, not a tensor: {why}.") from error
 
     def _timesteps(self, item: Input, t: Tensor, sample: Tensor) -> Tensor:
         """One timestep for each image, in the kind of number that was captured."""
         if t.dtype.is_complex or t.dtype == torch.bool:
             raise TypeError(f"{item.name} is {t.dtype}: a timestep is a number.")
+        _check_plain(item, t)
+        if t.is_floating_point() and t.dtype.itemsize == 1:
+            t = t.to(torch.float32)
         if t.device != sample.device:
             t = t.to(sample.device)
         if t.dim() != 1:
@@ -179,7 +183,7 @@ class Call:
         pairs = enumerate(zip(item.shape, value.shape, strict=True))
         channels = 1 if len(item.shape) > 3 else len(item.shape) - 1  # which weights fix
         fixed = [i for i, (dim, size) in pairs if isinstance(dim, int) and dim != size]
-        if fixed and channels not in fixed:
+        if fixed and channels not in fixed and 0 not in fixed:
             asked = ", ".join(f"{i}: '{_letter(item, i)}'" for i in fixed)
             text += (
                 f": compile it with dynamic={{'{'.'.join(item.path)}': {{{asked}}}}} if its layers allow other sizes"
@@ -210,11 +214,15 @@ def _holds(guard: str, symbols: Mapping[str, int]) -> bool:
         return False
 
 
+def _check_plain(item: Input, value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        raise TypeError(f"{'.'.join(item.path)} is no plain tensor: it has no values in dense memory.")
+
+
 def _check_kind(item: Input, value: Tensor) -> None:
     """Any float for a float, any integer for an integer; integers are numbers too."""
     name = ".".join(item.path)
-    if value.layout != torch.strided or value.is_meta or value.is_nested:
-        raise TypeError(f"{name} is no plain tensor: it has no values in dense memory.")
+    _check_plain(item, value)
     given, wanted = value.dtype, item.dtype
     whole = not (given.is_floating_point or given.is_complex or given == torch.bool)
     fits = (

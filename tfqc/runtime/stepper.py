@@ -41,6 +41,7 @@ class Stepper(torch.nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
+        _settle()
         self.plan = plan
         self.check_finite = False
         self.reload: tuple[Callable[..., Any], str] | None = None
@@ -55,7 +56,7 @@ class Stepper(torch.nn.Module):
         self._requested = [i.name for i in plan.inputs if i.role == "request"]
         self._sampled = [i.name for i in plan.inputs if i.role == "sample"]
         self._noisy, self._dtype, self._clock = plan.sample.name, plan.sample.dtype, plan.time.name
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self._lock = threading.RLock()
         _ALIVE.add(self)
 
     # -- what a subclass may override -------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ class Stepper(torch.nn.Module):
     def move(self, device: torch.device) -> None:
         """Follow to a device, or refuse it."""
 
-    def watched_step(self, **values: Any) -> Any:
+    def watched_step(self, /, **values: Any) -> Any:
         """A step by operations of torch alone, which can be watched."""
         return self.step(**values)
 
@@ -81,15 +82,17 @@ class Stepper(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured model's inputs in, its outputs out, in the dtype of the sample."""
         with self._lock:
-            if self._process != os.getpid():
-                self._in_a_fork()
+            _settle()
             values, dtype = self.bind(args, kwargs)
             kind = values[self._noisy].device.type
-            if not torch.is_autocast_enabled(kind) and not torch.is_inference_mode_enabled():
-                return self._run(values, dtype)
-            # It computes in what it was compiled for, and what it keeps has to serve calls of every mode.
-            with torch.autocast(kind, enabled=False), torch.inference_mode(False), torch.no_grad():
-                return self._run(values, dtype)
+            try:
+                if not torch.is_autocast_enabled(kind) and not torch.is_inference_mode_enabled():
+                    return self._run(values, dtype)
+                # It computes in what it was compiled for, and what it keeps has to serve calls of every mode.
+                with torch.autocast(kind, enabled=False), torch.inference_mode(False), torch.no_grad():
+                    return self._run(values, dtype)
+            except IndexError as error:
+                raise ValueError(f"A whole number among the inputs is beyond what the model knows: {error}.") from error
 
     def _run(self, values: dict[str, Tensor], dtype: torch.dtype) -> Any:
         plan = self.plan
@@ -280,10 +283,9 @@ class Stepper(torch.nn.Module):
         make, arguments = self.__reduce_ex__(2)
         return make(*arguments)
 
-    def _in_a_fork(self) -> None:
-        """OpenMP's threads are not here, and waiting for them would be for ever: one thread, as in torch's loaders."""
-        torch.set_num_threads(1)
-        self._process = os.getpid()
+    def to_empty(self, **_: Any) -> Any:
+        """Refused: nothing else has the numbers of a compiled model."""
+        raise ValueError("A compiled model without values is of no use: it is not emptied.")
 
 
 def again(load: Callable[[str], Any], directory: str, device: str, check_finite: bool) -> Any:
@@ -310,9 +312,20 @@ def _time_dtype(like: Tensor, t: float) -> torch.dtype:
     return like.dtype if like.is_floating_point() or t == int(t) else torch.float32
 
 
-def _fresh_locks() -> None:
+_FORKED: list[int] = []  # processes that were forked and have not settled
+
+
+def _settle() -> None:
+    """One thread, as in torch's loaders, where a process was forked: OpenMP's others are not there to be waited for."""
+    if _FORKED:
+        torch.set_num_threads(1)
+        _FORKED.clear()
+
+
+def _in_a_fork() -> None:
+    _FORKED.append(os.getpid())
     for model in list(_ALIVE):
         model._lock = threading.RLock()  # its owner is no thread of this process
 
 
-os.register_at_fork(after_in_child=_fresh_locks)
+os.register_at_fork(after_in_child=_in_a_fork)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ class Engine(Stepper):
         self._tiles = {name: Tiles.of(taken(name), taken(f"{name}.sums"), *its) for name, its in tiles.items()}
         self._schedules: dict[Any, Schedule] = {}
         self._rooms: dict[str, Tensor] = {}
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.isa, self._library = _kernels(kernels, isa)
 
     def get_tensor(self, name: str) -> Tensor:
@@ -82,14 +83,14 @@ class Engine(Stepper):
             self._schedules.clear()
         self._tensors[name] = room[: len(value)].copy_(value)
 
-    def step(self, **values: Any) -> Any:
+    def step(self, /, **values: Any) -> Any:
         """One timestep."""
         if self._library is None:
             return self.watched_step(**values)
         with torch.no_grad():
             return self.schedule(values).run(values)
 
-    def watched_step(self, **values: Any) -> Any:
+    def watched_step(self, /, **values: Any) -> Any:
         """With torch instead of kernels."""
         return self.lines(Eager(), self.get_tensor, self._tiles.__getitem__, **values)
 
@@ -98,7 +99,9 @@ class Engine(Stepper):
         assert self._library is not None
         shapes = ((k, self._shape(k, v), v.dtype) for k, v in sorted(values.items()))
         key = (torch.get_num_threads(), *shapes)
-        found = self._schedules.pop(key, None) or self._record(values)
+        found = self._schedules.pop(key, None)
+        if found is None or found.capacity < len(self._known):
+            found = self._recorded(values)
         self._schedules[key] = found  # the last used is the last
         if len(self._schedules) > self.MAX_SCHEDULES:
             del self._schedules[next(iter(self._schedules))]
@@ -110,17 +113,27 @@ class Engine(Stepper):
             return torch.Size((_with_spare(len(value)), *value.shape[1:]))
         return value.shape
 
+    def _recorded(self, values: Mapping[str, Tensor]) -> Schedule:
+        try:
+            return self._record(values)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # the compiler writes no such step: a damaged or forged artifact has it
+            what = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"The artifact's step cannot be laid out: {type(error).__name__}: {what}") from error
+
     def _record(self, values: Mapping[str, Tensor]) -> Schedule:
         rows = len(self._known)
         nowhere = Recorder(self.memory, rows=rows)
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with _fake_mode() as mode:
             shapes = {k: mode.from_tensor(v.new_empty(self._shape(k, v))) for k, v in values.items()}
             self.lines(nowhere, self.get_tensor, self._tiles.__getitem__, **shapes)
         offsets, size = pack(nowhere.sizes, nowhere.spans)
         inputs = {k: v.new_zeros(self._shape(k, v)) for k, v in values.items()}
         if self._arena.numel() < size:
             self._arena = room(size)
-        recorder = Recorder(self.memory, self._arena[:size], offsets, rows=rows)
+        spare = {room.data_ptr(): len(room) for room in self._rooms.values()}
+        recorder = Recorder(self.memory, self._arena[:size], offsets, rows=rows, spare=spare)
         outputs = self.lines(recorder, self.get_tensor, self._tiles.__getitem__, **inputs)
         fixed = {*self.plan.hoisted, *self.plan.request_tables}
         row = inputs[self.plan.row] if self.plan.row else None
@@ -136,16 +149,16 @@ class Schedule:
     ) -> None:  # fmt: skip
         self.inputs, self.outputs, self.lines = inputs, outputs, recorder.lines
         self.arena_bytes = 0 if recorder.arena is None else recorder.arena.numel()
-        self.reorders = recorder.reorders
+        self.reorders, self.capacity = recorder.reorders, recorder.capacity
         self._kept = (recorder.kept, recorder.arena)
         self._given: dict[str, Tensor] = {}
         self._fixed, self._row_input = fixed, rows
-        self._rows = torch.zeros(inputs[plan.sample.name].shape[0], dtype=torch.int64)
+        self._rows = torch.zeros(inputs[plan.sample.name].shape[0], dtype=torch.int64, device="cpu")
         self._threads = torch.get_num_threads()
         self._scratch_size = -(-recorder.scratch // 64) * 64
         self._scratch = room(self._threads * self._scratch_size)
         self._shared_size = recorder.shared
-        self._shared = torch.empty(self._shared_size + 64, dtype=torch.uint8)
+        self._shared = torch.empty(self._shared_size + 64, dtype=torch.uint8, device="cpu")
         self._library = library
         self._segments = list(self._group(recorder.lines))
 
@@ -203,6 +216,16 @@ class Schedule:
                 step()
                 taken.append(time.perf_counter() - began)
         return [(line, sorted(taken)[len(taken) // 2]) for (line, _), taken in zip(steps, times, strict=True)]
+
+
+def _fake_mode() -> FakeTensorMode:
+    """torch imports its tracer for the first; Ctrl-C in the middle of that would leave it half imported for ever, and
+    goes to the main thread alone."""
+    made: list[FakeTensorMode] = []
+    thread = threading.Thread(target=lambda: made.append(FakeTensorMode(allow_non_fake_inputs=True)))
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def _with_spare(rows: int) -> int:

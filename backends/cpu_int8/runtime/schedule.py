@@ -52,7 +52,8 @@ class Recorder:
 
     memory: value -> (buffer, first, last), as plan-memory has it. arena: the memory of all buffers, at `offsets`; None
     to find out `sizes` and `spans` only, with tensors that have no memory. rows: of the schedule, with those that were
-    added; kernels go to any of them.
+    added; kernels go to any of them. spare: how many rows there is room for, by the address of a table that has grown.
+    capacity: how many rows every table has room for; with more, the schedule has to be recorded anew.
     """
 
     memory: Mapping[str, tuple[int, int, int]]
@@ -65,6 +66,8 @@ class Recorder:
     reorders: list[str] = field(default_factory=list[str])
     scratch: int = 4 << 20  # bytes that each thread needs
     rows: int = 1
+    spare: Mapping[int, int] = field(default_factory=dict[int, int])
+    capacity: int = 1 << 62
     shared: int = 1 << 20  # bytes for what threads tell each other
 
     # -- kernels ----------------------------------------------------------------------------------------------------
@@ -355,6 +358,7 @@ class Recorder:
                 return abi.Rows()
             case Rows(tensor, request):
                 check_row(name, tensor, width, batch, self.rows, table=True, request=request)
+                self._limit(tensor)
                 return abi.Rows(
                     self._at(tensor), tensor.stride(0), tensor.stride(1) if request else 0, 0, _extent(tensor)
                 )
@@ -363,11 +367,18 @@ class Recorder:
                 each = value.dim() > 1 and value.shape[0] > 1
                 return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0, _extent(value))
 
+    def _limit(self, table: Tensor) -> None:
+        if self.arena is not None:
+            self.capacity = min(self.capacity, self.spare.get(table.data_ptr(), len(table)))
+
     def _quant(self, name: str, scale: Tensor | None, zero: Tensor | None, tokens: Sequence[int] = ()) -> Any:
         """Scales and zero points: [1], rows [T], or one for each of `tokens` [B, ...]."""
         if scale is None or zero is None:
             return abi.Quant()
         check_quantizer(name, scale, zero, tokens, self.rows)
+        if scale.dim() == 1 and len(scale) > 1:
+            self._limit(scale)
+            self._limit(zero)
         if scale.dim() > 1:
             entry = scale[0].numel()
             return abi.Quant(*(abi.Rows(self._at(t), 0, entry, 1, _extent(t)) for t in (scale, zero)))

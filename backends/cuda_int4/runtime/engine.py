@@ -62,7 +62,7 @@ class Engine(Stepper):
         """Every tensor of the artifact by its name; weights as they are packed."""
         return self.tensors.all()
 
-    def step(self, **values: Any) -> Any:
+    def step(self, /, **values: Any) -> Any:
         """One timestep; a launch has one row of the schedule, so a batch of several is computed in parts."""
         rows = values.get(self.plan.row)
         if rows is not None and len(rows) > 1:

@@ -383,3 +383,21 @@ def test_stable_diffusion_on_the_meta_device() -> None:
     assert not program.has_weights
     assert program.symbols == {"B": 2}
     assert sum(t.numel() for t in program.tensors.values()) == 859_520_964
+
+
+def test_a_dictionary_is_no_output() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+            return {"eps": x * t[:, None], "h": x}
+
+    with pytest.raises(CaptureError, match=r"Named returns a dictionary \(eps, h\)"):
+        capture(Named(), {"x": torch.ones(2, 3), "t": torch.ones(2)})
+
+
+def test_a_program_in_one_line() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x * t[:, None]
+
+    program = capture(Plain(), {"x": torch.ones(2, 3), "t": torch.ones(2)})
+    assert repr(program) == "<program of Plain, captured: 2 operations a step>"

@@ -31,6 +31,9 @@ class Artifact:
     tensors: dict[str, Mapping[str, Tensor]]
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    def __repr__(self) -> str:
+        return f"<artifact for {self.facts.get('target', 'no target')}: {', '.join([*self.texts, *self.tensors])}>"
+
     def files(self) -> dict[str, bytes]:
         """Every file's bytes; the same bytes for the same artifact."""
         with tempfile.TemporaryDirectory() as scratch:

@@ -100,3 +100,13 @@ def test_bad_targets() -> None:
                       ("fake-quant{mode=dynamic}", "mode")]:  # fmt: skip
         with pytest.raises(SpecError, match=why):
             Target.parse(text)
+
+
+def test_a_label_that_there_is_not(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d-classes")
+    _, artifact = compile_for(its, "fake-quant", "fold", tmp_path / "work")
+    model = load(artifact.save(tmp_path / "out"))
+    call = its.call([750.0, 750.0])
+    with pytest.raises(ValueError, match=r"A whole number among the inputs is beyond what the model knows"):
+        model(**{**call, "class_labels": torch.tensor([1, 99])})
+    assert repr(artifact).startswith("<artifact for fake-quant: model.py, ")

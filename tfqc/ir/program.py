@@ -38,6 +38,10 @@ class Stage(enum.IntEnum):
     FOLDED = 4
     LOWERED = 5
 
+    def __repr__(self) -> str:
+        operations = sum(n.op == "call_function" for n in self.step.nodes)
+        return f"<program of {self.model}, {self.stage}: {operations} operations a step>"
+
     def __str__(self) -> str:
         return self.name.lower()
 

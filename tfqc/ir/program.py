@@ -38,10 +38,6 @@ class Stage(enum.IntEnum):
     FOLDED = 4
     LOWERED = 5
 
-    def __repr__(self) -> str:
-        operations = sum(n.op == "call_function" for n in self.step.nodes)
-        return f"<program of {self.model}, {self.stage}: {operations} operations a step>"
-
     def __str__(self) -> str:
         return self.name.lower()
 
@@ -321,6 +317,10 @@ class Program:
         from tfqc.interpret import interpreter
 
         return interpreter(self)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        operations = sum(n.op == "call_function" for n in self.step.nodes)
+        return f"<program of {self.model}, {self.stage}: {operations} operations a step>"
 
     def __str__(self) -> str:
         from tfqc.ir.render import render

@@ -35,8 +35,10 @@ def opt(
     import tfqc
     from tfqc.cli.progress import StderrProgress
     from tfqc.ir import render
-    from tfqc.ir.store import load_program, save_program
+    from tfqc.ir.store import check_place, load_program, save_program
 
+    if out is not None:
+        check_place(out)
     passes = tfqc.Pipeline.parse(options.read_pipeline(pipeline))
     context = tfqc.Context(
         schedule=None if schedule is None else options.read_schedule(schedule),

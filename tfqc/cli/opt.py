@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,9 @@ def opt(
         as_json=as_json,
     )
     loaded = load_program(program)
-    with kept_work(beside(out or program, "work")) as context.workdir, StderrProgress() as context.progress:
+    # Nothing is written beside a program that is only read: without -o, trajectories are kept in the user's cache.
+    work = nullcontext() if out is None else kept_work(beside(out, "work"))
+    with work as context.workdir, StderrProgress() as context.progress:
         result = passes.run(loaded, context, watchers)
     if out is not None:
         save_program(result, out)

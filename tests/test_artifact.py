@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from tests.killing import killed
+from tfqc import placing
 from tfqc.artifact import MANIFEST, VERSION, Artifact, check_files, check_output, read_manifest
 from tfqc.errors import ArtifactError
 from tfqc.runtime import VERSION as RUNTIME
@@ -376,7 +377,7 @@ def test_a_save_that_ended_between_its_renames_is_repaired(left: str, tmp_path: 
     if left == "part":
         make(2).save(out)
         out.rename(tmp_path / ".out.part4194305-0")
-        (tmp_path / ".out.part4194305-0" / "manifest.json.part").write_text(json.dumps(NAMES))
+        placing.begin(tmp_path / ".out.part4194305-0", list(NAMES))
     want = make(2 if left == "part" else 1).files()
     check_files(out)
     assert content(out) == want
@@ -399,6 +400,54 @@ def test_leftovers_that_hold_something_else_stay(tmp_path: Path) -> None:
     (tmp_path / ".out.old1").write_text("a file")
     make().save(tmp_path / "out")
     assert len(list(tmp_path.rglob("notes.txt"))) == 4 and (tmp_path / ".out.old1").exists()
+
+
+LISTED = {"sha256": "0" * 64, "bytes": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("part7", {"manifest.json.part": ["important.bin"], "important.bin": "mine"}),
+        ("part7", {"manifest.json.part": {"format": "tfqc-artifact", "inode": 1, "files": ["important.bin"]},
+                   "important.bin": "mine"}),
+        ("part7", {"manifest.json.part": "mine"}),
+        ("part7", {"manifest.json.part": "", "manifest.json": "mine"}),
+        ("old9", {"manifest.json": {"format": "tfqc-artifact", "version": 2,
+                                    "files": {"program.ir": LISTED, "important.bin": LISTED}},
+                  "important.bin": "mine"}),
+        ("old9", {"manifest.json": "mine"}),
+    ],
+)  # fmt: skip
+def test_what_only_bears_our_names_stays(name: str, files: dict[str, object], tmp_path: Path) -> None:
+    theirs = tmp_path / f".out.{name}"
+    theirs.mkdir()
+    for file, value in files.items():
+        (theirs / file).write_text(value if isinstance(value, str) else json.dumps(value))
+    before = content(theirs)
+    make().save(tmp_path / "out")
+    assert content(theirs) == before
+
+
+def test_what_was_replaced_and_then_edited_stays(tmp_path: Path) -> None:
+    old = make(1).save(tmp_path / "out").rename(tmp_path / ".out.old4194305")
+    (old / "model.py").write_text((old / "model.py").read_text() + "# mine\n")
+    before = content(old)
+    make(2).save(tmp_path / "out")
+    assert content(old) == before
+
+
+def test_a_part_that_a_killed_save_had_begun_is_removed(tmp_path: Path) -> None:
+    for number in range(3):
+        (part := tmp_path / f".out.part4194305-{number}").mkdir()
+        if number == 1:
+            (part / placing.NAMES).write_text("")
+        elif number == 2:
+            placing.begin(part, list(NAMES))
+            (part / "model.py").write_text("half a")
+            (part / MANIFEST).write_text('{"for')
+    make().save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_dumps_are_numbered_and_only_written_for_changes(tmp_path: Path) -> None
         program=program,
     )
     assert sorted(f.name for f in tmp_path.iterdir()) == [
-        "00-capture.ir", "02-first.ir", "04-last.ir", "pipeline.txt",
+        ".written.json", "00-capture.ir", "02-first.ir", "04-last.ir", "pipeline.txt",
     ]  # fmt: skip
     assert (tmp_path / "00-capture.ir").read_text() == before
     assert (tmp_path / "04-last.ir").read_text() == render(program)
@@ -68,13 +68,12 @@ def test_the_difference_of_two_dumps_is_what_the_pass_did(tmp_path: Path) -> Non
 
 def test_a_later_dump_replaces_an_earlier_one_and_keeps_its_reproducer(tmp_path: Path) -> None:
     (tmp_path / "reproducer").mkdir()
-    for stale in ("00-capture.ir", "101-fold-cache.ir", "timing.json", "pipeline.txt"):
-        (tmp_path / stale).write_text("stale")
+    Pipeline((NOTHING, scale(2.0))).run(tiny(), instruments=[DumpIR(tmp_path), Timing(tmp_path)])
     program = tiny()
     program.stage = Stage.NORMALIZED  # for the name of the first file; the verifier is not asked
     Pipeline((scale(2.0),)).run(program, instruments=[DumpIR(tmp_path)])
     assert sorted(f.name for f in tmp_path.iterdir()) == [
-        "00-input.ir", "01-scale.ir", "pipeline.txt", "reproducer",
+        ".written.json", "00-input.ir", "01-scale.ir", "pipeline.txt", "reproducer",
     ]  # fmt: skip
 
 
@@ -109,6 +108,39 @@ def test_somebodys_files_of_such_names_are_left_alone(
     with pytest.raises(TfqcError, match=r"choose another directory"):
         run(NOTHING, instrument=make(tmp_path / "dump"))
     assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("99-mine.ir", r"holds '99-mine\.ir', which is no IR dump: choose another directory\."),
+        ("02-first.ir", r"02-first\.ir has been changed since it was written, so it is not replaced"),
+        ("timing.json", r"timing\.json has been changed since it was written, so it is not replaced"),
+        (".written.json", r"holds '\.written\.json', which is no IR dump: choose another directory\."),
+    ],
+)
+def test_what_a_user_added_to_a_dump_or_edited_stays(name: str, message: str, tmp_path: Path) -> None:
+    passes = (NOTHING, scale(2.0, "first"))
+    Pipeline(passes).run(tiny(), instruments=[DumpIR(tmp_path), Timing(tmp_path)])
+    (tmp_path / name).write_text("mine")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(TfqcError, match=message):
+        Pipeline(passes).run(tiny(), instruments=[DumpIR(tmp_path), Timing(tmp_path)])
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    for file in tmp_path.iterdir():
+        file.unlink()
+    run(*passes, instrument=DumpIR(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["before.ir", "error.txt", "schedule.json"])
+def test_what_a_user_added_to_a_reproducer_or_edited_stays(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PassError):
+        run(Explode(), instrument=Reproducer(tmp_path))
+    (tmp_path / name).write_text("mine")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(TfqcError, match=r"choose another directory"):
+        run(Explode(), instrument=Reproducer(tmp_path))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 # -- prints --------------------------------------------------------------------------------------------------
@@ -299,12 +331,13 @@ def test_a_reproducer_replays_the_failure(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_later_reproducer_replaces_an_earlier_one(tmp_path: Path) -> None:
-    for stale in ("before.ir", "calibration.safetensors", "schedule.json"):
-        (tmp_path / stale).write_text("stale")
+    with pytest.raises(PassError):
+        Pipeline((Explode(),)).run(tiny(), Context(schedule=SamplingSchedule((9.0, 5.0))), [Reproducer(tmp_path)])
+    assert (tmp_path / "schedule.json").exists()
     with pytest.raises(PassError):
         run(Explode(), instrument=Reproducer(tmp_path))
     assert sorted(f.name for f in tmp_path.iterdir()) == [
-        "before.ir", "before.safetensors", "command.txt", "error.txt", "pass.txt", "pipeline.txt",
+        ".written.json", "before.ir", "before.safetensors", "command.txt", "error.txt", "pass.txt", "pipeline.txt",
     ]  # fmt: skip
 
 

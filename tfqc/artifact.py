@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +16,7 @@ from tfqc import placing
 from tfqc.errors import ArtifactError
 from tfqc.manifest import MANIFEST, TIME_TENSORS, VERSION
 from tfqc.runtime.tensors import read_header
-from tfqc.storage import said, save_tensors, sync
+from tfqc.storage import file_hash, said, save_tensors, sync
 
 __all__ = ["MANIFEST", "VERSION", "Artifact", "check_files", "check_output", "read_manifest"]
 
@@ -49,7 +47,7 @@ class Artifact:
         files: dict[str, dict[str, Any]] = {}
         for name in sorted([*self.texts, *self.tensors]):
             sync(directory / name)
-            files[name] = {"sha256": _hash(directory / name), "bytes": (directory / name).stat().st_size}
+            files[name] = {"sha256": file_hash(directory / name), "bytes": (directory / name).stat().st_size}
         path = directory / MANIFEST
         path.write_text(manifests.written(self.facts, files, path), encoding="utf-8")
         sync(path)
@@ -74,7 +72,7 @@ class Artifact:
                 checked = _state(directory)
             placing.clean(directory)
             with placing.part_of(directory) as part:
-                (part / placing.NAMES).write_text(json.dumps([*self.texts, *self.tensors]))
+                placing.begin(part, [*self.texts, *self.tensors])
                 self._write(part)
                 (part / placing.NAMES).unlink()
 
@@ -129,7 +127,7 @@ def _check_output(directory: Path) -> None:
         )
     for name, entry in files.items():
         path = directory / name
-        if path.exists() and (path.stat().st_size != entry.bytes or _hash(path) != entry.sha256):
+        if path.exists() and (path.stat().st_size != entry.bytes or file_hash(path) != entry.sha256):
             raise ArtifactError(
                 f"{path} has been changed since it was written, so it is not replaced: remove it, or choose another "
                 "directory."
@@ -185,7 +183,7 @@ def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{directory} holds {extra!r}, which its {MANIFEST} does not list: remove it.")
     for name, entry in files.items():
         path = directory / name
-        if _hash(path) != entry["sha256"]:
+        if file_hash(path) != entry["sha256"]:
             raise _changed(path)
         if path.suffix == ".safetensors":
             try:
@@ -214,7 +212,7 @@ def _whole(directory: Path) -> bool:
     try:
         manifest = manifests.read(directory / MANIFEST)
         for name, entry in manifest["files"].items():
-            if not placing.is_plain(directory / name) or _hash(directory / name) != entry["sha256"]:
+            if not placing.is_plain(directory / name) or file_hash(directory / name) != entry["sha256"]:
                 return False
         return placing.strange(directory, {*manifest["files"], MANIFEST, placing.NAMES, placing.CACHED}) is None
     except (ArtifactError, OSError):
@@ -235,8 +233,3 @@ def _state(directory: Path) -> list[tuple[str, int, int, int]]:
         return []
     found = [(p.name, p.lstat()) for p in sorted(directory.rglob("*"))]
     return [(name, its.st_ino, its.st_size, its.st_mtime_ns) for name, its in found]
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

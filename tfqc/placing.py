@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import re
 import stat
@@ -17,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tfqc.errors import ArtifactError
-from tfqc.manifest import MANIFEST, is_name, listed
-from tfqc.storage import parse_json, read_text, sync
+from tfqc.manifest import FORMAT, MANIFEST, is_name, listed
+from tfqc.storage import file_hash, parse_json, read_text, sync
 
 NAMES = f"{MANIFEST}.part"  # in a part: what will be written there, so that it can be removed file by file
 CACHED = "__pycache__"  # python's, where somebody has imported model.py
@@ -91,19 +92,26 @@ def clean(directory: Path) -> None:
                 remove(left)
 
 
+def begin(part: Path, names: list[str]) -> None:
+    """Say in a part what will be written there. It names the directory too: such a file of a user's, or a copy of one
+    of ours, is not believed."""
+    (part / NAMES).write_text(json.dumps({"format": FORMAT, "inode": part.stat().st_ino, "files": names}))
+
+
 def remove(directory: Path) -> None:
-    """Remove a directory of ours, file by file as it lists them; one that holds anything else is left as it is."""
+    """Remove a directory of ours, file by file as it lists them; one that holds anything else, or where a file has
+    been changed, is left as it is."""
     if not directory.is_dir():
         return
-    files = (_names(directory) - {MANIFEST, NAMES}) | {CACHED}
-    if strange(directory, files | {MANIFEST, NAMES}) is not None:
+    files = _removable(directory)
+    if files is None or strange(directory, files) is not None:
         return
     for file in list(_cached(directory)):
         file.unlink()
-    for name in sorted(files - {CACHED}):
-        (directory / name).unlink(missing_ok=True)
     if (directory / CACHED).is_dir():
         (directory / CACHED).rmdir()
+    for name in sorted(files - {MANIFEST, NAMES, CACHED}):
+        (directory / name).unlink(missing_ok=True)
     for name in (MANIFEST, NAMES):  # last: they say what the others are
         (directory / name).unlink(missing_ok=True)
     directory.rmdir()
@@ -126,15 +134,31 @@ def _cached(directory: Path) -> Generator[Path]:
         yield from (directory / CACHED).iterdir()
 
 
-def _names(directory: Path) -> set[str]:
-    """Files that a directory of ours says it has; none if it does not say."""
-    with suppress(ArtifactError):
-        names = parse_json(read_text(directory / NAMES, ArtifactError), NAMES, ArtifactError)
-        if isinstance(names, list):
-            return {name for name in names if isinstance(name, str) and is_name(name)}
-    with suppress(ArtifactError):
-        return set(listed(directory / MANIFEST).files)
-    return set()
+def _removable(directory: Path) -> set[str] | None:
+    """What may lie in a directory that is to be removed; None if it is not ours, or not as it was written."""
+    try:
+        if os.path.lexists(directory / NAMES):
+            return _begun(directory)
+        if not os.path.lexists(directory / MANIFEST):
+            return set()
+        files = listed(directory / MANIFEST).files
+    except ArtifactError:
+        return None
+    for name, entry in files.items():
+        path = directory / name
+        if is_plain(path) and (path.stat().st_size != entry.bytes or file_hash(path) != entry.sha256):
+            return None
+    return {*files, MANIFEST, CACHED}
+
+
+def _begun(directory: Path) -> set[str] | None:
+    text = read_text(directory / NAMES, ArtifactError)
+    if not text:  # killed before it was written
+        return {NAMES}
+    its = parse_json(text, NAMES, ArtifactError)
+    if not isinstance(its, dict) or its.get("format") != FORMAT or its.get("inode") != directory.stat().st_ino:
+        return None
+    return {*its["files"], MANIFEST, NAMES, CACHED} if all(map(is_name, its["files"])) else None
 
 
 def _beside(directory: Path, what: str) -> Path:

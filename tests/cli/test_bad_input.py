@@ -129,6 +129,15 @@ def test_somebodys_files_of_such_names(tfqc: Tfqc, tmp_path: Path, command: tupl
     assert (tmp_path / "results" / name).read_text() == '{"mine": 1}'
 
 
+def test_opt_replaces_programs_alone(tfqc: Tfqc, tmp_path: Path) -> None:
+    save_program(tiny(), tmp_path / "p.ir")
+    (tmp_path / "n.txt").write_text("years of work")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    message = refused(tfqc, "opt", tmp_path / "p.ir", "-p", "normalize", "-o", tmp_path / "n.txt")
+    assert message == f"{tmp_path / 'n.txt'} is no program, so it is not replaced: choose another name."
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 @pytest.fixture
 def copied(artifact: Path, tmp_path: Path) -> Path:
     """An artifact that may be spoilt."""

@@ -109,6 +109,25 @@ def test_tensors_of_somebody_else_are_not_touched(program: Program, tmp_path: Pa
         save_program(program, tmp_path / "p.safetensors")
 
 
+@pytest.mark.parametrize("theirs", [b"notes", b"tfqc-irrigation", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_program_is_not_replaced(theirs: bytes, tmp_path: Path) -> None:
+    (tmp_path / "n.txt").write_bytes(theirs)
+    with pytest.raises(IRError, match=r"n\.txt is no program, so it is not replaced: choose another name"):
+        save_program(tiny(), tmp_path / "n.txt")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("n.txt", theirs)]
+    (tmp_path / "n.txt").unlink()
+    (tmp_path / "n.txt").mkdir()
+    with pytest.raises(IRError, match=r"n\.txt is no program"):
+        save_program(tiny(), tmp_path / "n.txt")
+
+
+@pytest.mark.parametrize("stands", ["", "tfqc-ir 1\nhalf a prog"])
+def test_an_empty_file_and_a_program_are_replaced(stands: str, tmp_path: Path) -> None:
+    (tmp_path / "p.ir").write_text(stands)
+    save_program(tiny(), tmp_path / "p.ir")
+    assert (tmp_path / "p.ir").read_text() == render(tiny())
+
+
 def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "p.ir").symlink_to(tmp_path / "disk" / "q.ir")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PART = r"\.trajectory-[0-9a-f]+-\d+\.safetensors\.part\d+-[0-9a-f]{8}"
-_OURS = rf"trajectory-[0-9a-f]+-\d+\.safetensors|{_PART}"
+_TRAJECTORY = r"trajectory-[0-9a-f]+-\d+\.safetensors"
+_OURS = rf"{_TRAJECTORY}|{_PART}"
 
 
 def beside(output: Path, suffix: str) -> Path:
@@ -22,30 +25,65 @@ def beside(output: Path, suffix: str) -> Path:
 def kept_work(directory: Path) -> Generator[Path]:
     """Calibration trajectories live here; an exception gets a note that says what was kept.
 
+    Commands of the same output share it: the last of them to end removes it.
+
     Raises:
         TfqcError: the directory holds something else.
     """
-    from tfqc.instruments.base import claim
-
-    if not claim(directory, _OURS, "calibration trajectory"):
-        directory.chmod(0o700)  # images can be made from what will be there
+    handle = _shared(directory)
     try:
         yield directory
     except BaseException as error:
-        for file in directory.iterdir():
-            if re.fullmatch(_PART, file.name):
-                file.unlink()
-        kept = sum(1 for _ in directory.iterdir())
-        if kept:
+        if _alone(handle):
+            _remove(directory, _PART)
+        if kept := len(_present(directory, _TRAJECTORY)):
             batches = f"{kept} finished batch{'es' if kept > 1 else ''}"
             error.add_note(
                 f"Kept {batches} of calibration trajectories in {directory}: the same command goes on from there."
             )
-        else:
-            directory.rmdir()
         raise
-    for file in directory.iterdir():
-        if re.fullmatch(_OURS, file.name) and not file.is_dir():
-            file.unlink()
-    with suppress(OSError):  # somebody has put something else there
+    else:
+        if _alone(handle):
+            _remove(directory, _OURS)
+    finally:
+        os.close(handle)
+
+
+def _shared(directory: Path) -> int:
+    """The directory, made if need be, and held until the handle is closed."""
+    from tfqc.instruments.base import claim
+
+    while True:
+        with suppress(FileNotFoundError):  # another command has just ended and removed it: make it again
+            if not claim(directory, _OURS, "calibration trajectory"):
+                directory.chmod(0o700)  # images can be made from what will be there
+            handle = os.open(directory, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            if directory.exists() and os.path.samestat(os.fstat(handle), directory.stat()):
+                return handle
+            os.close(handle)
+
+
+def _alone(handle: int) -> bool:
+    """True if no other command holds the directory; none can begin to before the handle is closed."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _present(directory: Path, names: str) -> list[Path]:
+    with suppress(FileNotFoundError):  # a user has removed it
+        return [file for file in directory.iterdir() if re.fullmatch(names, file.name) and not file.is_dir()]
+    return []
+
+
+def _remove(directory: Path, names: str) -> None:
+    for file in _present(directory, names):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else, or has gone
         directory.rmdir()

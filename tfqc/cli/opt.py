@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +36,10 @@ def opt(
     import tfqc
     from tfqc.cli.progress import StderrProgress
     from tfqc.ir import render
-    from tfqc.ir.store import load_program, save_program
+    from tfqc.ir.store import check_place, load_program, save_program
 
+    if out is not None:
+        check_place(out)
     passes = tfqc.Pipeline.parse(options.read_pipeline(pipeline))
     context = tfqc.Context(
         schedule=None if schedule is None else options.read_schedule(schedule),
@@ -52,7 +55,9 @@ def opt(
         as_json=as_json,
     )
     loaded = load_program(program)
-    with kept_work(beside(out or program, "work")) as context.workdir, StderrProgress() as context.progress:
+    # Nothing is written beside a program that is only read: without -o, trajectories are kept in the user's cache.
+    work = nullcontext() if out is None else kept_work(beside(out, "work"))
+    with work as context.workdir, StderrProgress() as context.progress:
         result = passes.run(loaded, context, watchers)
     if out is not None:
         save_program(result, out)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tfqc.errors import TfqcError, suggest
-from tfqc.instruments.base import Instrument, claim
+from tfqc.instruments.base import Instrument
+from tfqc.instruments.written import clear, write
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render
 from tfqc.passing import Pass
@@ -15,33 +16,29 @@ from tfqc.passing import Pass
 if TYPE_CHECKING:
     from tfqc.pipeline import Pipeline
 
-_OURS, _SIGN = r"\d{2,}-[\w\-]+\.ir|pipeline\.txt|timing\.json|reproducer", r"00-(capture|input)\.ir"
-
 
 class DumpIR(Instrument):
     """Writes `00-capture.ir`, `NN-<pass>.ir` for each pass that changed the program, and `pipeline.txt`.
 
-    The dumps and timings of an earlier run are removed.
+    The dumps and timings of an earlier run are removed. (`.written.json` says which they are.)
 
     Raises:
-        TfqcError: the directory holds files that are no dumps.
+        TfqcError: the directory holds other files, or one that has been changed since; nothing is removed.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
-        for file in reversed(claim(self.directory, _OURS, "IR dump", _SIGN)):  # the sign last
-            if file.is_file():
-                file.unlink()
+        clear(self.directory, "IR dump")
         first = "capture" if program.stage is Stage.CAPTURED else "input"
-        (self.directory / f"00-{first}.ir").write_text(render(program))
-        (self.directory / "pipeline.txt").write_text(f"{pipeline}\n")
+        write(self.directory, f"00-{first}.ir", render(program))
+        write(self.directory, "pipeline.txt", f"{pipeline}\n")
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
         text = render(program)
         if text != render(previous):
-            (self.directory / f"{number:02d}-{item.name}.ir").write_text(text)
+            write(self.directory, f"{number:02d}-{item.name}.ir", text)
 
 
 class PrintIR(Instrument):

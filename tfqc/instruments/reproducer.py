@@ -6,16 +6,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tfqc.instruments.base import Instrument, claim
+from tfqc.instruments.base import Instrument
+from tfqc.instruments.written import check, clear, remember, write
 from tfqc.ir.program import Program
 from tfqc.ir.store import save_program
 from tfqc.passing import Context, Pass
 
 if TYPE_CHECKING:
     from tfqc.pipeline import Pipeline
-
-_OURS = r"before\.(ir|safetensors)|(pass|pipeline|error|command)\.txt|schedule\.json|calibration\.safetensors"
-_SIGN = r"before\.ir"
 
 
 class Reproducer(Instrument):
@@ -26,7 +24,7 @@ class Reproducer(Instrument):
     `pipeline.txt` and `error.txt` tell what happened.
 
     Raises:
-        TfqcError: the directory holds files that are no reproducer; nothing has run.
+        TfqcError: the directory holds files that are no reproducer, or that have been changed; nothing has run.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -34,15 +32,14 @@ class Reproducer(Instrument):
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
         if self.directory.exists():
-            claim(self.directory, _OURS, "reproducer", _SIGN)
+            check(self.directory, "reproducer")
 
     def failed(
         self, program: Program, item: Pass, number: int, pipeline: Pipeline, ctx: Context, error: Exception
     ) -> list[str]:
-        for file in claim(self.directory, _OURS, "reproducer", _SIGN):
-            if file.name != "before.ir":  # it says whose the others are, and is written anew
-                file.unlink()
+        clear(self.directory, "reproducer")
         save_program(program, self.directory / "before.ir")
+        remember(self.directory, "before.ir", "before.safetensors")
         self._write("pass.txt", f"{item}")
         self._write("pipeline.txt", f"{pipeline}")
         self._write("error.txt", f"{type(error).__name__}: {error}")
@@ -52,6 +49,7 @@ class Reproducer(Instrument):
             command += ["--schedule", self._at("schedule.json")]
         if ctx.calibration is not None and "calibration" in item.contract().data:
             ctx.calibration.save(self.directory / "calibration.safetensors")
+            remember(self.directory, "calibration.safetensors")
             command += ["--calibration", self._at("calibration.safetensors")]
         self._write("command.txt", shlex.join(command))
         return [f"replay it with: {shlex.join(command)}"]
@@ -60,4 +58,4 @@ class Reproducer(Instrument):
         return str(self.directory / name)
 
     def _write(self, name: str, text: str) -> None:
-        (self.directory / name).write_text(text + "\n")
+        write(self.directory, name, text + "\n")

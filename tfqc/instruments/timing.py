@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tfqc.instruments.base import Instrument
+from tfqc.instruments.written import write
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
 
@@ -53,7 +54,7 @@ class Timing(Instrument):
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             rows = [asdict(t) for t in self.passes]
-            (self.directory / "timing.json").write_text(json.dumps(rows, indent=1) + "\n")
+            write(self.directory, "timing.json", json.dumps(rows, indent=1) + "\n")
 
 
 class _PeakSampler:

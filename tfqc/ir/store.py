@@ -14,6 +14,7 @@ from tfqc.ir.types import storable
 from tfqc.runtime.tensors import read_header
 from tfqc.storage import read_tensors, read_text, write_tensors, write_text
 
+_BEGINS = b"tfqc-ir "
 _MARK = {"tfqc": "program"}  # metadata of tensors that belong to a program, and may be replaced with it
 
 
@@ -23,12 +24,11 @@ def save_program(program: Program, path: Path) -> None:
     A program without weights has no `.safetensors`; one that stood there is removed.
 
     Raises:
-        IRError: the `.safetensors` that stands there is no program's, or a tensor has a dtype that no file holds;
-            nothing is written.
+        IRError: what stands there, or the `.safetensors` beside it, is no program's, or a tensor has a dtype that no
+            file holds; nothing is written.
     """
+    check_place(path)
     text, weights = render(program), _weights(path)
-    if weights.exists() and not _is_ours(weights):
-        raise IRError(f"{weights} stands beside {path.name}, and is no program's: choose another name.")
     for name, tensor in program.tensors.items():
         if reason := storable(name, tensor.dtype):
             raise IRError(f"{path} is not written: {reason}")
@@ -37,6 +37,22 @@ def save_program(program: Program, path: Path) -> None:
     else:
         weights.unlink(missing_ok=True)
     write_text(path, text)
+
+
+def check_place(path: Path) -> None:
+    """Refuse to write a program where something else lies.
+
+    Raises:
+        IRError: a file stands there that is neither empty nor a program, or a `.safetensors` beside it that is none's.
+    """
+    weights = _weights(path)
+    try:
+        if path.exists() and not _is_replaceable(path):
+            raise IRError(f"{path} is no program, so it is not replaced: choose another name.")
+    except (OSError, ValueError) as error:
+        raise IRError(f"{str(path)!a} cannot be written: {error}.") from error
+    if weights.exists() and not _is_ours(weights):
+        raise IRError(f"{weights} stands beside {path.name}, and is no program's: choose another name.")
 
 
 def load_program(path: Path) -> Program:
@@ -56,6 +72,13 @@ def _weights(path: Path) -> Path:
     if not path.name or path.name == ".." or path.suffix == ".safetensors":
         raise IRError(f"{path} is no name for a program: give it one that ends in .ir.")
     return path.with_suffix(".safetensors")
+
+
+def _is_replaceable(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_BEGINS)) in (b"", _BEGINS)
 
 
 def _is_ours(weights: Path) -> bool:

@@ -102,11 +102,11 @@ class Model(Engine):
 
     lines = staticmethod(step)
 
-    def begin(self, **inputs: Tensor) -> Any:
+    def begin(self, /, **inputs: Tensor) -> Any:
         """What is constant over one image, computed once."""
         return begin(self.get_tensor, **inputs)
 
-    def time(self, **inputs: Tensor) -> Any:
+    def time(self, /, **inputs: Tensor) -> Any:
         """Temporal features in full precision, for timesteps that the tables do not hold."""
         return time(self.get_tensor, **inputs)
 

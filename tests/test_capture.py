@@ -385,15 +385,6 @@ def test_stable_diffusion_on_the_meta_device() -> None:
     assert sum(t.numel() for t in program.tensors.values()) == 859_520_964
 
 
-def test_a_dictionary_is_no_output() -> None:
-    class Named(nn.Module):
-        def forward(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-            return {"eps": x * t[:, None], "h": x}
-
-    with pytest.raises(CaptureError, match=r"Named returns a dictionary \(eps, h\)"):
-        capture(Named(), {"x": torch.ones(2, 3), "t": torch.ones(2)})
-
-
 def test_a_program_in_one_line() -> None:
     class Plain(nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:

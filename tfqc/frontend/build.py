@@ -92,11 +92,6 @@ def build_program(
                 [mapping[n] if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(node.args[0])],
                 exported.call_spec.out_spec or pytree.tree_structure(node.args[0]),
             )
-            if isinstance(structure, dict):
-                raise CaptureError(
-                    f"{type(model).__name__} returns a dictionary ({', '.join(map(str, structure))}): let it return a "
-                    "tensor, or a tuple whose first item is what it predicts."
-                )
             graph.output(structure)
     program.prune()
     return program

@@ -44,7 +44,7 @@ def kept(key: Sequence[str], suffix: str, make: Callable[[Path], None], kind: st
             part = work / f"{name}{suffix}"
             make(part)
             _sync(part)
-            with _locked(directory):  # another process may have been faster
+            with locked(directory):  # another process may have been faster
                 if (found := _whole(directory, name, suffix)) is None:
                     found = directory / f"{name}-{_hash(part)}{suffix}"
                     os.replace(part, found)
@@ -117,7 +117,7 @@ def _hash(path: Path) -> str:
 @contextmanager
 def _working_directory(directory: Path) -> Generator[Path]:
     """An empty directory, removed in the end; those that killed processes left are removed, too."""
-    with _locked(directory):
+    with locked(directory):
         for left in directory.glob(f"{MAKING}*"):
             remove_unless_held(left)
         work = Path(tempfile.mkdtemp(prefix=MAKING, dir=directory))
@@ -151,7 +151,7 @@ def _remove(work: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Generator[None]:
+def locked(directory: Path) -> Generator[None]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):

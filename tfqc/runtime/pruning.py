@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tfqc.runtime.cache import MAKING, cache_root, is_private, remove_unless_held
+from tfqc.runtime.cache import MAKING, cache_root, is_private, locked, remove_unless_held
 
 KINDS = ("kernels", "modules", "trajectories")
 LIMIT, DAYS = 10 << 30, 30.0  # TFQC_CACHE_LIMIT, TFQC_CACHE_DAYS
@@ -55,8 +55,9 @@ def prune(limit: int | None = None, days: float | None = None, in_use: float = I
     days = _from_environment("TFQC_CACHE_DAYS", float, DAYS) if days is None else days
     now, total, removed = time.time(), 0, list[Kept]()
     for directory in _directories():
-        for left in directory.glob(f"{MAKING}*"):
-            remove_unless_held(left)
+        with locked(directory):  # one that is being made is not held yet
+            for left in directory.glob(f"{MAKING}*"):
+                remove_unless_held(left)
     for kept in contents():
         age = now - kept.used
         if age <= in_use or (age <= days * 86400 and total + kept.bytes <= limit):

@@ -145,7 +145,7 @@ class Conformance:
         out = artifact.save(tmp_path / "out")
         call = its.call([750.0, 33.0])
         with torch.no_grad():
-            want = first(program(**call))
+            want = first(self.want(program, call))
         save_file({**call, "want": want}, tmp_path / "call.safetensors")
         script = tmp_path / "run.py"
         script.write_text(_ALONE.format(backend=self.backend.replace("-", "_"), out=str(out)))

@@ -142,7 +142,7 @@ class Call:
                 f"{item.name} has {len(t)} timesteps for {images} image{'s' if images > 1 else ''}: give one for all, "
                 "or one for each."
             )
-        return t.expand(images) if len(t) == 1 else t
+        return t.expand(images) if images > 1 and len(t) == 1 else t
 
     def _check(self, values: Mapping[str, Tensor]) -> None:
         """Ranks, sizes, one value for each symbol, guards, kinds of dtypes."""

@@ -152,25 +152,28 @@ class Stepper(torch.nn.Module):
 
     def _rows(self, values: Mapping[str, Tensor]) -> Tensor:
         """Row of each batch entry's timestep: [1] where they are all equal, else [B]."""
-        time, timesteps = values[self._clock], self._timesteps(values)
+        device, timesteps = values[self._clock].device, self._timesteps(values)
         unknown = {t for t in timesteps if t not in self._known}
-        if len(self._known) - len(self._schedule) + len(unknown) > self.MAX_EXTRA_ROWS:
+        if unknown and len(self._known) - len(self._schedule) + len(unknown) > self.MAX_EXTRA_ROWS:
             self._forget_extra_rows()  # before any row of this call is looked up
-        rows = [self._row_of(t, values) for t in timesteps]
-        if len(rows) > 1:
-            return torch.tensor(rows, device=time.device)
-        key = (rows[0], time.device)
-        if key not in self._row_tensors:
-            self._row_tensors[key] = torch.tensor(rows, device=time.device)
-        return self._row_tensors[key]
+        if len(timesteps) > 1:
+            return torch.tensor([self._row_of(t, values) for t in timesteps], device=device)
+        key = (self._row_of(timesteps[0], values), device)
+        found = self._row_tensors.get(key)
+        if found is None:
+            found = self._row_tensors[key] = torch.tensor([key[0]], device=device)
+        return found
 
     def _timesteps(self, values: Mapping[str, Tensor]) -> list[float]:
         """One timestep if all are equal, else one for each batch entry."""
-        timesteps: list[float] = values[self._clock].to(torch.float32).tolist()
+        given = values[self._clock]
+        if given.stride(0) == 0:  # one for all images
+            given = given[:1]
+        timesteps: list[float] = given.to(torch.float32).tolist()
         for t in timesteps:
             if t - t != 0:
                 raise ValueError(f"{'.'.join(self.plan.time.path)} is {t}, which is no timestep.")
-        return timesteps[:1] if all(t == timesteps[0] for t in timesteps) else timesteps
+        return timesteps[:1] if len(set(timesteps)) == 1 else timesteps
 
     def _row_of(self, t: float, values: Mapping[str, Tensor]) -> int:
         if t in self._known:

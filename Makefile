@@ -26,7 +26,7 @@ test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 sanitize: $(READY)  ## run the tests of the CPU kernels under g++'s address and undefined-behaviour sanitizers
-	TFQC_DEBUG=sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	TFQC_KERNEL_CHECKS=sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backends/test_cpu_int8*.py \
 		--deselect tests/backends/test_cpu_int8_build.py
 

@@ -44,6 +44,20 @@ def held_by_torch(its: Subject, out: Path, message: str) -> Engine:
     return loaded
 
 
+@pytest.mark.skipif(best_isa() is None or shutil.which("g++") is None, reason="no kernels here")
+def test_debugging_the_command_line_leaves_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = save(finished(parts()), tmp_path / "out")
+    monkeypatch.setenv("TFQC_DEBUG", "1")
+    loaded = load(out)
+    assert loaded.isa == chosen_isa()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", ["1", "bound"])
+def test_kernel_checks_of_no_known_kind(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFQC_KERNEL_CHECKS", value)
+    held_by_torch(parts(), tmp_path / "out", f"TFQC_KERNEL_CHECKS={value} is none of bounds, sanitize")
+
+
 def test_without_a_compiler(no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(engine, "best_isa", lambda: "avx2")

@@ -30,7 +30,7 @@ def sanitizers() -> str:
 
 def run(script: str, debug: str, preload: str = "") -> subprocess.CompletedProcess[str]:
     """Runs Python code with what a debug build needs."""
-    its = {"TFQC_DEBUG": debug, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    its = {"TFQC_KERNEL_CHECKS": debug, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, **its}, cwd=ROOT, capture_output=True, text=True, timeout=300
     )

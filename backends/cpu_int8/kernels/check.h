@@ -1,4 +1,4 @@
-// What a debug build (TFQC_DEBUG) asserts of what kernels are told and of the memory that they take; else nothing.
+// What a debug build (TFQC_KERNEL_CHECKS) asserts of what kernels are told and of the memory that they take; else nothing.
 #pragma once
 
 #ifdef TFQC_CHECK

@@ -1,8 +1,8 @@
 """Building kernels with g++, once for each source text and instruction set; the result is kept in the user's cache.
 
-`CXX` names another compiler, with arguments if it needs any (`ccache g++`). `TFQC_DEBUG=bounds` builds kernels that
-check what they are told and what they take, and end the process where it is wrong; `TFQC_DEBUG=sanitize` has g++'s
-address and undefined-behaviour sanitizers check every access as well (their run times have to be preloaded).
+`CXX` names another compiler, with arguments if it needs any (`ccache g++`). `TFQC_KERNEL_CHECKS=bounds` builds kernels
+that check what they are told and what they take, and end the process where it is wrong; with `sanitize`, g++'s address
+and undefined-behaviour sanitizers check every access as well (their run times have to be preloaded).
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def build(source: str, isa: str) -> ctypes.CDLL:
         BuildError: no compiler, or it refuses the text, or what it makes cannot be loaded.
     """
     compiler = _compiler()
-    debug = os.environ.get("TFQC_DEBUG", "")
+    debug = os.environ.get("TFQC_KERNEL_CHECKS", "")
     if debug not in _DEBUG:
-        raise BuildError(f"TFQC_DEBUG={debug} is none of {', '.join(filter(None, _DEBUG))}.")
+        raise BuildError(f"TFQC_KERNEL_CHECKS={debug} is none of {', '.join(filter(None, _DEBUG))}.")
     flags = ["-std=c++17", *_DEBUG[debug], "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", *_FLAGS[isa].split()]
     if isa == "avx512_vnni" and "avx512_bf16" in cpu_flags():
         flags.append("-mavx512bf16")

@@ -29,7 +29,7 @@ def load_aligned(path: Path) -> dict[str, Tensor]:
     sizes = {name: entry.end - entry.begin for name, entry in entries.items()}
     block = room(sum(-(-size // LINE) * LINE for size in sizes.values()))
     found: dict[str, Tensor] = {}
-    at, apart = 0, bool(os.environ.get("TFQC_DEBUG"))
+    at, apart = 0, bool(os.environ.get("TFQC_KERNEL_CHECKS"))
     with path.open("rb") as file:
         for name, entry in entries.items():
             file.seek(entry.begin)

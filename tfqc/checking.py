@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from tfqc.errors import CalibrationError, PipelineError
+from tfqc.errors import CalibrationError, PipelineError, suggest
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.types import Dim
 from tfqc.passing import ALL_TABLES, Context, Contract, Pass
@@ -71,6 +71,10 @@ def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) ->
     if data is None or not any("calibration" in item.contract().data for item in passes):
         return
     given = {**data.cond, **data.shared}
+    taken = [".".join(item.path) for item in program.input(Role.REQUEST)]
+    for name in given:
+        if program.arguments and name.partition(".")[0] not in program.arguments:
+            raise CalibrationError(f"Calibration: {name!r} is no input of the model.{suggest(name, taken)}")
     for item in program.input(Role.REQUEST):
         if (path := ".".join(item.path)) not in given:
             raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")

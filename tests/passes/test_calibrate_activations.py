@@ -161,6 +161,12 @@ def test_text_without_its_data(subject: Subjects, tmp_path: Path) -> None:
     its = subject("unet-sd")
     ctx = context(its, tmp_path)
     assert ctx.calibration is not None
+    cond = ctx.calibration.cond
+    object.__setattr__(ctx.calibration, "cond", {**cond, "encoder_hidden_stats": cond["encoder_hidden_states"]})
+    with pytest.raises(
+        CalibrationError, match=r"stats' is no input of the model. Did you mean 'encoder_hidden_states'"
+    ):
+        its.run("select-maintenance{strategy=tib},calibrate-activations", ctx)
     object.__setattr__(ctx.calibration, "cond", {})
     with pytest.raises(CalibrationError, match=r"calibration data have no 'encoder_hidden_states'"):
         its.run("select-maintenance{strategy=tib},calibrate-activations", ctx)

@@ -117,3 +117,10 @@ def test_sizes_are_arithmetic_and_nothing_else(text: str) -> None:
 
 def test_guards_as_a_person_says_them() -> None:
     assert [meaning(g) for g in ("H % 2 == 0", "W % 8 == 0", "H >= 4")] == ["H even", "W a multiple of 8", "H >= 4"]
+
+
+def test_a_container_that_holds_itself() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(TypeError, match="added is nested more than 32 deep, or holds itself"):
+        bind(**call(added={"ids": torch.zeros(12, 2, dtype=I64), "more": endless}))

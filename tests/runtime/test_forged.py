@@ -74,8 +74,16 @@ LATE: dict[str, Callable[[Path], None]] = {
     "a tensor more for the time": tensors(
         lambda found: found.update({"norm.bias": torch.zeros(1)}), "time.safetensors"
     ),
+    "a scale that is no number": tensors(lambda found: _fill(found, "scale", float("nan"))),
+    "a scale of zero": tensors(lambda found: _fill(found, "scale", 0.0)),
     "a shorter bias": tensors(lambda found: found.update({"leave.bias": torch.zeros(1)})),
 }
+
+
+def _fill(found: dict[str, Tensor], ending: str, value: float) -> None:
+    """One tensor of that ending, so that it is not another check that finds it."""
+    name = next(k for k in sorted(found) if k.endswith(ending) and k.startswith("act."))
+    found[name] = torch.full_like(found[name], value)
 
 
 def _manifest(directory: Path, key: str, value: Any) -> None:

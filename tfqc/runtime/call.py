@@ -23,6 +23,7 @@ class Call:
     """Checks calls against a plan."""
 
     MOST_KEPT = 256
+    DEEPEST = 32  # containers in containers
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -91,6 +92,8 @@ class Call:
                 )
             return
         if isinstance(value, (Mapping, list, tuple)):
+            if len(path) > self.DEEPEST:
+                raise TypeError(f"{path[0]} is nested more than {self.DEEPEST} deep, or holds itself.")
             for key, item in _items(value):
                 self._unused((*path, key), item)
             return

@@ -84,7 +84,7 @@ class Recorder:
         residual = self._ordered(name, _like(residual, made), _natural(made))
         args = abi.LinearArgs(
             x=self._at(x), ldx=k, batch=x.shape[0], seq=math.prod(x.shape[1:-1]), k=k, n=n,
-            quant=self._quant(name, scale, zero, x.shape[:-1]), **self._weight(weight, weight_scale),
+            quant=self._quant(name, scale, zero, x.shape[:-1]), **self._weight(name, weight, weight_scale),
             epilogue=self._epilogue(name, made, made.shape[-1], weight, bias, act, gate, residual, out_scale, out_zero),
         )  # fmt: skip
         self._needs(32 * k)
@@ -106,7 +106,7 @@ class Recorder:
         residual = self._ordered(name, _like(residual, made), _channels_last(made))
         shared = {
             "x": self._at(x), "batch": batch, "n": n, "quant": self._quant(name, scale, zero, (batch, h, w)),
-            **self._weight(weight, weight_scale),
+            **self._weight(name, weight, weight_scale),
             "epilogue": self._epilogue(name, made, n, weight, bias, act, gate, residual, out_scale, out_zero),
         }  # fmt: skip
         if (kh, kw, stride, padding, groups) == (1, 1, 1, 0, 1):
@@ -341,9 +341,10 @@ class Recorder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def _weight(self, weight: Tiles, scale: Tensor) -> dict[str, Any]:
+    def _weight(self, name: str, weight: Tiles, scale: Tensor) -> dict[str, Any]:
         if self.arena is None:
             return {}
+        need(bool(scale.isfinite().all()), name, "a scale of the weight is not a number")
         scale, sums = weight.columns(scale), weight.sums
         return {"weight": self._at(weight.packed), "weight_scale": self._at(scale), "weight_sum": self._at(sums)}
 
@@ -376,6 +377,8 @@ class Recorder:
         if scale is None or zero is None:
             return abi.Quant()
         check_quantizer(name, scale, zero, tokens, self.rows)
+        if self.arena is not None and scale.dim() == 1:
+            need(bool((scale.isfinite() & (scale > 0)).all()), name, "a scale is not a positive number")
         if scale.dim() == 1 and len(scale) > 1:
             self._limit(scale)
             self._limit(zero)

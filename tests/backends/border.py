@@ -200,43 +200,11 @@ class Border:
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
     def test_in_another_process(self, method: str, model: nn.Module, call: dict[str, Any]) -> None:
         """After the threads of this one have run; there it has one, and gives what one gives here."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            model(**call)
-            torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-            context = multiprocessing.get_context(method)
-            queue = context.Queue()
-            process = context.Process(target=_call, args=(model, call, queue))
-            process.start()
-            got = torch.tensor(queue.get(timeout=100))
-            process.join(100)
-        finally:
-            torch.set_num_threads(1)
-            want = first(model(**call))
-            torch.set_num_threads(threads)
-        assert process.exitcode == 0
-        assert torch.equal(got, want)
+        _check_elsewhere(method, model, call, _call, model)
 
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
     def test_loaded_in_a_fork(self, directory: Path, model: nn.Module, call: dict[str, Any]) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            model(**call)
-            torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-            context = multiprocessing.get_context("fork")
-            queue = context.Queue()
-            process = context.Process(target=_load, args=(directory, call, queue))
-            process.start()
-            got = torch.tensor(queue.get(timeout=100))
-            process.join(100)
-        finally:
-            torch.set_num_threads(1)
-            want = first(model(**call))
-            torch.set_num_threads(threads)
-        assert process.exitcode == 0
-        assert torch.equal(got, want)
+        _check_elsewhere("fork", model, call, _load, directory)
 
     def test_no_plain_tensor_after_a_plain_one(self, model: nn.Module, call: dict[str, Any]) -> None:
         model(**call)
@@ -306,6 +274,27 @@ class Border:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+
+def _check_elsewhere(method: str, model: nn.Module, call: dict[str, Any], work: Any, subject: Any) -> None:
+    """`work` on `subject` in a process that is made after this one's threads have run gives what one thread gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model(**call)
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+        context: Any = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=work, args=(subject, call, queue))
+        process.start()
+        got = torch.tensor(queue.get(timeout=100))
+        process.join(100)
+    finally:
+        torch.set_num_threads(1)
+        want = first(model(**call))
+        torch.set_num_threads(threads)
+    assert process.exitcode == 0
+    assert torch.equal(got, want)
 
 
 def _call(model: nn.Module, call: dict[str, Any], queue: Any) -> None:

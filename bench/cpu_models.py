@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tfqc.zoo import fashion
+from tfqc.models.zoo import fashion
 
 SEED = 2407
 SHARD_BYTES = 1 << 30  # what is held in memory while a folder is written

@@ -17,7 +17,7 @@ from cpu_models import STEPS, TIMESTEP, Case, Flat, flat
 from torch import Tensor
 
 import tfqc
-from tfqc.models import ModelSpec
+from tfqc.models.spec import ModelSpec
 
 Inputs = Mapping[str, Any]
 Step = Callable[[Inputs], Tensor]

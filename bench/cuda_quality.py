@@ -24,8 +24,8 @@ from torch import Tensor
 
 import tfqc
 from tfqc.driver import load
-from tfqc.models import find_model
-from tfqc.sampling import initial_noise, sample
+from tfqc.models.find import find_model
+from tfqc.sampling.loop import initial_noise, sample
 
 TARGETS = (
     "cuda-int4{mode=w4a16}",

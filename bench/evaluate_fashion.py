@@ -22,9 +22,9 @@ from torch import Tensor
 from train_classifier import load
 from train_fashion import DATA
 
-from tfqc.sampling import initial_noise, sample
-from tfqc.zoo import fashion
-from tfqc.zoo.metrics import class_accuracy, fd_fashion_cnn
+from tfqc.models.zoo import fashion
+from tfqc.models.zoo.metrics import class_accuracy, fd_fashion_cnn
+from tfqc.sampling.loop import initial_noise, sample
 
 
 def chunk(rows: tuple[int, int], steps: int, guidance: float, seed: int) -> Tensor:

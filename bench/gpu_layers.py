@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from tfqc.backends.cuda_int4.runtime.specialise import Epilogue, Window
-from tfqc.zoo import fashion
+from tfqc.models.zoo import fashion
 
 FEWEST_ROWS = 32  # products of fewer rows (of time embeddings) stay in fp16: a tile of 64 is empty with them
 FEWEST_CHANNELS = 32  # so do the first and the last layer

@@ -23,8 +23,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from tests.killing import killed  # noqa: E402
-from tfqc.artifact import Artifact, check_files  # noqa: E402
-from tfqc.runtime.cache import cache_directory, kept  # noqa: E402
+from tfqc.codegen.artifact import Artifact, check_files  # noqa: E402
+from tfqc.runtime.cache import cache_directory  # noqa: E402
+from tfqc.runtime.kept import kept  # noqa: E402
 
 CODE = os.urandom(300_000)
 

@@ -24,17 +24,18 @@ from tabulate import tabulate
 from torch import Tensor, fx
 
 import tfqc
-from tfqc.analysis.disturbance import symptoms
-from tfqc.analysis.features import tib_run
 from tfqc.driver import load
 from tfqc.frontend import capture
-from tfqc.interpret import Interpreter
 from tfqc.ir import parse
-from tfqc.models import ModelSpec, find_model
+from tfqc.ir.interpret import Interpreter
+from tfqc.models.find import find_model
+from tfqc.models.spec import ModelSpec
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.sampling import initial_noise, sample
-from tfqc.schedule import SamplingSchedule
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.loop import initial_noise, sample
+from tfqc.sampling.schedule import SamplingSchedule
+from tfqc.temporal.disturbance import symptoms
+from tfqc.temporal.features import tib_run
 
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 # Not strategies, for orientation. Plain PTQ: min-max, static, first and last layer like the others. TIB only: the naive

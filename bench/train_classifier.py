@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from train_fashion import DATA, ROOT, read_idx
 
-from tfqc.zoo.fashion import Classifier
-from tfqc.zoo.metrics import feature_statistics
+from tfqc.models.zoo.fashion import Classifier
+from tfqc.models.zoo.metrics import feature_statistics
 
 
 def load(data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files")
-    parser.add_argument("--out", type=Path, default=ROOT / "tfqc/zoo/fashion-unet")
+    parser.add_argument("--out", type=Path, default=ROOT / "tfqc/models/zoo/fashion-unet")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

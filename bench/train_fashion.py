@@ -1,4 +1,4 @@
-"""Train the class-conditional Fashion-MNIST denoiser that ships in ``tfqc/zoo/fashion-unet``.
+"""Train the class-conditional Fashion-MNIST denoiser that ships in ``tfqc/models/zoo/fashion-unet``.
 
 A small model in the shape of Stable Diffusion: a ``UNet2DConditionModel`` on 4x16x16 "latents" (the 28x28
 image padded to 32x32, then ``pixel_unshuffle(2)``), the label as four tokens read by cross-attention, so that
@@ -36,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tfqc.zoo.fashion import UNCONDITIONAL, LabelTokens, encode
+from tfqc.models.zoo.fashion import UNCONDITIONAL, LabelTokens, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist installs
@@ -140,8 +140,8 @@ def export(ema: Denoiser, out: Path) -> None:
             "_class_name": "DiffusionPipeline",  # the base: no pipeline of diffusers has label tokens
             "unet": ["diffusers", "UNet2DConditionModel"],
             "scheduler": ["diffusers", "DDIMScheduler"],
-            "tokens": ["tfqc.zoo.fashion", "LabelTokens"],
-            "classifier": ["tfqc.zoo.fashion", "Classifier"],
+            "tokens": ["tfqc.models.zoo.fashion", "LabelTokens"],
+            "classifier": ["tfqc.models.zoo.fashion", "Classifier"],
         }
         (tmp / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for file in tmp.rglob("*.*"):
@@ -260,7 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="total training time, over all resumptions")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files")
-    parser.add_argument("--out", type=Path, default=ROOT / "tfqc/zoo/fashion-unet", help="where the model is exported")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "tfqc/models/zoo/fashion-unet", help="where the model is exported"
+    )
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "build/train_fashion.safetensors")
     parser.add_argument("--fresh", action="store_true", help="ignore an existing checkpoint")
     parser.add_argument("--batch", type=int, default=64, help="over all workers")

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tfqc.analysis.binding import binding_times, edge_nodes
-from tfqc.analysis.quantizers import has_rows, quantizer_of, set_input_quantizer
-from tfqc.analysis.ranges import observe_ranges
 from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import runs_quantized
+from tfqc.calibration.ranges import observe_ranges
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
 from tfqc.passing import Context, Contract, Pass
-from tfqc.quant import Grid
+from tfqc.quant.grid import Grid
+from tfqc.quant.parameters import has_rows, quantizer_of, set_input_quantizer
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from tfqc.analysis.binding import binding_times
-from tfqc.analysis.features import tib_run
-from tfqc.analysis.quantizers import has_rows, set_input_quantizer
-from tfqc.analysis.ranges import observe_ranges
 from tfqc.analysis.weighted import runs_quantized, tib_weighted
+from tfqc.calibration.ranges import observe_ranges
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource
 from tfqc.passing import Context, Contract, Pass
-from tfqc.quant import Grid, range_to_qparams
+from tfqc.quant.grid import Grid, range_to_qparams
+from tfqc.quant.parameters import has_rows, set_input_quantizer
+from tfqc.temporal.features import tib_run
 
 
 @dataclass(frozen=True)

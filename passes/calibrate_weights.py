@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tfqc.analysis.binding import edge_nodes
-from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
 from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
 from tfqc.passing import Context, Contract, Pass
-from tfqc.quant import Grid, QuantizedWeight, quantize_weight, without_values
+from tfqc.quant.grid import Grid, QuantizedWeight, quantize_weight, without_values
+from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
 
 
 @dataclass(frozen=True)

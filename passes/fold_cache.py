@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 from torch import Tensor, fx
 
 from tfqc.analysis.binding import binding_table, binding_times
-from tfqc.analysis.fold import fold_affine, fold_bias
 from tfqc.analysis.outline import add_outlined
-from tfqc.analysis.reads import RowIndices, become_request_read, become_table_read, detach, switch, widen
-from tfqc.analysis.tabulate import feature_rows, label_of
 from tfqc.ir.program import TIME, Input, Program, Role, Stage
 from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule
 from tfqc.passing import LOSSY, Context, Numerics, Pass, close
+from tfqc.temporal.fold import fold_affine, fold_bias
+from tfqc.temporal.reads import RowIndices, become_request_read, become_table_read, detach, switch, widen
+from tfqc.temporal.tabulate import feature_rows, label_of
 
 
 @dataclass(frozen=True)

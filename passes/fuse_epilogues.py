@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from tfqc.analysis.activations import geglu_end, gelu_kind
 from tfqc.analysis.rewrite import become, changed, name_of, only_reader, operands
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
+from tfqc.lowering.activations import geglu_end, gelu_kind
 from tfqc.passing import Context, Numerics, Pass, close
 
 PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}

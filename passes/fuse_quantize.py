@@ -18,8 +18,8 @@ from tfqc.analysis.rewrite import (
     retype,
     stores,
 )  # fmt: skip
-from tfqc.analysis.tensor_cores import window_of
 from tfqc.ir.program import Program, Stage
+from tfqc.lowering.windows import window_of
 from tfqc.passing import Context, Numerics, Pass, close
 from tfqc.runtime.kernel_ops import CODES
 

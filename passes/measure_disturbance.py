@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from tfqc.analysis.disturbance import symptoms
-from tfqc.analysis.features import tib_run
-from tfqc.analysis.strategies import STRATEGIES, disturbed, stored_bytes
-from tfqc.analysis.trajectory import tib_trajectory_deviation
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Disturbance, Trajectory
 from tfqc.passing import Context, Contract, Pass
+from tfqc.temporal.deviation import tib_trajectory_deviation
+from tfqc.temporal.disturbance import symptoms
+from tfqc.temporal.features import tib_run
+from tfqc.temporal.strategies import STRATEGIES, disturbed, stored_bytes
 
 
 @dataclass(frozen=True)

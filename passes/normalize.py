@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from tfqc.analysis.canonical import make_canonical
 from tfqc.errors import PassError
+from tfqc.frontend.canonical import make_canonical
 from tfqc.ir.infer import infer_type
 from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import Program, Stage

@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tfqc.adaround import SoftRounding, reconstruct
-from tfqc.analysis.features import tib_run
-from tfqc.analysis.quantizers import input_fake_quantizer, quantizer_of, set_weight_quantizer
 from tfqc.analysis.weighted import tib_weighted, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer
 from tfqc.passing import Context, Pass
-from tfqc.quant import Grid, QuantizedWeight, quantize_weight, without_values
+from tfqc.quant.adaround import SoftRounding, reconstruct
+from tfqc.quant.grid import Grid, QuantizedWeight, quantize_weight, without_values
+from tfqc.quant.parameters import input_fake_quantizer, quantizer_of, set_weight_quantizer
+from tfqc.temporal.features import tib_run
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from typing import ClassVar, Literal
 import torch
 
 from tfqc.analysis.binding import edge_nodes
-from tfqc.analysis.moments import has_moments, observe_moments
-from tfqc.analysis.quantizers import quantizer_of, set_weight_quantizer
 from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
+from tfqc.calibration.moments import has_moments, observe_moments
 from tfqc.errors import CalibrationError
-from tfqc.gptq import gptq
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
 from tfqc.passing import Context, Pass
-from tfqc.quant import Grid, quantize_weight, without_values
+from tfqc.quant.gptq import gptq
+from tfqc.quant.grid import Grid, quantize_weight, without_values
+from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
 
 
 @dataclass(frozen=True)

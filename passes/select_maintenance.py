@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from tfqc.analysis.strategies import STRATEGIES
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Disturbance, Maintenance, Tib
 from tfqc.passing import Context, Contract, Pass
+from tfqc.temporal.strategies import STRATEGIES
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tfqc.instruments import Instrument
 from tfqc.ir.program import Program
 from tfqc.ir.verify import verify
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from tfqc.instruments import CheckNumerics, VerifyEach
 from tfqc.ir.program import Program, Role
 from tfqc.ir.rows import BindingTime, Tib
 from tfqc.passing import Context, Pass
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 
 def run_pass(program: Program, item: Pass, ctx: Context | None = None) -> Program:

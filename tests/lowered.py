@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from tests.models import TIMES, Example
 from tests.subjects import Subject, assert_text_round_trip, calibration, of_example
+from tfqc.codegen.target import Target
 from tfqc.instruments import CheckNumerics, VerifyEach
 from tfqc.ir.program import Program
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.schedule import SamplingSchedule
-from tfqc.target import Target
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.schedule import SamplingSchedule
 
 STEPS = (750.0, 500.0, 250.0, 0.0)
 EXACT = "cpu-int8{residual=fp32 attention=fp32}"

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from tests.helpers import first, with_batch
 from tests.models import MODELS, Example
-from tfqc.calibration import Calibration
 from tfqc.frontend import capture
 from tfqc.instruments import CheckNumerics, VerifyEach
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Program, Role
 from tfqc.ir.render import render
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.schedule import SamplingSchedule
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.data import Calibration
+from tfqc.sampling.schedule import SamplingSchedule
 
 TIMESTEPS = (951.0, 701.0, 421.0, 37.0)
 

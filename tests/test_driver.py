@@ -19,7 +19,7 @@ from tfqc.errors import ArtifactError, CalibrationError, PipelineError, SpecErro
 from tfqc.frontend import capture
 from tfqc.instruments import Instrument
 from tfqc.ir.parse import parse
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 
 def ddim() -> DDIMScheduler:
@@ -272,7 +272,7 @@ def test_refused_before_the_calibration(target: str, monkeypatch: pytest.MonkeyP
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("tfqc.trajectories.sample", never)
+    monkeypatch.setattr("tfqc.calibration.trajectories.sample", never)
     with pytest.raises(TfqcError, match=r"has no kernel for \d+ operations of Volumes") as caught:
         driver.compile(
             Volumes(), target, schedule=ddim(), steps=3, calibration=2, example_inputs=VOLUMES, require_real=True

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: the core knows no pass or backend, and they not each other."""
+"""Who may import whom, read from the source: no circle, no arrow up; passes and backends know not each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 from tfqc import registry
@@ -15,8 +16,29 @@ from tfqc.passing import Pass
 ROOT = Path(__file__).parents[1]
 LINKS = {ROOT / "tfqc" / "passes", ROOT / "tfqc" / "backends"}
 CORE = sorted(f for f in (ROOT / "tfqc").rglob("*.py") if not LINKS & set(f.parents))
-PASSES = sorted(f for f in (ROOT / "passes").glob("*.py") if f.name != "__init__.py")
+SHARED = sorted(f for f in (ROOT / "passes").glob("*.py") if f.name != "__init__.py")
+OWN = sorted(f for f in (ROOT / "backends").glob("*/passes/*.py") if f.name != "__init__.py")
+PASSES = SHARED + OWN
 BACKENDS = sorted((ROOT / "backends").rglob("*.py"))
+# From the bottom up: a package imports itself and what stands in a line above it.
+LAYERS = """
+version
+errors quiet progress
+registry runtime
+files
+ir
+sampling analysis
+frontend passing
+instruments quant
+calibration lowering
+temporal codegen
+models
+arguments report
+driver
+__init__
+cli
+__main__
+"""
 
 
 def name_of(file: Path) -> str:
@@ -46,6 +68,24 @@ def imports(file: Path, source: str | None = None) -> Iterator[str]:
 
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
+
+
+def layer_of(module: str) -> int:
+    """The line of `LAYERS` that a module of the core stands in."""
+    part = module.split(".")[1] if "." in module else "__init__"
+    return next(number for number, line in enumerate(LAYERS.split("\n")) if part in line.split())
+
+
+def module_graph() -> nx.DiGraph:
+    """Imports among all modules of the package, wherever they stand and whatever they are for."""
+    files = {name_of(f): f for f in (*CORE, *(ROOT / "passes").glob("*.py"), *BACKENDS)}
+    graph: nx.DiGraph = nx.DiGraph()
+    for module, file in files.items():
+        for found in imports(file):
+            target = found if found in files else found.rpartition(".")[0]
+            if target in files and target != module:
+                graph.add_edge(module, target)
+    return graph
 
 
 def ids(files: list[Path]) -> list[str]:
@@ -78,7 +118,30 @@ def test_the_core_imports_no_pass_and_no_backend(file: Path) -> None:
     assert [n for n in imports(file) if within(n, "tfqc.passes") or within(n, "tfqc.backends")] == []
 
 
-@pytest.mark.parametrize("file", PASSES, ids=ids(PASSES))
+def test_there_is_no_circle_of_imports() -> None:
+    circles = [sorted(c) for c in nx.strongly_connected_components(module_graph()) if len(c) > 1]
+    assert circles == []
+
+
+def test_a_circle_would_be_found() -> None:
+    graph = module_graph()
+    graph.add_edge("tfqc.errors", "tfqc.driver")
+    assert any(len(c) > 1 for c in nx.strongly_connected_components(graph))
+
+
+def test_no_import_runs_up() -> None:
+    edges = [
+        (a, b)
+        for a, b in module_graph().edges
+        if not any(n.split(".")[1:2] in (["passes"], ["backends"]) for n in (a, b))
+    ]
+    up = [f"{a} -> {b}" for a, b in edges if layer_of(b) > layer_of(a)]
+    assert up == []
+    level = [f"{a} -> {b}" for a, b in edges if layer_of(b) == layer_of(a) and a.split(".")[1:2] != b.split(".")[1:2]]
+    assert level == []
+
+
+@pytest.mark.parametrize("file", SHARED, ids=ids(SHARED))
 def test_a_pass_imports_the_core_alone(file: Path) -> None:
     assert [n for n in imports(file) if within(n, "tfqc.passes") or within(n, "tfqc.backends")] == []
 

@@ -20,14 +20,15 @@ import json, sys, tempfile
 from pathlib import Path
 import torch
 from tests.tiny import INPUTS, tiny
-from tfqc.artifact import check_files
-from tfqc.backend import refusals
+from tfqc.codegen.artifact import check_files
+from tfqc.codegen.support import refusals
 from tfqc.instruments import CheckNumerics, VerifyEach
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.registry import entries, sound_passes
-from tfqc.schedule import SamplingSchedule
-from tfqc.target import Target
+from tfqc.passing.pipeline import Pipeline
+from tfqc.passing.known import sound_passes
+from tfqc.registry import entries
+from tfqc.sampling.schedule import SamplingSchedule
+from tfqc.codegen.target import Target
 
 said = {"listed": [vars(entries("passes")["swap-silu"]), vars(entries("backends")["example-ir"])]}
 said["loaded to be listed"] = "tfqc_example_plugin" in sys.modules
@@ -56,7 +57,7 @@ print(json.dumps(said))
 
 WRITE = """
 from tests.tiny import tiny
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 print(Pipeline.parse("normalize,swap-silu{own=true}").run(tiny()), end="")
 """
 
@@ -75,7 +76,7 @@ except TfqcError as error:
 
 ASK = """
 from tfqc.errors import TfqcError
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 try:
     print(Pipeline.parse({text!r}))
 except TfqcError as error:

@@ -50,7 +50,7 @@ def test_a_failure_is_raised_and_all_is_as_before() -> None:
 
 SAY = """
 import sys, tfqc
-from tfqc.models import find_model
+from tfqc.models.find import find_model
 tfqc.compile, tfqc.load, tfqc.Pipeline.parse("normalize,fold-cache"), find_model("fashion-unet")
 assert "UNet2DConditionModel" in repr(type(find_model("fashion-unet").model))
 """

@@ -13,9 +13,11 @@ from typing import ClassVar
 import pytest
 
 from tfqc import registry
+from tfqc.codegen.known import backend_names, find_backend
 from tfqc.errors import SpecError, TfqcError
 from tfqc.passing import Pass
-from tfqc.registry import backend_names, entries, find_backend, find_pass, pass_names, sound_passes
+from tfqc.passing.known import find_pass, pass_names, sound_passes
+from tfqc.registry import entries
 
 Declare = Callable[[str, str, dict[str, str]], None]
 
@@ -136,21 +138,21 @@ def test_a_broken_plugin_fails_only_when_asked_for(declare: Declare, target: str
 
 def test_what_is_no_backend_is_refused(declare: Declare) -> None:
     declare("some-plugin", "backends", {"bad": f"{HERE}:Good"})
-    with pytest.raises(SpecError, match=r"Backend 'bad': .*Good.* is no class derived from tfqc\.backend"):
+    with pytest.raises(SpecError, match=r"Backend 'bad': .*Good.* is no class derived from tfqc\.codegen\.backend"):
         find_backend("bad")
 
 
 LOOKS_UP = """
 from dataclasses import dataclass
 from typing import ClassVar
-import tfqc.registry
+import tfqc.passing.known
 from tfqc.passing import Pass
 {when_imported}
 @dataclass(frozen=True)
 class Found(Pass):
     name: ClassVar[str] = {name!r}
     def other(self):
-        return tfqc.registry.find_pass({other!r})
+        return tfqc.passing.known.find_pass({other!r})
 """
 
 
@@ -165,7 +167,7 @@ def pair(declare: Declare, tmp_path: Path) -> Iterator[Callable[[str], None]]:
 
     def make(when: str) -> None:
         for name, other in (("one", "two"), ("two", "one")):
-            _write(tmp_path, name, other, f"tfqc.registry.find_pass({other!r})" if when == "imported" else "")
+            _write(tmp_path, name, other, f"tfqc.passing.known.find_pass({other!r})" if when == "imported" else "")
             declare(f"plugin{name}", "passes", {name: f"plugin_{name}:Found"})
 
     yield make
@@ -194,11 +196,12 @@ def test_plugins_that_need_each_other_while_they_are_imported(
 
 
 @pytest.mark.parametrize(
-    "first", ["plugin_one", "tfqc.registry", "tfqc.passing", "tfqc.pipeline", "tfqc.ir", "tfqc.backend"]
+    "first",
+    ["plugin_one", "tfqc.registry", "tfqc.passing", "tfqc.passing.pipeline", "tfqc.ir", "tfqc.codegen.backend"],
 )
 def test_a_plugin_may_be_imported_first(first: str, tmp_path: Path) -> None:
     """In a fresh interpreter, whatever is imported first."""
-    _write(tmp_path, "one", "normalize", "tfqc.registry.find_pass('normalize')")
+    _write(tmp_path, "one", "normalize", "tfqc.passing.known.find_pass('normalize')")
     code = f"import {first}, plugin_one, tfqc; tfqc.Pipeline.parse('normalize'); print(plugin_one.Found().other().name)"
     path = os.pathsep.join([str(tmp_path), str(Path(registry.__file__).parents[1])])
     done = subprocess.run(

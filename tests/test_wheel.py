@@ -18,8 +18,8 @@ DATA = {".json", ".md", ".py", ".pyi", ".safetensors", ".txt", ".c", ".cpp", ".c
 # Run where the user keeps folders of their own with the names of ours.
 USE = """
 import tfqc, tfqc.passes.normalize, tfqc.backends.fake_quant
-from tfqc.pipeline import Pipeline
-from tfqc.registry import sound_passes
+from tfqc.passing.pipeline import Pipeline
+from tfqc.passing.known import sound_passes
 print(tfqc.__path__[0], len(list(sound_passes())), Pipeline.parse("normalize,discover-tib"))
 """
 
@@ -67,7 +67,7 @@ def test_the_wheel_holds_the_code_the_data_and_nothing_else(wheel: Path) -> None
     wanted = {str(f.relative_to(ROOT)) for f in real}
     wanted = {name if name.startswith("tfqc/") else f"tfqc/{name}" for name in wanted}
     assert held == wanted
-    assert {"tfqc/pipeline.py", "tfqc/passes/normalize.py", "tfqc/backends/fake_quant/backend.py"} <= held
+    assert {"tfqc/passing/pipeline.py", "tfqc/passes/normalize.py", "tfqc/backends/fake_quant/backend.py"} <= held
 
 
 def test_tfqc_runs_from_the_wheel(wheel: Path, elsewhere: Path, tmp_path: Path) -> None:

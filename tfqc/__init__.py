@@ -13,29 +13,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tfqc.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from tfqc.calibration import Calibration
+    from tfqc.codegen.target import Target
     from tfqc.driver import compile, load
     from tfqc.errors import TfqcError
     from tfqc.frontend import capture
     from tfqc.ir import Program, parse, render
-    from tfqc.models import ModelSpec
-    from tfqc.passing import Context, Pass
-    from tfqc.pipeline import Pipeline
-    from tfqc.schedule import SamplingSchedule
-    from tfqc.target import Target
+    from tfqc.models.spec import ModelSpec
+    from tfqc.passing.base import Pass
+    from tfqc.passing.context import Context
+    from tfqc.passing.pipeline import Pipeline
+    from tfqc.sampling.data import Calibration
+    from tfqc.sampling.schedule import SamplingSchedule
 
-__version__ = "0.1.0"
 __all__ = [
     "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "SamplingSchedule", "Target", "TfqcError",
     "capture", "compile", "load", "parse", "render",
 ]  # fmt: skip
 
 _HOMES = {
-    "Calibration": "tfqc.calibration", "Context": "tfqc.passing", "ModelSpec": "tfqc.models", "Pass": "tfqc.passing",
-    "Pipeline": "tfqc.pipeline", "Program": "tfqc.ir", "SamplingSchedule": "tfqc.schedule", "Target": "tfqc.target",
-    "TfqcError": "tfqc.errors", "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver",
-    "parse": "tfqc.ir", "render": "tfqc.ir",
+    "Calibration": "tfqc.sampling.data", "Context": "tfqc.passing", "ModelSpec": "tfqc.models.spec",
+    "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir",
+    "SamplingSchedule": "tfqc.sampling.schedule", "Target": "tfqc.codegen.target", "TfqcError": "tfqc.errors",
+    "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
+    "render": "tfqc.ir",
 }  # fmt: skip
 
 

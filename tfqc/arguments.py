@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tfqc.calibration import Calibration
+from tfqc.codegen.recipes import STRATEGIES
+from tfqc.codegen.target import Target
 from tfqc.errors import CalibrationError, PipelineError, SpecError, TfqcError, suggest
 from tfqc.instruments import Instrument
-from tfqc.pipeline import Pipeline
-from tfqc.recipes import STRATEGIES
-from tfqc.schedule import SamplingSchedule
-from tfqc.target import Target
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.data import Calibration
+from tfqc.sampling.schedule import SamplingSchedule
 
 
 def read_target(given: Any) -> Target:

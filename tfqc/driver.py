@@ -11,25 +11,29 @@ from typing import Any
 
 import torch
 
-import tfqc
 from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.analysis.weighted import check_weights
 from tfqc.arguments import check_calibration_argument, check_others, read_pipeline, read_schedule, read_target
-from tfqc.artifact import Artifact, check_files
-from tfqc.backend import Backend, compromised, grouped, refused
-from tfqc.calibration import Calibration
-from tfqc.checking import tables_of
+from tfqc.codegen.artifact import Artifact, check_files
+from tfqc.codegen.backend import Backend
+from tfqc.codegen.known import find_backend
+from tfqc.codegen.support import compromised, grouped, refused
+from tfqc.codegen.target import Target
 from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
 from tfqc.frontend.inputs import DynamicDims, inputs_of
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.models import ModelSpec, find_model, from_diffusers
-from tfqc.passing import Context, Progress, Silent
-from tfqc.pipeline import Pipeline
-from tfqc.registry import find_backend
+from tfqc.ir.rows import Quantizer
+from tfqc.models.find import find_model, from_diffusers
+from tfqc.models.spec import ModelSpec
+from tfqc.passing.context import Context
+from tfqc.passing.order import tables_of
+from tfqc.passing.pipeline import Pipeline
+from tfqc.progress import Progress, Silent
 from tfqc.runtime import VERSION, Stepper
-from tfqc.target import Target
+from tfqc.sampling.data import Calibration
+from tfqc.version import __version__
 
 Compilable = str | ModelSpec | torch.nn.Module | Program | Any
 
@@ -61,7 +65,7 @@ def compile(
         steps: how many steps of it; needed unless the scheduler has been set.
         calibration: data, or a number of images to draw (16 by default).
         pipeline: your own, instead of the target's default for `strategy`.
-        strategy: how temporal features are kept (`tfqc.recipes.STRATEGIES`).
+        strategy: how temporal features are kept (`tfqc.codegen.recipes.STRATEGIES`).
         example_inputs, roles: for `capture`, where the model's class does not tell.
         dynamic: dimensions that may differ from call to call, beside the batch: `{"sample": {2: "H", 3: "W"}}`.
         seed: of the calibration images and of everything drawn.
@@ -117,7 +121,8 @@ def compile(
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
-    check_quantized(program, passes)
+    if _quantizes(passes):
+        check_quantized(program)
     context.report += _refuse(backend, program, target, require_real) + left_in_floating_point(program)
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
     artifact = backend.emit(program, target.options)
@@ -158,8 +163,13 @@ def _rehearse(passes: Pipeline, program: Program, context: Context, target: Targ
         if error.__cause__ is None:
             raise
         return  # a pass that does not do without values: the run tells what there is to tell
-    check_quantized(rehearsed, passes)
+    if _quantizes(passes):
+        check_quantized(rehearsed)
     _refuse(target.backend, rehearsed, target, require_real)
+
+
+def _quantizes(passes: Pipeline) -> bool:
+    return any(Quantizer.table in item.contract().provides for item in passes.passes)
 
 
 def _refuse(backend: Backend, program: Program, target: Target, require_real: bool) -> list[str]:
@@ -229,7 +239,7 @@ def _facts(program: Program, target: Target, passes: Pipeline, context: Context)
         "seed": context.seed,
         "report": context.report,
         "versions": {
-            "tfqc": tfqc.__version__,
+            "tfqc": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "diffusers", "safetensors")},
         },

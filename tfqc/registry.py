@@ -6,15 +6,12 @@ Everything is loaded lazily: a broken plug-in fails only when it is asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from tfqc.backend import Backend
 from tfqc.errors import SpecError, TfqcError, suggest
-from tfqc.passing import Pass
 
 OWNER = "tfqc"
 PASSES = {
@@ -31,18 +28,18 @@ PASSES = {
     "fold-cache": "tfqc.passes.fold_cache:FoldCache",
     "hoist-request": "tfqc.passes.hoist_request:HoistRequest",
     "insert-qdq": "tfqc.passes.insert_qdq:InsertQdq",
-    "lower-int8": "tfqc.passes.lower_int8:LowerInt8",
-    "lower-int4": "tfqc.passes.lower_int4:LowerInt4",
-    "lower-attention": "tfqc.passes.lower_attention:LowerAttention",
-    "fuse-low-rank": "tfqc.passes.fuse_low_rank:FuseLowRank",
+    "lower-int8": "tfqc.backends.cpu_int8.passes.lower_int8:LowerInt8",
+    "lower-int4": "tfqc.backends.cuda_int4.passes.lower_int4:LowerInt4",
+    "lower-attention": "tfqc.backends.cpu_int8.passes.lower_attention:LowerAttention",
+    "fuse-low-rank": "tfqc.backends.cuda_int4.passes.fuse_low_rank:FuseLowRank",
     "fuse-epilogues": "tfqc.passes.fuse_epilogues:FuseEpilogues",
-    "fuse-norms": "tfqc.passes.fuse_norms:FuseNorms",
+    "fuse-norms": "tfqc.backends.cpu_int8.passes.fuse_norms:FuseNorms",
     "fuse-quantize": "tfqc.passes.fuse_quantize:FuseQuantize",
     "channels-last": "tfqc.passes.channels_last:ChannelsLast",
-    "half-precision": "tfqc.passes.half_precision:HalfPrecision",
-    "narrow-residual": "tfqc.passes.narrow_residual:NarrowResidual",
-    "prepack-weights": "tfqc.passes.prepack_weights:PrepackWeights",
-    "plan-memory": "tfqc.passes.plan_memory:PlanMemory",
+    "half-precision": "tfqc.backends.cuda_int4.passes.half_precision:HalfPrecision",
+    "narrow-residual": "tfqc.backends.cpu_int8.passes.narrow_residual:NarrowResidual",
+    "prepack-weights": "tfqc.backends.cpu_int8.passes.prepack_weights:PrepackWeights",
+    "plan-memory": "tfqc.backends.cpu_int8.passes.plan_memory:PlanMemory",
 }
 BACKENDS = {
     "fake-quant": "tfqc.backends.fake_quant.backend:FakeQuantBackend",
@@ -64,41 +61,6 @@ class Entry:
     version: str = ""
 
 
-def pass_names() -> list[str]:
-    """Names of all passes, the built-in ones first, in the order in which pipelines use them."""
-    return list(entries("passes"))
-
-
-def backend_names() -> list[str]:
-    """Names of all backends."""
-    return list(entries("backends"))
-
-
-@functools.cache
-def find_pass(name: str) -> type[Pass]:
-    """The class of a pass.
-
-    Raises:
-        SpecError: no such pass (with a suggestion), or its plug-in does not load.
-    """
-    cls = _load("passes", name)
-    # Asked of the class itself: a subclass that forgot the decorator inherits the answers of its base.
-    parameters = getattr(cls, "__dict__", {}).get("__dataclass_params__")
-    if not (isinstance(cls, type) and issubclass(cls, Pass) and parameters is not None and parameters.frozen):
-        raise SpecError(f"Pass {name!r}: {cls!r} is no frozen dataclass derived from tfqc.passing.Pass.")
-    _check_name("passes", name, cls)
-    return cls
-
-
-def sound_passes() -> Iterator[tuple[str, type[Pass]]]:
-    """All passes that load, by name: what advice and listings are made from."""
-    for name in pass_names():
-        try:
-            yield name, find_pass(name)
-        except SpecError:
-            continue
-
-
 @functools.cache
 def load_plugins() -> tuple[str, ...]:
     """Load the passes and backends of other packages, which register operations and tables when they are imported.
@@ -111,24 +73,10 @@ def load_plugins() -> tuple[str, ...]:
         for name, entry in entries(group).items():
             if entry.owner != OWNER:
                 try:
-                    _load(group, name)
+                    load(group, name)
                 except SpecError as error:
                     broken.append(str(error))
     return tuple(broken)
-
-
-@functools.cache
-def find_backend(name: str) -> type[Backend]:
-    """The class of a backend.
-
-    Raises:
-        SpecError: no such backend (with a suggestion), or its plug-in does not load.
-    """
-    cls = _load("backends", name)
-    if not (isinstance(cls, type) and issubclass(cls, Backend)):
-        raise SpecError(f"Backend {name!r}: {cls!r} is no class derived from tfqc.backend.Backend.")
-    _check_name("backends", name, cls)
-    return cls
 
 
 @functools.cache
@@ -152,13 +100,18 @@ def entries(group: str) -> dict[str, Entry]:
     return found
 
 
-def _check_name(group: str, name: str, cls: type[Any]) -> None:
+def check_name(group: str, name: str, cls: type[Any]) -> None:
     """Text is made from a class's own name and read back by the registered one."""
     if (own := getattr(cls, "name", None)) != name:
         raise SpecError(f"The {_KINDS[group]} {name!r} is registered under that name, but calls itself {own!r}.")
 
 
-def _load(group: str, name: str) -> Any:
+def load(group: str, name: str) -> Any:
+    """What the entry `name` of `passes` or `backends` refers to.
+
+    Raises:
+        SpecError: there is none (with a suggestion), or its package does not load.
+    """
     known, kind = entries(group), _KINDS[group]
     if name not in known:
         raise SpecError(f"There is no {kind} {name!r}.{suggest(name, list(known))}")

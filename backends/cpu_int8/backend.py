@@ -7,14 +7,15 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from tfqc.artifact import Artifact
-from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cpu_int8.emit import emit
 from tfqc.backends.cpu_int8.legalize import legalize
 from tfqc.backends.cpu_int8.support import why_not_real
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.backend import Backend
+from tfqc.codegen.recipes import quantization_pipeline
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
-from tfqc.recipes import quantization_pipeline
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from torch import fx
 
 from tfqc.analysis.rewrite import name_of
-from tfqc.artifact import Artifact
 from tfqc.backends.cpu_int8.runtime.build import source_of
 from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
-from tfqc.emission.bodies import DOCS, body
-from tfqc.emission.expressions import Stored, arguments, expression, value
-from tfqc.emission.files import tensor_files
-from tfqc.emission.module import ModuleWriter, engine_class, helpers, parameters
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.python.bodies import DOCS, body
+from tfqc.codegen.python.expressions import Stored, arguments, expression, value
+from tfqc.codegen.python.files import tensor_files
+from tfqc.codegen.python.module import ModuleWriter, engine_class, helpers, parameters
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tfqc.passing import Pass
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 
 def legalize(options: Any) -> tuple[Pass, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from tfqc.analysis.integer import why_not_attention, why_not_integer
 from tfqc.analysis.rewrite import name_of, operands, stores
 from tfqc.analysis.weighted import WEIGHTED
+from tfqc.backends.cpu_int8.integer import why_not_attention, why_not_integer
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program
 

@@ -9,15 +9,17 @@ from typing import Any, ClassVar, Literal, get_args
 from tabulate import tabulate
 from torch import fx
 
-from tfqc.analysis.tensor_cores import why_not_real
-from tfqc.artifact import Artifact
-from tfqc.backend import YES, Backend, Support
 from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Body, Mode, body_for
+from tfqc.backends.cuda_int4.tensor_cores import why_not_real
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.backend import Backend
+from tfqc.codegen.recipes import quantization_pipeline
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.program import Program
-from tfqc.passing import Pass, Progress
-from tfqc.recipes import quantization_pipeline
+from tfqc.passing import Pass
+from tfqc.progress import Progress
 from tfqc.runtime.kernel_ops import GROUP
 
 _INSTRUCTIONS: dict[tuple[Body, Mode], str] = {

@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor, fx
 
 from tfqc.analysis.rewrite import name_of, operands
-from tfqc.analysis.tensor_cores import is_step_row
-from tfqc.artifact import Artifact
 from tfqc.backends.cuda_int4.lines import Lines
 from tfqc.backends.cuda_int4.runtime import pack
 from tfqc.backends.cuda_int4.runtime.specialise import source
 from tfqc.backends.cuda_int4.selection import PRODUCTS
-from tfqc.emission.bodies import DOCS, body
-from tfqc.emission.expressions import Stored, expression
-from tfqc.emission.files import WEIGHTS, tensor_files
-from tfqc.emission.module import ModuleWriter, engine_class, helpers, parameters
+from tfqc.backends.cuda_int4.tensor_cores import is_step_row
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.python.bodies import DOCS, body
+from tfqc.codegen.python.expressions import Stored, expression
+from tfqc.codegen.python.files import WEIGHTS, tensor_files
+from tfqc.codegen.python.module import ModuleWriter, engine_class, helpers, parameters
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.types import TensorType

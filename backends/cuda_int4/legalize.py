@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tfqc.passing import Pass
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 
 def legalize() -> tuple[Pass, ...]:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx
 
 from tfqc.analysis.rewrite import is_branch, name_of, operands
-from tfqc.analysis.tensor_cores import window_of
 from tfqc.backends.cuda_int4.runtime.specialise import Gemm
 from tfqc.backends.cuda_int4.selection import PRODUCTS, Selection, is_image
-from tfqc.emission.expressions import Stored, expression, value
+from tfqc.codegen.python.expressions import Stored, expression, value
 from tfqc.ir.program import Program
+from tfqc.lowering.windows import window_of
 
 _QUANTIZERS = {"tfqc.map.default", "tfqc.quantize_tokens.default"}
 

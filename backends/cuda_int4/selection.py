@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 from torch import fx
 
 from tfqc.analysis.rewrite import name_of, operands
-from tfqc.analysis.tensor_cores import is_step_row, window_of
 from tfqc.backends.cuda_int4.runtime.specialise import (
     Body,
     Epilogue,
@@ -23,9 +22,11 @@ from tfqc.backends.cuda_int4.runtime.specialise import (
     Window,
     body_for,
 )
+from tfqc.backends.cuda_int4.tensor_cores import is_step_row
 from tfqc.backends.cuda_int4.tiles import tile_for
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType, evaluate
+from tfqc.lowering.windows import window_of
 
 K = TypeVar("K", Gemm, Quantize)
 PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}

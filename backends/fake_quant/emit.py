@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from tfqc.artifact import Artifact
-from tfqc.emission.bodies import DOCS, body
-from tfqc.emission.expressions import expression, variable
-from tfqc.emission.files import TIME_WEIGHTS, WEIGHTS, tensor_files
-from tfqc.emission.module import ModuleWriter
-from tfqc.emission.names import harmless
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.python.bodies import DOCS, body
+from tfqc.codegen.python.expressions import expression, variable
+from tfqc.codegen.python.files import TIME_WEIGHTS, WEIGHTS, tensor_files
+from tfqc.codegen.python.module import ModuleWriter
+from tfqc.codegen.python.names import harmless
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render

@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from tfqc.artifact import MANIFEST, Artifact, check_files, check_output
-from tfqc.calibration import Calibration
 from tfqc.cli.inspecting import _artifact, _artifact_text
+from tfqc.codegen.artifact import MANIFEST, Artifact, check_files, check_output
 from tfqc.errors import ArtifactError, CalibrationError
+from tfqc.files.storage import read_tensors
 from tfqc.runtime.tensors import read_header
-from tfqc.schedule import SamplingSchedule, scheduler_class
-from tfqc.storage import read_tensors
+from tfqc.sampling.data import Calibration
+from tfqc.sampling.schedule import SamplingSchedule, scheduler_class
 
 _PROGRAM = """tfqc-ir 1
 model "chain"

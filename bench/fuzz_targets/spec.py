@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tfqc.pipeline import Pipeline
-from tfqc.target import Target
+from tfqc.codegen.target import Target
+from tfqc.passing.pipeline import Pipeline
 
 
 def pipeline(data: bytes, work: Path) -> None:

@@ -14,8 +14,8 @@ import tfqc
 from tests.tiny import tiny
 from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.errors import TfqcError
-from tfqc.models import ModelSpec
-from tfqc.pipeline import Pipeline
+from tfqc.models.spec import ModelSpec
+from tfqc.passing.pipeline import Pipeline
 
 
 class Left(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import tfqc
 from tests.helpers import first
-from tfqc.artifact import Artifact
-from tfqc.calibration import Calibration
+from tfqc.codegen.artifact import Artifact
 from tfqc.runtime import VERSION
+from tfqc.sampling.data import Calibration
 
 TARGETS = ("fake-quant{weights=4 activations=8}", "cpu-int8", "cuda-int4{arch=sm_86}")
 

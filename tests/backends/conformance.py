@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 from tests.helpers import first
 from tests.subjects import Subject, Subjects, calibration
-from tfqc.artifact import Artifact, check_files
-from tfqc.backend import refusals
-from tfqc.calibration import Calibration
+from tfqc.codegen.artifact import Artifact, check_files
+from tfqc.codegen.recipes import STRATEGIES
+from tfqc.codegen.support import refusals
+from tfqc.codegen.target import Target
 from tfqc.driver import load
 from tfqc.instruments.numerics import relative_error
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.recipes import STRATEGIES
+from tfqc.passing.pipeline import Pipeline
 from tfqc.runtime import VERSION
-from tfqc.schedule import SamplingSchedule
-from tfqc.target import Target
+from tfqc.sampling.data import Calibration
+from tfqc.sampling.schedule import SamplingSchedule
 
 # Few iterations: these tests ask if a strategy runs, not how well it does.
 _QUICK = ("reconstruct-tib{bits=", "reconstruct-tib{iterations=5 bits=")

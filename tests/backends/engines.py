@@ -16,9 +16,9 @@ from tests.lowered import EXACT, example, finished
 from tests.subjects import Subject
 from tfqc.backends.cpu_int8.runtime.build import best_isa
 from tfqc.backends.cpu_int8.runtime.engine import Engine
+from tfqc.codegen.target import Target
 from tfqc.driver import load
 from tfqc.ir.program import Program
-from tfqc.target import Target
 
 BATCHES = ([750.0], [500.0, 500.0], [0.0, 750.0, 250.0], [33.0])
 built = pytest.mark.skipif(

@@ -25,7 +25,7 @@ from tfqc.backends.cpu_int8.runtime.engine import Engine
 from tfqc.driver import compile
 from tfqc.errors import TfqcError
 from tfqc.frontend import capture
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("target", [EXACT, "cpu-int8"])

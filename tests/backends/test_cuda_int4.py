@@ -16,11 +16,11 @@ from tests.backends.conformance import pytest_generate_tests as pytest_generate_
 from tests.helpers import first
 from tests.lowered import example
 from tests.subjects import Subjects, of_example
-from tfqc.backend import compromised
+from tfqc.codegen.support import compromised
+from tfqc.codegen.target import Target
 from tfqc.driver import load
 from tfqc.errors import SpecError
 from tfqc.ir.program import Program
-from tfqc.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:Kernels for CUDA")
 

@@ -12,11 +12,11 @@ from tests.backends.border import Border
 from tests.backends.conformance import Conformance, compile_for, pytest_generate_tests, quantization_error
 from tests.helpers import first
 from tests.subjects import Subjects
+from tfqc.codegen.target import Target
 from tfqc.driver import load
 from tfqc.errors import SpecError
 from tfqc.runtime import ops
 from tfqc.runtime.ops import fake_quantize
-from tfqc.target import Target
 
 __all__ = ["pytest_generate_tests"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.models import MODELS, unet2d
 from tests.tiny import INPUTS, Tiny
-from tfqc.models import ModelSpec
+from tfqc.models.spec import ModelSpec
 
 
 def _seeded(model: type[nn.Module]) -> nn.Module:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import FEW, TINY, Tfqc
 from tests.tiny import tiny
 from tfqc.ir.store import save_program
-from tfqc.models import find_model
+from tfqc.models.find import find_model
 
 W4 = "fake-quant{weights=4}"
 
@@ -209,7 +209,7 @@ def test_unexpected_exceptions_say_how_to_see_more(tfqc: Tfqc, tmp_path: Path, m
     def broken(*_: object, **__: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("tfqc.models.find_model", broken)
+    monkeypatch.setattr("tfqc.models.find.find_model", broken)
     arguments = ("compile", TINY, "--out", tmp_path / "out")
     done = tfqc(*arguments)
     assert done.code == 1

@@ -10,6 +10,7 @@ from tests.cli.conftest import TINY, Tfqc
 from tests.tiny import tiny
 from tfqc import registry
 from tfqc.ir.store import save_program
+from tfqc.passing.known import find_pass
 
 PASSES = "normalize,discover-tib,sloppy,discover-tib"
 
@@ -21,7 +22,7 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_program(tiny(), tmp_path / "p.ir")
     yield tmp_path / "p.ir"
     registry.entries.cache_clear()
-    registry.find_pass.cache_clear()
+    find_pass.cache_clear()
 
 
 def test_the_first_wrong_pass_and_the_first_wrong_value_are_named(tfqc: Tfqc, before: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from tests.cli.conftest import FEW, TINY, Tfqc
 from tfqc import registry
 from tfqc.ir.store import load_program
-from tfqc.models import find_model
+from tfqc.models.find import find_model
+from tfqc.passing.known import find_pass
 
 PIPELINE = "normalize,discover-tib,select-maintenance,fold-cache"
 
@@ -25,7 +26,7 @@ def exploding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.entries.cache_clear()
     yield
     registry.entries.cache_clear()
-    registry.find_pass.cache_clear()
+    find_pass.cache_clear()
 
 
 def test_it_leaves_the_artifact_and_nothing_else(tfqc: Tfqc, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.cli.conftest import UNET, Tfqc
 from tests.tiny import tiny
 from tfqc import registry
 from tfqc.ir.store import save_program
+from tfqc.passing.known import find_pass
 
 
 def size_of(picture: Path) -> tuple[int, int]:
@@ -118,7 +119,7 @@ def test_a_broken_plugin_is_listed_with_its_reason(tfqc: Tfqc, monkeypatch: pyte
     done = tfqc("passes")
     assert done.code == 0
     assert "does not load" in done.out and "fold-cache" in done.out
-    registry.find_pass.cache_clear()
+    find_pass.cache_clear()
 
 
 def test_demo_in_small(tfqc: Tfqc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from tests.helpers import find, first
 from tests.lowered import PER_TOKEN, before, example
 from tests.subjects import Subject, of_example
-from tfqc.artifact import Artifact
 from tfqc.backends.cuda_int4.runtime import pack
 from tfqc.backends.cuda_int4.runtime.build import MissingCompilerError, compile
 from tfqc.backends.cuda_int4.runtime.engine import Engine
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Gemm, Kernel, source
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.target import Target
 from tfqc.driver import load
 from tfqc.frontend import capture
 from tfqc.ir.program import Program
-from tfqc.pipeline import Pipeline
-from tfqc.target import Target
+from tfqc.passing.pipeline import Pipeline
 
 GOLDEN = Path(__file__).with_name("golden")
 W4 = "calibrate-weights{bits=4 method=min-max}"

@@ -18,20 +18,21 @@ from tests.helpers import first
 from tests.lowered import before, example, parts
 from tests.ptx import run
 from tests.subjects import of_example
-from tfqc.artifact import Artifact
 from tfqc.backends.cuda_int4.runtime.build import MissingCompilerError, compile
 from tfqc.backends.cuda_int4.runtime.engine import Engine
 from tfqc.backends.cuda_int4.runtime.reference import Given
 from tfqc.backends.cuda_int4.runtime.specialise import Kernel
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.target import Target
 from tfqc.driver import load
 from tfqc.frontend import capture
 from tfqc.ir.program import Program
-from tfqc.models import ModelSpec, find_model
+from tfqc.models.find import find_model
+from tfqc.models.spec import ModelSpec
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.sampling import initial_noise
-from tfqc.schedule import SamplingSchedule
-from tfqc.target import Target
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.loop import initial_noise
+from tfqc.sampling.schedule import SamplingSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:Kernels for CUDA")
 

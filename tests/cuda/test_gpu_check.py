@@ -17,17 +17,17 @@ from typer.testing import CliRunner
 from tests.cli.factories import unet
 from tests.cuda import stub
 from tests.cuda.test_kernels_build import without_nvcc
-from tfqc.artifact import Artifact
 from tfqc.backends.cuda_int4.checking import check, timing
 from tfqc.backends.cuda_int4.checking.layers import Layer, sdxl_layers
 from tfqc.backends.cuda_int4.checking.vectors import load
 from tfqc.backends.cuda_int4.runtime import build
 from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Mode, Window, body_for
 from tfqc.cli import app
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.known import find_backend
 from tfqc.driver import compile
 from tfqc.errors import TfqcError
-from tfqc.passing import Silent
-from tfqc.registry import find_backend
+from tfqc.progress import Silent
 
 ROOT = Path(__file__).parents[2]
 MODELLED = json.loads((ROOT / "bench" / "results" / "gpu-model.json").read_text())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tfqc
 from tfqc.frontend import capture
 from tfqc.ir.types import symbols_of
-from tfqc.models import ModelSpec
+from tfqc.models.spec import ModelSpec
 
 
 class Tokens(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tfqc
 from tfqc.errors import TfqcError
-from tfqc.models import ModelSpec
+from tfqc.models.spec import ModelSpec
 
 STORED = [
     torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu,

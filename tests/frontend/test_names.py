@@ -18,7 +18,7 @@ from tfqc.errors import CaptureError
 from tfqc.frontend import capture
 from tfqc.frontend.names import input_names, tensor_names
 from tfqc.ir.program import Role
-from tfqc.models import ModelSpec
+from tfqc.models.spec import ModelSpec
 from tfqc.passes.normalize import Normalize
 from tfqc.runtime import buffer_name
 

@@ -14,7 +14,7 @@ from tfqc.ir.program import TIME, Program, Role, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
 from tfqc.ir.types import ScalarType, TensorType, Type
 from tfqc.ir.verify import verify
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 aten = torch.ops.aten
 

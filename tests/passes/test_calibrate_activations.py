@@ -11,15 +11,15 @@ from diffusers import DDIMScheduler
 
 from tests.subjects import Subject, Subjects, assert_text_round_trip, calibration
 from tfqc.analysis.weighted import weighted_nodes
+from tfqc.calibration.trajectories import trajectories
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer, RowSource
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.quant import Grid, fake_quantize, range_to_qparams
-from tfqc.schedule import SamplingSchedule
-from tfqc.trajectories import trajectories
+from tfqc.passing.pipeline import Pipeline
+from tfqc.quant.grid import Grid, fake_quantize, range_to_qparams
+from tfqc.sampling.schedule import SamplingSchedule
 
 
 def context(its: Subject, workdir: Path, steps: int = 4, **others: Any) -> Context:
@@ -29,7 +29,7 @@ def context(its: Subject, workdir: Path, steps: int = 4, **others: Any) -> Conte
 
 def observed(program: Program, ctx: Context) -> dict[str, list[torch.Tensor]]:
     """Inputs of weighted nodes by value name, one tensor for each step."""
-    from tfqc.analysis.simulate import Simulation
+    from tfqc.calibration.simulate import Simulation
 
     seen: dict[str, list[torch.Tensor]] = {}
     step = 0

@@ -14,7 +14,7 @@ from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.render import render
 from tfqc.ir.rows import Disturbance, Quantizer, RowSource
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("name", ["unet2d-scale-shift", "unet-sd", "pixart", "chain", "dit-labels", "in-place"])
@@ -44,7 +44,7 @@ def test_less_error_than_static(name: str, subject: Subjects) -> None:
 
 def test_ranges_are_exact_for_the_finite_set(subject: Subjects) -> None:
     """Nothing is clipped: each step's least and largest value lie on the grid's ends."""
-    from tfqc.analysis.features import tib_run
+    from tfqc.temporal.features import tib_run
 
     its = subject("unet2d")
     program = its.run("calibrate-finite-set{bits=8}")

@@ -1,4 +1,4 @@
-"""calibrate-weights: the grids of tfqc.quant, on every weight that runs, and nothing else."""
+"""calibrate-weights: the grids of tfqc.quant.grid, on every weight that runs, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from torch import fx
 
 from tests.subjects import Subjects, assert_text_round_trip
-from tfqc.analysis.quantizers import stored_weight
 from tfqc.analysis.weighted import weight_of, weighted_nodes
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer
-from tfqc.pipeline import Pipeline
-from tfqc.quant import Grid, quantize_weight
+from tfqc.passing.pipeline import Pipeline
+from tfqc.quant.grid import Grid, quantize_weight
+from tfqc.quant.parameters import stored_weight
 
 TIB = "select-maintenance{strategy=tib}"  # so that the block runs too
 

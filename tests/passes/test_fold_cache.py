@@ -15,15 +15,15 @@ from tests.subjects import SUBJECTS, Subject, Subjects, assert_text_round_trip, 
 from tfqc.errors import PipelineError
 from tfqc.frontend import capture
 from tfqc.instruments.numerics import relative_error
-from tfqc.interpret import interpreter, plan_of
+from tfqc.ir.interpret import interpreter, plan_of
 from tfqc.ir.program import TIME, Program, Role
 from tfqc.ir.render import render
 from tfqc.ir.rows import Maintenance, Quantizer
 from tfqc.passes.fold_cache import FoldCache
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.sampling import initial_noise, sample
-from tfqc.schedule import SamplingSchedule
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.loop import initial_noise, sample
+from tfqc.sampling.schedule import SamplingSchedule
 
 FOLD = "select-maintenance,fold-cache"
 

@@ -14,7 +14,7 @@ from tests.models import TIMES, Example
 from tests.subjects import SUBJECTS, Subject, Subjects, assert_text_round_trip, of_example
 from tfqc.errors import PipelineError
 from tfqc.instruments.numerics import relative_error
-from tfqc.interpret import interpreter, plan_of
+from tfqc.ir.interpret import interpreter, plan_of
 from tfqc.ir.program import BEGIN, Program
 from tfqc.ir.render import render
 

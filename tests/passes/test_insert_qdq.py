@@ -1,4 +1,4 @@
-"""insert-qdq: the integers are those of tfqc.quant, shared where they can be, and what stays in float is named."""
+"""insert-qdq: the integers are those of tfqc.quant.grid, shared where they can be, and what stays in float is named."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from tests.helpers import evaluate_nodes, find, first
 from tests.passes.test_calibrate_activations import context
 from tests.subjects import Subjects, assert_text_round_trip
-from tfqc.analysis.quantizers import stored_weight
+from tfqc.calibration.trajectories import trajectories
 from tfqc.errors import PipelineError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer
-from tfqc.pipeline import Pipeline
-from tfqc.quant import Grid, dequantize, quantize
+from tfqc.passing.pipeline import Pipeline
+from tfqc.quant.grid import Grid, dequantize, quantize
+from tfqc.quant.parameters import stored_weight
 from tfqc.runtime.packing import unpack_int4
-from tfqc.trajectories import trajectories
 
 CALIBRATED = "select-maintenance,calibrate-weights{{{w}}},calibrate-activations{{{a}}},fold-cache,hoist-request"
 
@@ -27,7 +27,7 @@ CALIBRATED = "select-maintenance,calibrate-weights{{{w}}},calibrate-activations{
 @pytest.mark.parametrize("mode", ["static", "per-step"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_activation_codes(bits: int, mode: str, subject: Subjects, tmp_path: Path) -> None:
-    """Every quantize gives the codes that tfqc.quant gives for the same value, at the row of each entry."""
+    """Every quantize gives the codes that tfqc.quant.grid gives for the same value, at the row of each entry."""
     its = subject("unet2d")
     ctx = context(its, tmp_path)
     before = its.run(CALIBRATED.format(w="bits=8", a=f"bits={bits} mode={mode}"), ctx)

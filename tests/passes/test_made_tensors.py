@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tests.lowered import context, example
 from tests.subjects import Subject, of_example
+from tfqc.codegen.target import Target
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType
-from tfqc.pipeline import Pipeline
-from tfqc.target import Target
+from tfqc.passing.pipeline import Pipeline
 
 
 class Tied(nn.Module):

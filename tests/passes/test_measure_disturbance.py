@@ -11,8 +11,8 @@ from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.render import render
 from tfqc.ir.rows import Disturbance, Trajectory
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.schedule import SamplingSchedule
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.schedule import SamplingSchedule
 
 
 @pytest.mark.parametrize("name", ["unet2d-scale-shift", "pixart", "unet2d-labels", "in-place"])

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.subjects import Subjects, assert_text_round_trip, calibration
-from tfqc.analysis.quantizers import stored_weight
 from tfqc.analysis.weighted import tib_weighted, weight_of
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.rows import Disturbance, Quantizer
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.quant import Grid, quantize_weight
+from tfqc.passing.pipeline import Pipeline
+from tfqc.quant.grid import Grid, quantize_weight
+from tfqc.quant.parameters import stored_weight
 
 
 @pytest.mark.parametrize("name", ["unet-sd", "unet2d-scale-shift", "dit-labels", "chain"])

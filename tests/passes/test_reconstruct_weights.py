@@ -10,18 +10,18 @@ import torch.nn.functional as F
 
 from tests.helpers import first
 from tests.subjects import Subjects, assert_text_round_trip, calibration
-from tfqc.analysis.moments import observe_moments
-from tfqc.analysis.simulate import Simulation
 from tfqc.analysis.weighted import weight_of, weighted_nodes
+from tfqc.calibration.moments import observe_moments
+from tfqc.calibration.simulate import Simulation
+from tfqc.calibration.trajectories import trajectories
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.frontend import capture
 from tfqc.ir.render import render
 from tfqc.ir.rows import Quantizer, Tib
-from tfqc.models import find_model
+from tfqc.models.find import find_model
 from tfqc.passing import Context
-from tfqc.pipeline import Pipeline
-from tfqc.schedule import SamplingSchedule
-from tfqc.trajectories import trajectories
+from tfqc.passing.pipeline import Pipeline
+from tfqc.sampling.schedule import SamplingSchedule
 
 TIB = "select-maintenance{strategy=tib}"
 

@@ -12,7 +12,7 @@ from tfqc.errors import PassError, PipelineError, SpecError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render
 from tfqc.ir.rows import Disturbance, Maintenance
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 STRATEGIES = ("tib", "cache4", "cache8")
 

@@ -12,7 +12,7 @@ from tests.subjects import of_example
 from tfqc.errors import PipelineError, SpecError
 from tfqc.ir.render import render
 from tfqc.passes.split_low_rank import low_rank
-from tfqc.pipeline import Pipeline
+from tfqc.passing.pipeline import Pipeline
 
 RANK = 16
 

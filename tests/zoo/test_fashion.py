@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tfqc.sampling import initial_noise, sample
-from tfqc.zoo import fashion, metrics
+from tfqc.models.zoo import fashion, metrics
+from tfqc.sampling.loop import initial_noise, sample
 
 
 def test_unet_is_small_fp32_and_frozen() -> None:

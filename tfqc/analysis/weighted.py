@@ -13,7 +13,7 @@ from tfqc.ir.program import STEP, Program
 from tfqc.ir.rows import Maintenance, Tib
 
 WEIGHTED = {"aten.linear.default", "aten.conv2d.default", "aten.conv1d.default", "tfqc.conv2d_rows.default"}
-# What multiplies by weights, where an operand is a stored tensor; `tfqc.analysis.canonical` brings some to those above.
+# What multiplies by weights, where an operand is a stored tensor; `tfqc.frontend.canonical` brings some to those above.
 PRODUCTS = WEIGHTED | {
     "aten.mm.default", "aten.matmul.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default",
     "aten.addbmm.default", "aten.mv.default", "aten.addmv.default", "aten.einsum.default", "aten.bilinear.default",

@@ -37,8 +37,8 @@ def bisect(
     from tfqc.instruments import Bisect, VerifyEach
     from tfqc.instruments.bisect import Found
     from tfqc.ir.store import load_program
-    from tfqc.models import find_model
-    from tfqc.schedule import SamplingSchedule
+    from tfqc.models.find import find_model
+    from tfqc.sampling.schedule import SamplingSchedule
 
     passes = tfqc.Pipeline.parse(options.read_pipeline(pipeline))
     own = None if schedule is None else options.read_schedule(schedule)

@@ -34,7 +34,7 @@ def compare(
     from tfqc.cli.progress import StderrProgress
     from tfqc.cli.subjects import STEPS, subject
     from tfqc.errors import TfqcError
-    from tfqc.instruments.base import claim
+    from tfqc.files.claim import claim
     from tfqc.report.runs import draw
 
     if out is not None:
@@ -130,8 +130,8 @@ def _text(value: dict[str, Any], out: Path | None) -> str:
 
 def _write(out: Path, value: dict[str, Any], first: Subject, second: Subject, run_a: Run, run_b: Run) -> None:
     from tfqc.cli.sampling import column_labels, pictures
+    from tfqc.files.storage import write_text
     from tfqc.report import grids, plots
-    from tfqc.storage import write_text
 
     write_text(out / "compared.json", json.dumps(value, indent=1) + "\n")  # first: it says whose the pictures are
     images_a, images_b = pictures(run_a)[:10], pictures(run_b)[:10]

@@ -12,7 +12,7 @@ from tfqc.cli.keeping import beside, kept_work
 from tfqc.cli.output import guarded, show
 
 if TYPE_CHECKING:
-    from tfqc.artifact import Artifact
+    from tfqc.codegen.artifact import Artifact
     from tfqc.instruments import Timing
 
 
@@ -45,9 +45,9 @@ def compile_model(
     OUT.reproducer.
     """
     import tfqc
-    from tfqc.artifact import check_output
     from tfqc.cli.progress import StderrProgress
-    from tfqc.models import find_model
+    from tfqc.codegen.artifact import check_output
+    from tfqc.models.find import find_model
 
     check_output(out)
     watchers, timing = options.instruments(
@@ -86,8 +86,8 @@ def compile_model(
 def _result(artifact: Artifact, out: Path, timing: Timing, model: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from tfqc.artifact import read_manifest
     from tfqc.cli.subjects import artifact_sizes
+    from tfqc.codegen.artifact import read_manifest
 
     return {
         "artifact": str(out),

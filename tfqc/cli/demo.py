@@ -17,9 +17,9 @@ from tfqc.cli.output import guarded, show
 
 if TYPE_CHECKING:
     from tfqc.instruments.timing import PassTiming
-    from tfqc.models import ModelSpec
-    from tfqc.passing import Progress
-    from tfqc.pipeline import Pipeline
+    from tfqc.models.spec import ModelSpec
+    from tfqc.passing.pipeline import Pipeline
+    from tfqc.progress import Progress
     from tfqc.report.disturbance import FeatureErrors
     from tfqc.report.runs import Run
 
@@ -57,10 +57,10 @@ def demo(
     """
     import tfqc
     from tfqc.cli.progress import StderrProgress
-    from tfqc.instruments.base import claim
-    from tfqc.models import find_model
+    from tfqc.files.claim import claim
+    from tfqc.files.storage import write_text
+    from tfqc.models.find import find_model
     from tfqc.report.runs import draw
-    from tfqc.storage import write_text
 
     claim(out, _OURS, "result of the demo", _SIGN)
     began = time.perf_counter()
@@ -96,8 +96,8 @@ def _compile(
     spec: ModelSpec, text: str, strategy: str, directory: Path, dumps: Path, work: Path, steps: int, progress: Progress
 ) -> Compiled:
     import tfqc
-    from tfqc.artifact import read_manifest
     from tfqc.cli.subjects import artifact_sizes
+    from tfqc.codegen.artifact import read_manifest
     from tfqc.instruments import DumpIR, Reproducer, Timing, VerifyEach
     from tfqc.report.disturbance import WatchDisturbance
 

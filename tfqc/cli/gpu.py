@@ -23,8 +23,8 @@ def check(
 ) -> None:
     """Replay stored test vectors on the GPU, and time kernels against fp16; without a GPU, say so."""
     from tfqc.cli.progress import StderrProgress
-    from tfqc.registry import find_backend
-    from tfqc.storage import write_text
+    from tfqc.codegen.known import find_backend
+    from tfqc.files.storage import write_text
 
     with StderrProgress() as progress:
         report = find_backend(BACKEND)().check(artifact, progress)

@@ -155,7 +155,7 @@ def _quantized_text(quantized: dict[str, Any]) -> str:
 
 
 def _artifact(directory: Path) -> dict[str, Any]:
-    from tfqc.artifact import check_files
+    from tfqc.codegen.artifact import check_files
     from tfqc.ir.store import load_program
 
     manifest = check_files(directory)

@@ -51,7 +51,7 @@ def kept_work(directory: Path) -> Generator[Path]:
 
 def _shared(directory: Path) -> int:
     """The directory, made if need be, and held until the handle is closed."""
-    from tfqc.instruments.base import claim
+    from tfqc.files.claim import claim
 
     while True:
         with suppress(FileNotFoundError):  # another command has just ended and removed it: make it again

@@ -11,7 +11,7 @@ from tfqc.cli import options
 from tfqc.cli.output import guarded, show
 
 if TYPE_CHECKING:
-    from tfqc.passing import Pass
+    from tfqc.passing.base import Pass
     from tfqc.registry import Entry
 
 Name = Annotated[str | None, typer.Argument(help="Show this one in full.")]
@@ -20,7 +20,8 @@ Name = Annotated[str | None, typer.Argument(help="Show this one in full.")]
 @guarded
 def passes(name: Name = None, as_json: options.AsJson = False) -> None:
     """List passes, or show one with its options."""
-    from tfqc.registry import entries, find_pass
+    from tfqc.passing.known import find_pass
+    from tfqc.registry import entries
     from tfqc.report.tables import table
 
     if name is not None:
@@ -42,7 +43,8 @@ def passes(name: Name = None, as_json: options.AsJson = False) -> None:
 @guarded
 def backends(name: Name = None, as_json: options.AsJson = False) -> None:
     """List backends, or show one with the options of its target."""
-    from tfqc.registry import entries, find_backend
+    from tfqc.codegen.known import find_backend
+    from tfqc.registry import entries
     from tfqc.report.tables import table
 
     if name is not None:
@@ -59,8 +61,8 @@ def backends(name: Name = None, as_json: options.AsJson = False) -> None:
 @guarded
 def models(as_json: options.AsJson = False) -> None:
     """List the models that ship with tfqc."""
+    from tfqc.models.zoo import MODELS
     from tfqc.report.tables import table
-    from tfqc.zoo import MODELS
 
     rows = [{"name": name, "summary": _first_line(make)} for name, make in MODELS.items()]
     text = table(("model", "what it is"), [(r["name"], r["summary"]) for r in rows])
@@ -107,7 +109,7 @@ def _backend(name: str, cls: Any, entry: Entry) -> dict[str, Any]:
 
 
 def _options(cls: type[Any]) -> dict[str, dict[str, str]]:
-    from tfqc.spec import options_of
+    from tfqc.passing.spec import options_of
 
     return {name: {"type": kind, "default": default} for name, (kind, default) in options_of(cls).items()}
 

@@ -12,7 +12,7 @@ from tfqc.errors import CalibrationError, PipelineError
 
 if TYPE_CHECKING:
     from tfqc.instruments import Instrument, Timing
-    from tfqc.schedule import SamplingSchedule
+    from tfqc.sampling.schedule import SamplingSchedule
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
@@ -41,7 +41,7 @@ def read_pipeline(text_or_file: str) -> str:
     path = Path(text_or_file)
     named = "\n" not in text_or_file and "{" not in text_or_file
     if named and os.path.isfile(path):  # Path's own raises for text that is too long for a name
-        from tfqc.storage import read_text
+        from tfqc.files.storage import read_text
 
         return read_text(path, PipelineError)
     if named and (path.suffix in (".txt", ".yaml", ".yml") or "/" in text_or_file):
@@ -55,8 +55,8 @@ def read_schedule(path: Path) -> SamplingSchedule:
     Raises:
         CalibrationError: no such file, no JSON, or no schedule.
     """
-    from tfqc.schedule import SamplingSchedule
-    from tfqc.storage import read_text
+    from tfqc.files.storage import read_text
+    from tfqc.sampling.schedule import SamplingSchedule
 
     try:
         text = read_text(path, CalibrationError)

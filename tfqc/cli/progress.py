@@ -13,7 +13,7 @@ from tfqc.cli.output import note
 
 
 class StderrProgress:
-    """The `Progress` protocol of `tfqc.passing`; leave its context before anything else is printed.
+    """The `Progress` protocol of `tfqc.passing.base`; leave its context before anything else is printed.
 
     On a terminal each job has a bar with counts, elapsed and remaining time, and leaves a line with its duration. Where
     stderr is a file or a pipe there is that line alone.

@@ -72,7 +72,7 @@ def _save(found: Subject, run: Run, out: Path) -> None:
     from tfqc.report import grids
 
     if out.suffix == ".safetensors":
-        from tfqc.storage import write_tensors
+        from tfqc.files.storage import write_tensors
 
         write_tensors(out, {"latents": run.latents[-1]})
         return

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfqc.artifact import MANIFEST, read_manifest
+from tfqc.codegen.artifact import MANIFEST, read_manifest
 from tfqc.errors import ArtifactError, TfqcError
-from tfqc.models import ModelSpec, builtin_names, find_model
-from tfqc.schedule import SamplingSchedule
+from tfqc.models.find import builtin_names, find_model
+from tfqc.models.spec import ModelSpec
+from tfqc.sampling.schedule import SamplingSchedule
 
 STEPS = 50  # of a model that has no schedule of its own
 

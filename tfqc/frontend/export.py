@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-import tfqc
+from tfqc import version
 from tfqc.errors import CaptureError
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.names import printable, tensor_names
@@ -27,7 +27,7 @@ from tfqc.ir.program import Input, Origin, Role
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
 # Where code that is not the model's own lies: torch's, ours, and what is made up on the way.
-_NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, tfqc)), "<")
+_NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, version)), "<")
 
 
 def export(

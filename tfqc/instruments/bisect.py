@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from tfqc.errors import TfqcError
-from tfqc.instruments.base import Instrument
 from tfqc.instruments.numerics import CheckNumerics, example_call, relative_error, tensors_of
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import STEP, Program
-from tfqc.passing import Pass
+from tfqc.passing.base import Pass
+from tfqc.passing.instrument import Instrument
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from tfqc.errors import TfqcError, suggest
-from tfqc.instruments.base import Instrument
 from tfqc.instruments.written import clear, write
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render
-from tfqc.passing import Pass
-
-if TYPE_CHECKING:
-    from tfqc.pipeline import Pipeline
+from tfqc.passing.base import Pass
+from tfqc.passing.instrument import Instrument, Passes
 
 
 class DumpIR(Instrument):
@@ -29,7 +26,7 @@ class DumpIR(Instrument):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def start(self, program: Program, pipeline: Pipeline) -> None:
+    def start(self, program: Program, pipeline: Passes) -> None:
         clear(self.directory, "IR dump")
         first = "capture" if program.stage is Stage.CAPTURED else "input"
         write(self.directory, f"00-{first}.ir", render(program))
@@ -52,7 +49,7 @@ class PrintIR(Instrument):
     def __init__(self, which: str, stream: TextIO | None = None) -> None:
         self.which, self.stream = which, stream
 
-    def start(self, program: Program, pipeline: Pipeline) -> None:
+    def start(self, program: Program, pipeline: Passes) -> None:
         names = ["all", "change", *dict.fromkeys(p.name for p in pipeline.passes)]
         if self.which not in names:
             raise TfqcError(f"--print-ir-after={self.which}: no such pass in the pipeline.{suggest(self.which, names)}")

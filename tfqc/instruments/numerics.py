@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import PassError
-from tfqc.instruments.base import Instrument
 from tfqc.ir.program import Program, Role
 from tfqc.ir.rows import Schedule
 from tfqc.ir.types import evaluate
-from tfqc.passing import Pass
+from tfqc.passing.base import Pass
+from tfqc.passing.instrument import Instrument
 
 
 class CheckNumerics(Instrument):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tfqc.instruments.base import Instrument
 from tfqc.instruments.written import check, clear, remember, write
 from tfqc.ir.program import Program
 from tfqc.ir.store import save_program
-from tfqc.passing import Context, Pass
-
-if TYPE_CHECKING:
-    from tfqc.pipeline import Pipeline
+from tfqc.passing.base import Pass
+from tfqc.passing.context import Context
+from tfqc.passing.instrument import Instrument, Passes
 
 
 class Reproducer(Instrument):
@@ -30,12 +27,12 @@ class Reproducer(Instrument):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def start(self, program: Program, pipeline: Pipeline) -> None:
+    def start(self, program: Program, pipeline: Passes) -> None:
         if self.directory.exists():
             check(self.directory, "reproducer")
 
     def failed(
-        self, program: Program, item: Pass, number: int, pipeline: Pipeline, ctx: Context, error: Exception
+        self, program: Program, item: Pass, number: int, pipeline: Passes, ctx: Context, error: Exception
     ) -> list[str]:
         clear(self.directory, "reproducer")
         save_program(program, self.directory / "before.ir")

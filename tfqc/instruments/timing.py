@@ -9,10 +9,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tfqc.instruments.base import Instrument
 from tfqc.instruments.written import write
 from tfqc.ir.program import Program
-from tfqc.passing import Pass
+from tfqc.passing.base import Pass
+from tfqc.passing.instrument import Instrument
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tfqc.errors import TfqcError
-from tfqc.storage import file_hash, parse_json, read_text, write_text
+from tfqc.files.storage import file_hash, parse_json, read_text, write_text
 
 RECORD, REPRODUCER = ".written.json", "reproducer"  # a dump may hold the directory of a reproducer
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from tfqc.ir.program import BEGIN, STEP, TIME, Program
+from tfqc.ir.data import BEGIN, STEP, TIME, ProgramData
 from tfqc.ir.rows import BINDING_TIMES, BindingTime, Maintenance, Memory, Quantizer, RowSource, Schedule, Tib
 
 _KINDS = ("row", "begin", "time", "table", "activation")
@@ -15,7 +15,7 @@ _ENCODINGS = ("fp", "int8", "int4")
 _POLICIES = ("recompute", "nearest", "error")
 
 
-def inconsistencies(program: Program) -> Iterator[str]:
+def inconsistencies(program: ProgramData) -> Iterator[str]:
     """A sentence for each row that cannot be."""
     names = {n.name for g in program.functions.values() for n in g.nodes}
     for table, rows in program.tables.items():
@@ -34,7 +34,7 @@ def inconsistencies(program: Program) -> Iterator[str]:
             yield f"the memory of %{name} is {row.buffer} from {row.first} to {row.last}, which no buffer has."
 
 
-def _words(program: Program) -> Iterator[str]:
+def _words(program: ProgramData) -> Iterator[str]:
     for name, row in program.table(BindingTime).items():
         if row.time not in BINDING_TIMES.values():
             yield f"the binding time of %{name} is {row.time!r}: {', '.join(BINDING_TIMES.values())} are."
@@ -49,7 +49,7 @@ def _words(program: Program) -> Iterator[str]:
             yield f"the quantizer of %{name} has {row.weight_bits} and {row.input_bits} bits in groups of {row.group}."
 
 
-def _schedule(program: Program) -> Iterator[str]:
+def _schedule(program: ProgramData) -> Iterator[str]:
     for name, row in program.table(Schedule).items():
         if name != "schedule":
             yield f"table schedule has the row {name!r}: 'schedule' is the only one."
@@ -66,7 +66,7 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _source(program: Program, name: str, source: RowSource) -> str:
+def _source(program: ProgramData, name: str, source: RowSource) -> str:
     """Why a row source cannot be; empty if it can."""
     if source.kind not in _KINDS:
         return f"its kind is {source.kind!r}: {', '.join(_KINDS)} are"
@@ -97,7 +97,7 @@ def _source(program: Program, name: str, source: RowSource) -> str:
     return _output(program, source) if source.kind == "table" and source.output >= 0 else ""
 
 
-def _output(program: Program, source: RowSource) -> str:
+def _output(program: ProgramData, source: RowSource) -> str:
     function = BEGIN if source.kind == "begin" else TIME
     if function not in program.functions:
         return "" if source.kind == "table" else f"there is no @{function} that it could come from"

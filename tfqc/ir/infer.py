@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from tfqc.errors import IRError
+from tfqc.ir.data import ProgramData
 from tfqc.ir.dims import MAX
 from tfqc.ir.ops import PYTHON, op_name
 from tfqc.ir.polynomial import fitted
-from tfqc.ir.program import Program
 from tfqc.ir.types import Dim, ScalarType, TensorType, TupleType, Type, evaluate, symbols_of
 from tfqc.ir.worlds import World, more_worlds, worlds_of
 
@@ -45,7 +45,7 @@ class _Numbers:
 Memo = dict[fx.Node, tuple[Seen, ...]]  # what operations on sizes give, which other ones read
 
 
-def infer_type(program: Program, node: fx.Node) -> Type:
+def infer_type(program: ProgramData, node: fx.Node) -> Type:
     """The type of a `call_function` node from its operands' types.
 
     Raises:
@@ -95,7 +95,7 @@ def infer_type(program: Program, node: fx.Node) -> Type:
     return unify(seen, ())
 
 
-def mistyped(program: Program, node: fx.Node, memo: Memo) -> str:
+def mistyped(program: ProgramData, node: fx.Node, memo: Memo) -> str:
     """What the declared type of a `call_function` node differs in from what its operation gives; empty if in nothing.
 
     Dimensions are compared by value, in every world.
@@ -163,7 +163,7 @@ def _sizes(shape: tuple[Dim, ...], world: World) -> tuple[int, ...]:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def _seen(program: Program, node: fx.Node, worlds: tuple[World, ...], memo: Memo | None = None) -> tuple[Seen, ...]:
+def _seen(program: ProgramData, node: fx.Node, worlds: tuple[World, ...], memo: Memo | None = None) -> tuple[Seen, ...]:
     """What the operation gives in each world: models repeat the same operation on the same types many times."""
     memo = {} if memo is None else memo
     if node in memo:
@@ -233,7 +233,7 @@ def _shape_of(result: Any) -> Seen:
             raise IRError(f"it gives {str(result)[:40]}, which is no value of a program")
 
 
-def _frozen(program: Program, item: Any, worlds: tuple[World, ...], memo: Memo) -> Any:
+def _frozen(program: ProgramData, item: Any, worlds: tuple[World, ...], memo: Memo) -> Any:
     """An argument that can be compared: types in the place of nodes."""
     match item:
         case fx.Node():

@@ -17,19 +17,19 @@ from torch import fx
 
 from tfqc.errors import IRError
 from tfqc.ir.cursor import TENSOR
+from tfqc.ir.data import ProgramData
 from tfqc.ir.ops import op_name
-from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType, dtype_name
 
 VERSION = 1
 
 
-def render(program: Program) -> str:
+def render(program: ProgramData) -> str:
     """The whole program as IR text. Tensor values are not in it: `tfqc.ir.store` keeps them beside it."""
     return "\n".join(_lines(program)) + "\n"
 
 
-def _lines(program: Program) -> Iterator[str]:
+def _lines(program: ProgramData) -> Iterator[str]:
     yield f"tfqc-ir {VERSION}"
     yield f"model {json.dumps(program.model)}"
     yield f"stage {program.stage}"
@@ -58,7 +58,7 @@ def _lines(program: Program) -> Iterator[str]:
                 yield f"  {_name(key)} {_json(row.to_json())}"
 
 
-def _function(program: Program, name: str, graph: fx.Graph) -> Iterator[str]:
+def _function(program: ProgramData, name: str, graph: fx.Graph) -> Iterator[str]:
     parameters = [n for n in graph.nodes if n.op == "placeholder"]
     yield f"func @{name}({', '.join(f'%{n.name}: {program.types[n.name]}' for n in parameters)}) {{"
     for node in parameters:
@@ -74,7 +74,7 @@ def _function(program: Program, name: str, graph: fx.Graph) -> Iterator[str]:
     yield "}"
 
 
-def render_node(program: Program, node: fx.Node) -> str:
+def render_node(program: ProgramData, node: fx.Node) -> str:
     """One node as its line of IR text."""
     arguments = [render_value(a) for a in node.args]
     arguments += [f"{key}={render_value(value)}" for key, value in node.kwargs.items()]
@@ -82,7 +82,7 @@ def render_node(program: Program, node: fx.Node) -> str:
     return head + _attributes(program, node)
 
 
-def _attributes(program: Program, node: fx.Node) -> str:
+def _attributes(program: ProgramData, node: fx.Node) -> str:
     parts: list[str] = []
     if origin := program.origins.get(node.name):
         if origin.module:

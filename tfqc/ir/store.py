@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from tfqc.errors import IRError
+from tfqc.files.storage import read_tensors, read_text, write_tensors, write_text
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
 from tfqc.ir.types import storable
 from tfqc.runtime.tensors import read_header
-from tfqc.storage import read_tensors, read_text, write_tensors, write_text
 
 _BEGINS = b"tfqc-ir "
 _MARK = {"tfqc": "program"}  # metadata of tensors that belong to a program, and may be replaced with it

@@ -11,15 +11,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from tfqc.errors import IRError
+from tfqc.ir.data import ROWS, ProgramData
 from tfqc.ir.dims import holds
-from tfqc.ir.program import ROWS, Program
 
 World = tuple[tuple[str, int], ...]
 
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
 
 
-def worlds_of(program: Program, *, rows_apart: bool = False) -> tuple[World, ...]:
+def worlds_of(program: ProgramData, *, rows_apart: bool = False) -> tuple[World, ...]:
     """Three worlds in which types are compared; one, of no values, for a program without symbols.
 
     A symbol of rows (`R`) counts one row, or one for each entry of the batch. It is B here, so that a value of which
@@ -64,7 +64,7 @@ def _allowed(guards: Sequence[str], world: dict[str, int]) -> bool:
         return True
 
 
-def more_worlds(program: Program, symbols: Sequence[str]) -> tuple[World, ...]:
+def more_worlds(program: ProgramData, symbols: Sequence[str]) -> tuple[World, ...]:
     """Worlds enough to tell polynomials in the symbols apart, up to degree 3: a grid of small multiples."""
     base = {k: (1 if k == "B" else v) for k, v in program.symbols.items()}
     varied = [s for s in symbols if s != ROWS][:4]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tfqc.analysis.features import feature_label
 from tfqc.errors import TfqcError
 from tfqc.instruments import Instrument
 from tfqc.ir.program import Program
 from tfqc.ir.rows import Disturbance
-from tfqc.passing import Pass
+from tfqc.passing.base import Pass
+from tfqc.temporal.features import feature_label
 
 ROUNDING = 1e-14  # of a cosine in float64: what is below is no error
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tfqc.errors import TfqcError
-from tfqc.models import ModelSpec
-from tfqc.passing import Progress
-from tfqc.sampling import sample
+from tfqc.models.spec import ModelSpec
+from tfqc.progress import Progress
+from tfqc.sampling.loop import sample
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,31 +29,6 @@ def cache_root() -> Path:
 def cache_directory(kind: str = "kernels") -> Path:
     """Where things of a kind are kept: `kernels`, `modules`, `trajectories`; it need not exist."""
     return cache_root() / kind
-
-
-def kept(key: Sequence[str], suffix: str, make: Callable[[Path], None], kind: str = "kernels") -> Path:
-    """A file of the cache; if it is not there or broken, `make` writes it elsewhere and it is renamed, so several may
-    make it at once.
-
-    `make` may use the directory of the path that it is given.
-    """
-    name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
-    directory = private_directory(kind)
-    if (found := _whole(directory, name, suffix)) is None:
-        with _working_directory(directory) as work:
-            part = work / f"{name}{suffix}"
-            make(part)
-            _sync(part)
-            with locked(directory):  # another process may have been faster
-                if (found := _whole(directory, name, suffix)) is None:
-                    found = directory / f"{name}-{_hash(part)}{suffix}"
-                    os.replace(part, found)
-                    _sync(directory)
-        from tfqc.runtime.pruning import prune
-
-        prune()
-    used_now(found)
-    return found
 
 
 def used_now(file: Path) -> None:
@@ -99,23 +74,23 @@ def _in_own_directory(kind: str) -> Path:
     return directory
 
 
-def _whole(directory: Path, name: str, suffix: str) -> Path | None:
+def whole(directory: Path, name: str, suffix: str) -> Path | None:
     """The file of a key, if it has the bytes with which it was written; broken ones are removed."""
     for file in sorted(directory.glob(f"{name}-*{suffix}")):
         with suppress(OSError):
-            if stat.S_ISREG(file.lstat().st_mode) and file.name == f"{name}-{_hash(file)}{suffix}":
+            if stat.S_ISREG(file.lstat().st_mode) and file.name == f"{name}-{hash_of(file)}{suffix}":
                 return file
             file.unlink()
     return None
 
 
-def _hash(path: Path) -> str:
+def hash_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 @contextmanager
-def _working_directory(directory: Path) -> Generator[Path]:
+def working_directory(directory: Path) -> Generator[Path]:
     """An empty directory, removed in the end; those that killed processes left are removed, too."""
     with locked(directory):
         for left in directory.glob(f"{MAKING}*"):
@@ -161,7 +136,7 @@ def locked(directory: Path) -> Generator[None]:
         os.close(handle)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from tfqc.runtime.cache import kept
+from tfqc.runtime.kept import kept
 from tfqc.runtime.sources import joined
 
 ISAS = ("amx", "avx512_vnni", "avx2")  # best first

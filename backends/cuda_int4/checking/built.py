@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tfqc.backends.cuda_int4.runtime.driver import Device, Function
 from tfqc.backends.cuda_int4.runtime.images import fitting, images, target_for
 from tfqc.backends.cuda_int4.runtime.specialise import Kernel, source
-from tfqc.passing import Progress
+from tfqc.progress import Progress
 
 _AT_ONCE = 8  # kernels in one text for the compiler
 

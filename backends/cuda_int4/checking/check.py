@@ -14,18 +14,18 @@ from typing import Any, get_args
 
 import torch
 
-from tfqc.artifact import read_manifest
 from tfqc.backends.cuda_int4.checking import timing
 from tfqc.backends.cuda_int4.checking.built import functions
 from tfqc.backends.cuda_int4.checking.layers import IMAGES, Layer, program_layers, sdxl_layers
 from tfqc.backends.cuda_int4.checking.replay import replay
 from tfqc.backends.cuda_int4.runtime.driver import Device, Driver, NoDriverError
 from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, Mode, body_for
+from tfqc.codegen.artifact import read_manifest
 from tfqc.driver import load as load_artifact
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.ir.store import load_program
 from tfqc.ir.types import TensorType, evaluate, parse_type
-from tfqc.passing import Progress
+from tfqc.progress import Progress
 
 TITLE = "measured"
 WARM = "Operands are the same in every launch, of fp16 too: what fits into the L2 cache is there."
@@ -33,7 +33,7 @@ NO_PEER = "There is no fp16 to compare with: torch has no CUDA here."
 
 
 def check(artifact: Path | None, progress: Progress) -> dict[str, Any]:
-    """A report as `tfqc.backend.Backend.check` wants it.
+    """A report as `tfqc.codegen.backend.Backend.check` wants it.
 
     Raises:
         ArtifactError: no artifact of this backend.

@@ -10,7 +10,7 @@ from tfqc.backends.cuda_int4.checking import vectors
 from tfqc.backends.cuda_int4.checking.built import functions
 from tfqc.backends.cuda_int4.checking.vectors import Array, Vector
 from tfqc.backends.cuda_int4.runtime.driver import Device, DriverError, Function
-from tfqc.passing import Progress
+from tfqc.progress import Progress
 
 
 def replay(device: Device, progress: Progress) -> list[dict[str, Any]]:

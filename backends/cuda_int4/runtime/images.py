@@ -13,7 +13,7 @@ from pathlib import Path
 from tfqc.backends.cuda_int4.runtime import build
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS
 from tfqc.errors import TfqcError
-from tfqc.runtime.cache import kept
+from tfqc.runtime.kept import kept
 
 PTX = "compute_80"  # which the driver compiles for chips that came later
 TARGETS = (*ARCHS, PTX)

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from tfqc.artifact import Artifact
-from tfqc.backend import YES, Backend, Support
-from tfqc.interpret import Interpreter
+from tfqc.codegen.artifact import Artifact
+from tfqc.codegen.backend import Backend
+from tfqc.codegen.recipes import quantization_pipeline
+from tfqc.codegen.support import YES, Support
+from tfqc.ir.interpret import Interpreter
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
 from tfqc.ir.store import load_program
 from tfqc.passing import Pass
-from tfqc.recipes import quantization_pipeline
 from tfqc_example_plugin.swap_silu import SwapSilu
 
 

@@ -1,0 +1,1 @@
+"""The backend's own passes, one file each."""

@@ -1,0 +1,182 @@
+"""Full-precision trajectories of the calibration images: what the network is called with at every step.
+
+Each image is sampled once: T network calls, whatever the number of passes that read the data. Trajectories are kept on
+disk, a batch at a time, so memory does not grow with the number of images and an interrupted run goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tfqc.errors import CalibrationError
+from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.ir.program import Program, Role
+from tfqc.passing.context import Context
+from tfqc.runtime.cache import private_directory, used_now
+from tfqc.runtime.pruning import prune
+from tfqc.sampling.data import Calibration
+from tfqc.sampling.loop import sample
+from tfqc.sampling.schedule import nearest
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """What the network was called with for a batch of images: `samples` [T, rows, ...], request inputs [rows, ...]."""
+
+    timesteps: tuple[float, ...]
+    samples: Tensor
+    request: Mapping[str, Tensor]
+
+    def calls(self, program: Program) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(position in the schedule, inputs of @step by name) of each network call."""
+        time = program.input(Role.TIME)[0].name
+        noisy = program.input(Role.SAMPLE)[0].name
+        for step, t in enumerate(self.timesteps):
+            rows = timestep_tensor(program, [t]).expand(self.samples.shape[1])
+            yield step, {noisy: self.samples[step], time: rows, **self.request}
+
+
+def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
+    """Timesteps [T] in the dtype with which the model was captured; float32 where that is integer and they are not."""
+    t, dtype = torch.tensor(timesteps, dtype=torch.float32), program.input(Role.TIME)[0].type.dtype
+    return t if not dtype.is_floating_point and bool((t != t.round()).any()) else t.to(dtype)
+
+
+def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
+    """Full-precision trajectories of the calibration images, batch by batch, sampled once and kept on disk: in the
+    context's working directory, or else in the user's cache.
+
+    Args:
+        program: not quantized yet: it is what is sampled from.
+
+    Raises:
+        CalibrationError: no calibration data or schedule, or the model's output became NaN (at which step).
+    """
+    calibration, schedule = ctx.calibration, ctx.schedule
+    if calibration is None or schedule is None:
+        raise CalibrationError("Trajectories need calibration data and a schedule.")
+    directory = ctx.workdir or private_directory("trajectories")
+    directory.mkdir(parents=True, exist_ok=True)
+    key = _key(program, calibration, schedule.to_json())
+    starts = range(0, len(calibration), calibration.batch_size)
+    paths = [directory / f"trajectory-{key}-{number:04d}.safetensors" for number in range(len(starts))]
+    missing = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
+    if missing:
+        steps = len(schedule.scheduler().timesteps)
+        ticks = ctx.progress.track(range(len(missing) * steps), "sampling calibration images in full precision")
+        next(ticks, None)
+        for start, path in missing:
+            _sample(program, ctx, start, path, lambda: next(ticks, None))
+        for _ in ticks:
+            pass
+        if ctx.workdir is None:
+            prune()
+    for start, path in zip(starts, paths, strict=True):
+        if (tensors := _read(path)) is None:
+            _sample(program, ctx, start, path, lambda: None)
+            tensors, _ = read_tensors(path, CalibrationError)
+        if ctx.workdir is None:
+            used_now(path)
+        samples = tensors.pop("samples")
+        yield TrajectoryBatch(schedule.timesteps, samples, tensors)
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """A batch as it was written; None if the file is broken."""
+    path.stat()  # one that has gone since is an error of whoever removed it
+    try:
+        tensors, metadata = read_tensors(path, CalibrationError)
+    except CalibrationError:
+        return None
+    return tensors if metadata == {"sha256": _hash(tensors.items())} else None
+
+
+def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callable[[], Any]) -> None:
+    calibration, schedule = ctx.calibration, ctx.schedule
+    assert calibration is not None and schedule is not None
+    rows = slice(start, start + calibration.batch_size)
+    seen: dict[float, Tensor] = {}
+    wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
+    request: dict[str, Tensor] = {}
+
+    def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
+        tick()
+        conditions |= calibration.shared
+        if lacking := [n for n in wanted if n not in conditions]:
+            raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
+        request.update({item.name: conditions[k] for k, item in wanted.items()})
+        seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
+        given = {item.path: conditions[k] for k, item in wanted.items()}
+        noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
+        result = program(**nested({noisy: x, time: t, **given}))
+        output = result[0] if isinstance(result, tuple) else result
+        if not bool(torch.isfinite(output).all()):
+            raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {float(t):g}.")
+        return output
+
+    sample(
+        denoiser,
+        schedule.scheduler(),
+        steps=schedule.sampler["_steps"],
+        latents=calibration.latents[rows],
+        cond={k: v[rows] for k, v in calibration.cond.items()},
+        uncond={k: v[rows] for k, v in calibration.uncond.items()} if calibration.uncond is not None else None,
+        guidance=calibration.guidance,
+        batch_size=calibration.batch_size,
+    )
+    visited = sorted(seen)
+    tensors = {"samples": torch.stack([seen[nearest(t, visited)] for t in schedule.timesteps]), **request}
+    write_tensors(path, tensors, {"sha256": _hash(tensors.items())})
+
+
+def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Keyword arguments of a model from values by path: `("a", "b") -> x` becomes `{"a": {"b": x}}`."""
+    call: dict[str, Any] = {}
+    for path, value in values.items():
+        target = call
+        for key in path[:-1]:
+            target = target.setdefault(key, {})
+        target[path[-1]] = value
+    return call
+
+
+def _key(program: Program, calibration: Calibration, schedule: str) -> str:
+    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
+    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
+    digest = hashlib.sha256(repr(facts).encode())
+    # What passes have added (codes, scales) is read by no operation yet: another pass finds the same trajectories.
+    read: set[str] = set()
+    for name, graph in program.functions.items():
+        digest.update(f"@{name}\n{graph.python_code('self').src}".encode())
+        read |= {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
+    own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
+    weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
+    digest.update(_hash([("latents", calibration.latents), *own, *weights]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of every byte, with names, dtypes and shapes, in the order of names: SHA-256, several tensors at once."""
+    items = sorted(tensors, key=lambda item: item[0])
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for (name, tensor), each in zip(items, pool.map(lambda item: _bytes_hash(item[1]), items), strict=True):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {each}\n".encode())
+    return digest.hexdigest()
+
+
+def _bytes_hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""From a lowered program to an artifact and back: backends, targets, files, emitted Python."""

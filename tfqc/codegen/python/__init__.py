@@ -1,0 +1,1 @@
+"""What emitters of `model.py` share: operations as Python, bodies of functions, files of tensors."""

@@ -1,0 +1,102 @@
+"""Operations as the Python that a person would write for them; emitters of `model.py` share it.
+
+`stored` says how a value that is not computed here is written: the text for a node, or None for a variable.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from tfqc.codegen.python.fused import is_fused_dequantize
+from tfqc.ir.ops import op_name
+from tfqc.runtime import kernel_ops, ops
+
+# What is made of nothing is made where the inputs are, wherever the model was captured; `bodies.body` defines it.
+DEVICE = "device_of_inputs"
+
+Stored = Callable[[fx.Node], str | None]
+
+_FUNCTIONS = {
+    "aten.linear.default": "F.linear", "aten.conv2d.default": "F.conv2d", "aten.silu.default": "F.silu",
+    "aten.gelu.default": "F.gelu", "aten.layer_norm.default": "F.layer_norm", "aten.cat.default": "torch.cat",
+    "aten.scaled_dot_product_attention.default": "F.scaled_dot_product_attention", "aten.stack.default": "torch.stack",
+    "aten.sin.default": "torch.sin", "aten.cos.default": "torch.cos", "aten.exp.default": "torch.exp",
+}  # fmt: skip
+_METHODS = {
+    "aten.reshape.default": "reshape", "aten.view.default": "view", "aten.permute.default": "permute",
+    "aten.transpose.int": "transpose", "aten.unsqueeze.default": "unsqueeze", "aten.expand.default": "expand",
+    "aten.chunk.default": "chunk", "aten.to.dtype": "to", "aten.flatten.using_ints": "flatten",
+}  # fmt: skip
+_INFIX = {
+    "aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/", "operator.add": "+",
+    "operator.mul": "*", "operator.sub": "-", "operator.floordiv": "//",
+}  # fmt: skip
+
+
+# What the generated functions call: a value of such a name would hide it from them.
+_CALLED = {"self", "torch", "aten", "F", "fake_quantize", *vars(ops), *vars(kernel_ops), *vars(builtins)}
+
+
+def variable(node: fx.Node) -> str:
+    """The Python name of a node's value. Parameters keep theirs, by which they are called."""
+    hides = keyword.iskeyword(node.name) or (node.op == "call_function" and node.name in _CALLED)
+    return f"{node.name}_value" if hides else node.name
+
+
+def expression(node: fx.Node, stored: Stored) -> str:
+    """The right-hand side of a node's line."""
+    if node.op == "output":
+        return value(node.args[0], stored)
+    name = op_name(node.target)
+    if is_fused_dequantize(node):
+        assert isinstance(node.args[0], fx.Node)
+        return f"fake_quantize({arguments(node.args[0], stored)})"
+    if name == "operator.getitem":
+        return f"{value(node.args[0], stored)}[{value(node.args[1], stored)}]"
+    if name == "aten.sym_size.int":
+        return f"{value(node.args[0], stored)}.shape[{value(node.args[1], stored)}]"
+    if name in _INFIX and len(node.args) == 2 and not node.kwargs:
+        return f"{value(node.args[0], stored)} {_INFIX[name]} {value(node.args[1], stored)}"
+    if name == "aten.group_norm.default" and not node.kwargs:
+        # The last argument, cudnn_enabled, is no argument of F.group_norm.
+        return f"F.group_norm({', '.join(value(a, stored) for a in node.args[:5])})"
+    if name == "aten.layer_norm.default" and not node.kwargs:
+        return f"F.layer_norm({', '.join(value(a, stored) for a in node.args[:5])})"
+    if name in _METHODS and not node.kwargs:
+        return f"{value(node.args[0], stored)}.{_METHODS[name]}({', '.join(value(a, stored) for a in node.args[1:])})"
+    if name.startswith("tfqc."):
+        return f"{name.split('.')[1]}({arguments(node, stored)})"
+    return f"{_FUNCTIONS.get(name, name)}({arguments(node, stored)})"
+
+
+def arguments(node: fx.Node, stored: Stored) -> str:
+    named = [f"{key}={value(item, stored)}" for key, item in node.kwargs.items()]
+    return ", ".join([*(value(a, stored) for a in node.args), *named])
+
+
+def value(item: Any, stored: Stored) -> str:
+    """A literal, a variable, or a buffer of the module, as Python."""
+    match item:
+        case fx.Node():
+            return stored(item) or variable(item)
+        case list():
+            return f"[{', '.join(value(i, stored) for i in item)}]"
+        case tuple():
+            return f"({', '.join(value(i, stored) for i in item)}{',' if len(item) == 1 else ''})"
+        case dict():
+            return f"{{{', '.join(f'{k!r}: {value(v, stored)}' for k, v in item.items())}}}"
+        case float() if not math.isfinite(item):
+            return f'float("{item}")'
+        case torch.device():
+            return DEVICE
+        case slice():
+            return f"slice({value(item.start, stored)}, {value(item.stop, stored)}, {value(item.step, stored)})"
+        case _:
+            return repr(item)

@@ -1,0 +1,81 @@
+"""Which nodes of a program a backend runs, and how it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import fx
+
+from tfqc.ir.ops import op_name
+from tfqc.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend runs a node. Data and no exception, so all refusals can be listed.
+
+    `because` says why not; or, for a node that runs, why not as the target promises (in floating point, say).
+    """
+
+    ok: bool
+    because: str = ""
+
+
+YES = Support(True)
+
+
+class Claims(Protocol):
+    """What answers for nodes: a backend."""
+
+    def supports(self, program: Program, node: fx.Node, options: Any) -> Support:
+        """Whether a node of a lowered program runs."""
+        ...
+
+
+Answers = list[tuple[fx.Node, str]]
+
+
+def refused(backend: Claims, program: Program, options: Any) -> Answers:
+    """The nodes that a backend does not run, and why."""
+    return [(node, support.because) for node, support in _answers(backend, program, options) if not support.ok]
+
+
+def compromised(backend: Claims, program: Program, options: Any) -> Answers:
+    """The nodes that a backend runs in another way than the target promises, and why."""
+    answers = _answers(backend, program, options)
+    return [(node, support.because) for node, support in answers if support.ok and support.because]
+
+
+def refusals(backend: Claims, program: Program, options: Any) -> list[str]:
+    """One sentence for each kind of node that a backend does not run."""
+    return grouped(program, refused(backend, program, options))
+
+
+def grouped(program: Program, answers: Answers) -> list[str]:
+    """One sentence for all nodes of one operation and reason: `12 x aten.mul.Tensor (a.0, a.1, ... 10 more): why`."""
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for node, because in answers:
+        groups.setdefault((op_name(node.target), because), []).append(node)
+    lines: list[str] = []
+    for (operation, because), nodes in groups.items():
+        if len(nodes) == 1:
+            lines.append(f"{program.at(nodes[0])}: {because}")
+            continue
+        places = dict.fromkeys(_place(program, node) for node in nodes)
+        shown = [*places][:2] + ([f"... {len(places) - 2} more"] if len(places) > 2 else [])
+        lines.append(f"{len(nodes)} x {operation} ({', '.join(shown)}): {because}")
+    return lines
+
+
+def _place(program: Program, node: fx.Node) -> str:
+    origin = program.origins.get(node.name)
+    return origin.module if origin is not None and origin.module else f"%{node.name}"
+
+
+def _answers(backend: Claims, program: Program, options: Any) -> Iterator[tuple[fx.Node, Support]]:
+    for function in program.functions:
+        for node in program.nodes(function):
+            if node.op == "call_function":
+                yield node, backend.supports(program, node, options)

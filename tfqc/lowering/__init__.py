@@ -1,0 +1,1 @@
+"""What backends share where they lower programs to kernels."""

@@ -1,0 +1,1 @@
+"""Models by name, what belongs to them, and the one that ships with tfqc."""

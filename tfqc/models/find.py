@@ -1,0 +1,96 @@
+"""Models by name: built-in ones, diffusers folders, and `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tfqc.errors import CaptureError, suggest
+from tfqc.models.examples import example_inputs
+from tfqc.models.spec import ModelSpec
+from tfqc.models.zoo import MODELS
+from tfqc.quiet import quiet_import
+
+
+def builtin_names() -> list[str]:
+    """Names of the models that ship with tfqc."""
+    return list(MODELS)
+
+
+def find_model(name: str) -> ModelSpec:
+    """A built-in model, a diffusers folder (of a denoiser or a whole pipeline), or `package.module:factory`.
+
+    A factory takes no arguments and returns a `ModelSpec`, or (model, example inputs).
+
+    Raises:
+        CaptureError: nothing of that name is found, or what is found is no model.
+    """
+    if name in MODELS:
+        return MODELS[name]()
+    if Path(name).is_dir():
+        return _from_folder(Path(name))
+    if ":" in name:
+        return _from_factory(name)
+    raise CaptureError(
+        f"There is no model {name!r}: give a built-in name, a diffusers folder, or package.module:factory."
+        + suggest(name, list(MODELS))
+    )
+
+
+def from_diffusers(model: Any, name: str | None = None) -> ModelSpec:
+    """A spec for a diffusers denoiser, or for the denoiser of a diffusers pipeline (with its scheduler).
+
+    Raises:
+        CaptureError: the pipeline has neither a `unet` nor a `transformer`, or its example inputs are not known.
+    """
+    scheduler = getattr(model, "scheduler", None)
+    if not isinstance(model, torch.nn.Module):
+        denoiser = getattr(model, "unet", None) or getattr(model, "transformer", None)
+        if denoiser is None:
+            raise CaptureError(f"{type(model).__name__} has neither a unet nor a transformer to compile.")
+        model = denoiser
+    return ModelSpec(name or type(model).__name__, model, example_inputs(model), scheduler)
+
+
+def _from_folder(folder: Path) -> ModelSpec:
+    def load(part: Path, default: str) -> Any:
+        config = json.loads((part / default).read_text())
+        with quiet_import():
+            import diffusers
+
+            cls = getattr(diffusers, config["_class_name"], None)
+        if cls is None:
+            raise CaptureError(f"{part} is a {config['_class_name']}, which this diffusers does not know.")
+        return cls.from_pretrained(part) if default == "config.json" else cls.from_config(config)
+
+    scheduler = None
+    if (folder / "scheduler" / "scheduler_config.json").is_file():
+        scheduler = load(folder / "scheduler", "scheduler_config.json")
+    for part in (folder / "unet", folder / "transformer", folder):
+        if (part / "config.json").is_file():
+            model = load(part, "config.json")
+            return ModelSpec(folder.name, model, example_inputs(model), scheduler)
+    raise CaptureError(f"{folder} is no diffusers folder: it has no config.json, no unet/ and no transformer/.")
+
+
+def _from_factory(name: str) -> ModelSpec:
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own module stands in the current directory
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CaptureError(f"Factory {name!r} cannot be found: {error}.") from error
+    made = factory()
+    if isinstance(made, ModelSpec):
+        return made
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module):
+        return ModelSpec(attribute, made[0], made[1])
+    raise CaptureError(
+        f"Factory {name!r} returned a {type(made).__name__}, not a ModelSpec or (model, example inputs)."
+    )

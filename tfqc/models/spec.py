@@ -1,0 +1,97 @@
+"""A denoiser and what belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfqc.frontend.inputs import arguments_by_name, inputs_of, replaced
+from tfqc.ir.program import Input, Role
+from tfqc.sampling.data import Calibration
+from tfqc.sampling.loop import initial_noise
+
+Conditions = Callable[[int, int], tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]
+
+
+@dataclass
+class ModelSpec:
+    """A denoiser and what belongs to it.
+
+    model: the denoiser. example_inputs: for the capture. scheduler: a diffusers scheduler, or None.
+    conditions: (n, seed) -> (cond, uncond) request inputs by dotted name, n rows each; uncond None without guidance.
+    decode: latents -> images [N, C, H, W] in 0..1, or None. labels: (n, seed) -> class labels [n], where images have
+    classes; class_names: what they are called. metrics: name -> function of (images, labels). roles: of the inputs,
+    where names do not tell. dynamic: further symbolic dimensions, as `capture` has them. shared: request inputs that
+    are one for all images, though they have as many rows as the example has images.
+    """
+
+    name: str
+    model: torch.nn.Module
+    example_inputs: Mapping[str, Any]
+    scheduler: Any = None
+    conditions: Conditions | None = None
+    guidance: float = 1.0
+    decode: Callable[[Tensor], Tensor] | None = None
+    labels: Callable[[int, int], Tensor] | None = None
+    class_names: tuple[str, ...] = ()
+    metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict[str, Any])
+    roles: Mapping[str, str] | None = None
+    note: str = ""
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
+    shared: frozenset[str] = frozenset()
+
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one noisy sample, from the example inputs."""
+        return tuple(self._noisy().shape[1:])
+
+    def call(self, noisy: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the model: the example's, with a sample, timesteps [N], conditions by dotted name."""
+        given = {Role.SAMPLE: noisy, Role.TIME: time}
+        values = {i.path: given.get(i.role, conditions.get(".".join(i.path), v)) for i, v in self._inputs()}
+        arguments = arguments_by_name(self.model, self.example_inputs)
+        arguments.pop("return_dict", None)
+        return replaced(arguments, values)
+
+    def _inputs(self) -> list[tuple[Input, Tensor]]:
+        return inputs_of(self.model, self.example_inputs, self.roles)
+
+    def _noisy(self) -> Tensor:
+        return next(value for item, value in self._inputs() if item.role is Role.SAMPLE)
+
+    def _per_image(self) -> dict[str, Tensor]:
+        """Request inputs that have a row for each image."""
+        images = self._noisy().shape[0]
+        return {
+            k: v for k, v in self._requests().items() if k not in self.shared and v.dim() > 0 and v.shape[0] == images
+        }
+
+    def calibration(self, images: int = 16, seed: int = 0, batch_size: int = 16) -> Calibration:
+        """Noise and request inputs of a few images; conditions are random numbers where the model has no others."""
+        cond, uncond = (self.conditions or self._random_conditions)(images, seed)
+        noise = initial_noise(images, self.sample_shape(), seed)
+        per_image = {*cond, *self._per_image()}
+        shared = {k: v for k, v in self._requests().items() if k not in per_image}
+        return Calibration(noise, cond, uncond, self.guidance, batch_size, seed, shared)
+
+    @property
+    def conditions_are_random(self) -> bool:
+        """True if calibration has to invent the request inputs."""
+        return self.conditions is None and bool(self._requests())
+
+    def _requests(self) -> dict[str, Tensor]:
+        return {".".join(item.path): value for item, value in self._inputs() if item.role is Role.REQUEST}
+
+    def _random_conditions(self, n: int, seed: int) -> tuple[dict[str, Tensor], None]:
+        generator = torch.Generator().manual_seed(seed)
+        cond: dict[str, Tensor] = {}
+        for name, example in self._per_image().items():
+            shape = (n, *example.shape[1:])
+            if example.is_floating_point():
+                cond[name] = torch.randn(shape, generator=generator).to(example.dtype)
+            else:
+                cond[name] = example[:1].expand(shape).clone()
+        return cond, None

@@ -1,0 +1,51 @@
+"""The interface of instruments, and the verifier between passes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tfqc.ir.program import Program
+from tfqc.ir.verify import verify
+from tfqc.passing.base import Pass
+from tfqc.passing.context import Context
+
+
+class Passes(Protocol):
+    """A pipeline, as instruments see it; its `str` is its text."""
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """In order."""
+        ...
+
+
+class Instrument:
+    """Sees the program before and after each pass. Methods do nothing unless overridden."""
+
+    def start(self, program: Program, pipeline: Passes) -> None:
+        """Before the first pass. An error raised here refuses the run."""
+
+    def before(self, program: Program, item: Pass, number: int) -> None:
+        """Before pass `number` (from 1)."""
+
+    def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
+        """After a pass; `previous` is the program as it was before."""
+
+    def failed(
+        self, program: Program, item: Pass, number: int, pipeline: Passes, ctx: Context, error: Exception
+    ) -> list[str]:
+        """After a pass failed; `program` is as it was before it. Returns notes for the error."""
+        return []
+
+    def finish(self, program: Program) -> None:
+        """After the last pass that ran, whether it failed or not."""
+
+
+class VerifyEach(Instrument):
+    """Checks the program's invariants before the first pass and after each."""
+
+    def start(self, program: Program, pipeline: Passes) -> None:
+        verify(program)
+
+    def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
+        verify(program, f"#{number} {item.name}")

@@ -1,0 +1,142 @@
+"""What is refused before a pipeline runs: an order that cannot work, and data that are missing or do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from tfqc.errors import CalibrationError, PipelineError, suggest
+from tfqc.ir.program import Program, Role, Stage
+from tfqc.ir.types import Dim
+from tfqc.passing.base import ALL_TABLES, Contract, Pass
+from tfqc.passing.context import Context
+from tfqc.passing.known import sound_passes
+
+
+def check_order(
+    passes: Sequence[Pass], stage: Stage, tables: Iterable[str], ctx: Context | None, weights: bool
+) -> Stage:
+    """See `Pipeline.check`."""
+    have = set(tables)
+    raised: dict[Stage, str] = {}  # stage -> the pass that reached it
+    gave: dict[str, str] = {}  # table -> the pass that provided it
+    dropped: dict[str, str] = {}  # table -> the pass that dropped it
+    for number, item in enumerate(passes, 1):
+        label, its = f"#{number} {item.name}", item.contract()
+        if stage < its.needs:
+            raise PipelineError(
+                f"{label} needs stage {its.needs} but the program is only {stage} there: "
+                f"put {_reaching(its.needs)} before it."
+            )
+        if its.below is not None and stage >= its.below:
+            advice = f"put it before {raised[stage]}" if stage in raised else "start from an earlier program"
+            raise PipelineError(f"{label} works below stage {its.below} but the program is {stage} there: {advice}.")
+        if absent := sorted(its.requires - have):
+            raise PipelineError(f"{label} {_lack(absent[0], have, gave, dropped)}.")
+        if lacking := _data(its, ctx, weights):
+            raise PipelineError(f"{label} {lacking}.")
+        kept = {t for t in have if _table(t) in kept_tables(its, map(_table, have))}
+        anew = {t for t in its.provides if "." not in t}
+        kept = {t for t in kept if t in anew or _table(t) not in anew} | its.provides
+        dropped |= dict.fromkeys(have - kept, label)
+        gave |= dict.fromkeys(anew, label)
+        have = kept
+        if its.reaches > stage:
+            stage = its.reaches
+            raised[stage] = label
+    return stage
+
+
+def kept_tables(contract: Contract, tables: Iterable[str]) -> set[str]:
+    """Those of the tables that a pass leaves valid."""
+    return set(tables) if contract.preserves == ALL_TABLES else set(tables) & contract.preserves
+
+
+def tables_of(program: Program) -> set[str]:
+    """A program's tables, and the columns that all of their rows have."""
+    found = set(program.tables)
+    for name, rows in program.tables.items():
+        columns = [set(row.columns()) for row in rows.values()]
+        found |= {f"{name}.{column}" for column in (set.intersection(*columns) if columns else ())}
+    return found
+
+
+def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) -> None:
+    """Refuse calibration data that are not what the model takes, if a pass is to sample with them.
+
+    Raises:
+        CalibrationError: an input that is missing, or of another shape.
+    """
+    data = ctx.calibration
+    if data is None or not any("calibration" in item.contract().data for item in passes):
+        return
+    given = {**data.cond, **data.shared}
+    taken = [".".join(item.path) for item in program.input(Role.REQUEST)]
+    for name in given:
+        if program.arguments and name.partition(".")[0] not in program.arguments:
+            raise CalibrationError(f"Calibration: {name!r} is no input of the model.{suggest(name, taken)}")
+    for item in program.input(Role.REQUEST):
+        if (path := ".".join(item.path)) not in given:
+            raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
+        rows = item.type.shape[:1] == ("B",)
+        _check_shape(path, given[path], item.type.shape, rows)
+        if data.uncond is not None and path in data.uncond:
+            _check_shape(f"uncond {path}", data.uncond[path], item.type.shape, rows)
+    if noisy := program.input(Role.SAMPLE):
+        _check_shape("latents", data.latents, noisy[0].type.shape, True)
+
+
+def _check_shape(name: str, given: Tensor, shape: tuple[Dim, ...], rows: bool) -> None:
+    fits = given.dim() == len(shape) and all(
+        isinstance(dim, str) or dim == size or (rows and at == 0)
+        for at, (size, dim) in enumerate(zip(given.shape, shape, strict=True))
+    )
+    if not fits:
+        wanted, got = "x".join(map(str, shape)), "x".join(map(str, given.shape)) or "a scalar"
+        raise CalibrationError(f"Calibration: {name} is {got}, and the model takes {wanted}.")
+
+
+def _lack(wanted: str, have: set[str], gave: dict[str, str], dropped: dict[str, str]) -> str:
+    table, _, column = wanted.partition(".")
+    if column and table in have:
+        there = ", ".join(sorted(t.partition(".")[2] for t in have if t.startswith(f"{table}.")))
+        advice = f"let {gave[table]} provide it" if table in gave else _providing(table, "before it")
+        return f"needs {column!r} in the table {table!r}, which has {there or 'nothing'} there: {advice}"
+    lost = f"which {dropped[table]} drops" if table in dropped else "which is not there"
+    return (
+        f"needs the table {table!r}, {lost}: {_providing(table, 'between them' if table in dropped else 'before it')}"
+    )
+
+
+def _data(contract: Contract, ctx: Context | None, weights: bool) -> str:
+    """What a pass needs from outside and does not get; empty if nothing."""
+    if "weights" in contract.data and not weights:
+        return "needs the weights, and the program has none (it is on the meta device): capture the model with them"
+    if ctx is None:
+        return ""
+    if contract.data & {"schedule", "sampler"} and ctx.schedule is None:
+        return "needs a schedule: give one (schedule=...)"
+    if "calibration" in contract.data and ctx.calibration is None:
+        return "needs a calibration: give one (calibration=...)"
+    if "sampler" in contract.data and ctx.schedule is not None and "_class_name" not in ctx.schedule.sampler:
+        return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
+    return ""
+
+
+def _table(name: str) -> str:
+    """The table of a column; a table itself."""
+    return name.partition(".")[0]
+
+
+def _reaching(stage: Stage) -> str:
+    return _names_of(lambda cls: cls.reaches == stage) or f"a pass that reaches {stage}"
+
+
+def _providing(table: str, place: str) -> str:
+    names = _names_of(lambda cls: table in cls.provides)
+    return f"put {names} {place}" if names else "no known pass provides it"
+
+
+def _names_of(wanted: Callable[[type[Pass]], bool]) -> str:
+    return " or ".join(name for name, cls in sound_passes() if wanted(cls))

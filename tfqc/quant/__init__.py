@@ -1,0 +1,1 @@
+"""Number grids, rounding, and the parameters of quantizers."""

@@ -1,0 +1,1 @@
+"""What is sampled, when, and how: calibration data, schedules, one loop for every denoiser."""

@@ -1,0 +1,97 @@
+"""The temporal information block as a function of its own: its features at every step of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from tfqc.analysis.outline import outline
+from tfqc.analysis.weighted import weighted_nodes
+from tfqc.calibration.simulate import Simulation
+from tfqc.calibration.trajectories import timestep_tensor
+from tfqc.errors import CalibrationError
+from tfqc.ir.program import Program, Role
+from tfqc.ir.rows import Tib
+from tfqc.passing.context import Context
+
+REQUESTS = 4  # request inputs tried with every timestep, where features depend on them
+LABELS = 16  # class labels tried with every timestep, where features depend on labels of a declared domain
+
+
+@dataclass(frozen=True)
+class TibRun:
+    """The TIB as a graph, with inputs for all (step, request) pairs: T * requests rows, steps outermost."""
+
+    program: Program
+    graph: fx.Graph
+    names: tuple[str, ...]
+    inputs: Mapping[str, Tensor]
+    steps: int
+
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor | Callable[[], Tensor]] | None = None,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        observe: Callable[[str, Tensor], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Features by name, [T, requests, ...]; the arguments quantize or watch nodes as in `Simulation`."""
+        run = Simulation(self.program, self.graph, weights=weights, inputs=inputs, observe=observe)
+        values = run.call(self.inputs)
+        return {name: value.unflatten(0, (self.steps, -1)) for name, value in zip(self.names, values, strict=True)}
+
+
+def tib_run(program: Program, ctx: Context) -> TibRun:
+    """Outline the TIB, with the schedule's timesteps and (if features depend on them) a few calibration requests.
+
+    Raises:
+        CalibrationError: no schedule, or features that depend on request inputs without calibration data.
+    """
+    if ctx.schedule is None:
+        raise CalibrationError("The temporal features cannot be computed without a schedule.")
+    features = [n for n in program.step.nodes if program.table(Tib).get(n.name, Tib("")).part == "feature"]
+    roles = {Role.TIME, Role.REQUEST}
+    graph = outline(program, features, roles)
+    read = {n.name for n in graph.nodes if n.op == "placeholder" and n.users}
+    t = timestep_tensor(program, ctx.schedule.timesteps)
+    inputs: dict[str, Tensor] = {}
+    wanted = [i for i in program.input(Role.REQUEST) if i.name in read]
+    count = 1
+    if len(wanted) == 1 and wanted[0].domain and (wanted[0].domain <= LABELS or ctx.calibration is None):
+        count = min(LABELS, wanted[0].domain)
+        labels = torch.linspace(0, wanted[0].domain - 1, count).round().to(wanted[0].type.dtype)
+        inputs[wanted[0].name] = labels.repeat(len(t))
+    elif wanted:
+        if ctx.calibration is None:
+            raise CalibrationError(
+                f"The temporal features depend on {'.'.join(wanted[0].path)!r}, so calibration data are needed."
+            )
+        count = min(REQUESTS, len(ctx.calibration))
+        for item in wanted:
+            path = ".".join(item.path)
+            if path in ctx.calibration.shared:
+                inputs[item.name] = ctx.calibration.shared[path]
+                continue
+            if path not in ctx.calibration.cond:
+                raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
+            rows = ctx.calibration.cond[path][:count]
+            inputs[item.name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
+    inputs[program.input(Role.TIME)[0].name] = t.repeat_interleave(count)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name not in inputs:
+            inputs[node.name] = torch.empty(0)  # a parameter that nothing reads
+    return TibRun(program, graph, tuple(n.name for n in features), inputs, len(t))
+
+
+def feature_label(program: Program, name: str) -> str:
+    """Module path of the embedding layer that makes a feature: its nearest linear or convolution."""
+    weighted = {n.name for n in weighted_nodes(program)}
+    queue = [program.node(name)]
+    while queue:
+        node = queue.pop(0)
+        if node.name in weighted:
+            return program.origins[node.name].module if node.name in program.origins else node.name
+        queue.extend(node.all_input_nodes)
+    return name

@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from tfqc.analysis.binding import binding_times, edge_nodes
 from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import runs_quantized
 from tfqc.calibration.ranges import observe_ranges
-from tfqc.ir.ops import op_name
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
 from tfqc.passing import Context, Contract, Pass
@@ -68,7 +70,7 @@ class CalibrateActivations(Pass):
             and (self.scope == "all" or node.name in program.table(Tib))
             and node not in left
         ]
-        dynamic = [n for n in wanted if self.mode == "per-token" and op_name(n.target) == "aten.linear.default"]
+        dynamic = [n for n in wanted if self.mode == "per-token" and is_call(n, torch.ops.aten.linear.default)]
         for node in dynamic:
             row = quantizer_of(program, node)
             rows[node.name] = dataclasses.replace(row, input_bits=self.bits, input_how="per-token")

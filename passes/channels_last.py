@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
 
-from tfqc.analysis.rewrite import name_of
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
-_REORDERS = {"aten.contiguous.default", "aten.clone.default"}
+aten, ours = torch.ops.aten, torch.ops.tfqc
+_REORDERS = (aten.contiguous.default, aten.clone.default)
 # Refuse what lies in memory in another order than their shape says; reshape does not.
-_VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,21 @@ class ChannelsLast(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        ours = torch.ops.tfqc
+        edit = Rewriter(program)
         for node in program.nodes():
-            if name_of(node) in _REORDERS and isinstance(node.args[0], fx.Node):
-                program.replace(node, node.args[0])
-            elif name_of(node) in _VIEWS:
-                node.target = torch.ops.aten.reshape.default
+            if is_call(node, *_REORDERS):
+                edit.replace(node, node.all_input_nodes[0])
+            elif is_call(node, *_VIEWS):
+                edit.become(node, aten.reshape.default, node.kwargs["self"], node.kwargs["size"])
         for item in program.input(Role.SAMPLE):
             if len(item.type.shape) == 4:
                 sample = program.node(item.name)
                 first = next(n for n in program.nodes() if n.op not in ("placeholder", "get_attr"))
-                inside = program.insert(first, ours.channels_last.default, (sample,), name=f"{item.name}_nhwc")
-                for user in [u for u in sample.users if u is not inside and name_of(u) != "aten.sym_size.int"]:
-                    user.replace_input_with(sample, inside)
+                inside = edit.insert(first, ours.channels_last.default, sample, name=f"{item.name}_nhwc")
+                for user in [u for u in sample.users if u is not inside and not is_call(u, aten.sym_size.int)]:
+                    edit.reread(user, sample, inside)
         output = next(n for n in program.nodes() if n.op == "output")
         for value in output.all_input_nodes:
             if program.tensor_type(value) is not None and value.op == "call_function":
-                output.replace_input_with(value, program.insert(output, ours.plain.default, (value,), like=value))
+                edit.reread(output, value, edit.insert(output, ours.plain.default, value, like=value))
         program.prune()

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.analysis.outline import add_outlined
+from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import TIME, Input, Program, Role, Stage
 from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule
 from tfqc.passing import LOSSY, Context, Numerics, Pass, close
@@ -68,12 +69,13 @@ class FoldCache(Pass):
     def _fold(self, program: Program, maintenance: dict[str, Maintenance]) -> None:
         """Move features into the operations that read them; afterwards rows are what those operations take."""
         folded = {name for name, row in maintenance.items() if set(row.strategy) == {"fold"}}
+        edit = Rewriter(program)
         for node in program.nodes():
             made: list[fx.Node] = []
             if self.mode in ("exact", "bias"):
-                made = fold_bias(program, node, folded)
+                made = fold_bias(edit, node, folded)
             if not made and self.mode in ("exact", "affine"):
-                made = fold_affine(program, node, folded)
+                made = fold_affine(edit, node, folded)
             for value in made:
                 maintenance[value.name] = Maintenance(("fold",))
 

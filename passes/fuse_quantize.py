@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
-from tfqc.analysis.rewrite import (
-    MOVES,
-    become,
-    changed,
-    keeps_batch,
-    name_of,
-    only_reader,
-    operands,
-    retype,
-    stores,
-)  # fmt: skip
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.match import is_call, only_reader
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.views import Map, Stores
+from tfqc.lowering.values import MOVES, keeps_batch, moved
 from tfqc.lowering.windows import window_of
 from tfqc.passing import Context, Numerics, Pass, close
 from tfqc.runtime.kernel_ops import CODES
@@ -39,41 +32,35 @@ class FuseQuantize(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        quantizers = [n for n in program.nodes() if is_quantizer(n)]
-        fused = sum(_fuse(program, node) for node in quantizers if not self.rows or _is_read_as_rows(program, node))
+        edit = Rewriter(program)
+        quantizers = [found for node in program.nodes() if (found := Map.of(node)) and is_quantizer(found)]
+        fused = sum(_fuse(edit, q) for q in quantizers if not self.rows or _is_read_as_rows(program, q))
         program.prune()
         if quantizers:
             ctx.report.append(f"quantized where it is computed: {fused} of {len(quantizers)} values")
 
 
-def is_quantizer(node: fx.Node) -> bool:
+def is_quantizer(node: Map) -> bool:
     """True for a map that only quantizes."""
-    if name_of(node) != "tfqc.map.default":
+    return node.act == "none" and node.out in CODES
+
+
+def _is_read_as_rows(program: Program, quantizer: Map) -> bool:
+    read = quantizer.node.users
+    return Stores.of(quantizer.x) is not None and all(window_of(program, user) is None for user in read)
+
+
+def _fuse(edit: Rewriter, quantizer: Map) -> bool:
+    program, source, between = edit.program, quantizer.x, list[fx.Node]()
+    while is_call(source, *MOVES) and only_reader(source) is not None and keeps_batch(program, source):
+        between.append(source)
+        source = moved(source)
+    kernel = Stores.of(source)
+    if kernel is None or kernel.out != "f32" or only_reader(source) is None:
         return False
-    has = operands(node)
-    return has["act"] == "none" and has["out"] in CODES
-
-
-def _is_read_as_rows(program: Program, quantizer: fx.Node) -> bool:
-    return stores(quantizer.args[0]) and all(window_of(program, user) is None for user in quantizer.users)
-
-
-def _fuse(program: Program, quantizer: fx.Node) -> bool:
-    source: Any = quantizer.args[0]
-    moved: list[fx.Node] = []
-    while name_of(source) in MOVES and only_reader(source) is not None and keeps_batch(program, source):
-        moved.append(source)
-        source = source.args[0]
-    if not stores(source) or operands(source)["out"] != "f32" or only_reader(source) is None:
+    if any(not keeps_batch(program, n) for n in (source, *between)):
         return False
-    if any(not keeps_batch(program, n) for n in (source, *moved)):
-        return False
-    its = operands(quantizer)
-    ending = {name: its[name] for name in ("row", "out_scale", "out_zero_point", "out")}
-    become(program, source, source.target, changed(source, **ending))
-    for node in reversed(moved):
-        retype(program, node)
-    before = quantizer.args[0]
-    assert isinstance(before, fx.Node)
-    program.replace(quantizer, before)
+    ending = {name: quantizer.node.kwargs[name] for name in ("row", "out_scale", "out_zero_point", "out")}
+    edit.update(source, **ending)
+    edit.replace(quantizer.node, quantizer.x)
     return True

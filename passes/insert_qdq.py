@@ -8,14 +8,22 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from tfqc.analysis.weighted import LEFT_IN_FLOAT, WEIGHTED
+from tfqc.analysis.weighted import WEIGHTED, is_weighted
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.match import is_call
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
 from tfqc.ir.rows import Quantizer, RowSource
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 from tfqc.runtime.packing import pack_int4
 
-ours = torch.ops.tfqc
+aten, ours = torch.ops.aten, torch.ops.tfqc
+# What holds weights or multiplies matrices and is left in floating point, beside layers that are not quantized.
+_LEFT = (
+    aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.einsum.default,
+    aten.conv_transpose2d.input, aten.embedding.default, aten.group_norm.default, aten.layer_norm.default,
+    ours.group_norm_rows.default, ours.layer_norm_rows.default, aten.rms_norm.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,9 @@ class InsertQdq(Pass):
         for function in [f for f in program.functions if f != TIME]:
             shared: dict[tuple[str, str], fx.Node] = {}
             for node in program.nodes(function):
-                name = op_name(node.target) if node.op == "call_function" else ""
-                if node.name not in quantizers or name not in WEIGHTED:  # a parameter may have a hoisted node's name
-                    if name in WEIGHTED | LEFT_IN_FLOAT:
-                        kind = name.split(".")[1]
+                if node.name not in quantizers or not is_weighted(node):  # a parameter may have a hoisted node's name
+                    if is_weighted(node) or is_call(node, *_LEFT):
+                        kind = op_name(node.target).split(".")[1]
                         left[kind] = left.get(kind, 0) + 1
                     continue
                 quantizer = quantizers[node.name]
@@ -68,7 +75,8 @@ def _quantize_input(
     row: str,
     shared: dict[tuple[str, str], fx.Node],
 ) -> None:
-    value = node.args[0]
+    operand = WEIGHTED[node.target].input
+    value = node.kwargs[operand]
     assert isinstance(value, fx.Node)
     key = (value.name, f"{quantizer.input_scale}/{quantizer.input_bits}")
     if key not in shared:
@@ -96,7 +104,7 @@ def _quantize_input(
                 name=f"{value.name}_dq",
                 function=function,
             )
-    node.update_arg(0, shared[key])
+    Rewriter(program, function).update(node, **{operand: shared[key]})
 
 
 def _quantize_weight(
@@ -115,4 +123,4 @@ def _quantize_weight(
         args = (program.tensor_node(quantizer.codes, function), *operands, quantizer.group)
         target = ours.dequantize_weight.default
     weight = program.insert(node, target, args, name=f"{node.name}_weight", function=function)
-    node.update_arg(1, weight)
+    Rewriter(program, function).update(node, **{WEIGHTED[node.target].weight: weight})

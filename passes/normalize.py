@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,28 +11,32 @@ import torch
 from torch import fx
 
 from tfqc.errors import PassError
-from tfqc.frontend.canonical import make_canonical
+from tfqc.frontend.canonical import canonical_rules
+from tfqc.ir.calls import canonical
+from tfqc.ir.edit import Rewriter, rewrite
 from tfqc.ir.infer import infer_type
+from tfqc.ir.match import is_call
 from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
 from tfqc.ir.verify import is_assertion
 from tfqc.passing import EXACT, Numerics, Pass
 
+aten = torch.ops.aten
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
+_COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
 # Return their first operand whenever the type stays the same.
-_SAME_IF_TYPE_IS = {
-    "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default", "aten.type_as.default",
-    "aten.expand.default", "aten.view.default", "aten.reshape.default", "aten.alias.default", "aten.detach.default",
-    "aten.clone.default", "aten.lift_fresh_copy.default", "aten.to.other",
-}  # fmt: skip
-_COPIES = {"aten.clone.default", "aten._to_copy.default", "aten.lift_fresh_copy.default"}
-_DROPOUTS = {"aten.dropout.default", "aten.feature_dropout.default"}
+_SAME_IF_TYPE_IS = (
+    *_CASTS, *_COPIES, aten.type_as.default, aten.expand.default, aten.view.default, aten.reshape.default,
+    aten.alias.default, aten.detach.default,
+)  # fmt: skip
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Remove assertions, in-place operations, identities and dead nodes; let created tensors say their sizes, and
-    products with stored weights be `linear` and `conv2d`.
+    """Name all operands; remove assertions, in-place operations, identities and dead nodes; let created tensors say
+    their sizes, and products with stored weights be `linear` and `conv2d`.
 
     Refuses operations in place whose target is an input, or is shared with a view: that effect is not visible in
     the graph.
@@ -43,40 +48,39 @@ class Normalize(Pass):
 
     def run(self, program: Program, ctx: object) -> None:
         """Rewrite @step."""
+        edit = Rewriter(program)
         for node in program.nodes():
             if is_assertion(node):
                 program.step.erase_node(node)
+            elif is_call(node):
+                node.args, node.kwargs = canonical(node.target, node.args, node.kwargs)
         # Aliases go before operations in place are rewritten, which then need not know them; copies go after.
-        _remove_identities(program, only_aliases=True)
+        _remove_identities(edit, only_aliases=True)
         for node in program.nodes():
-            if node.op == "call_function":
-                _functionalize(program, node)
-        _remove_identities(program, only_aliases=False)
-        transposed: dict[str, str] = {}
+            if works_in_place(node.target):
+                _functionalize(edit, node)
+        _remove_identities(edit, only_aliases=False)
         for node in program.nodes():
-            if node.op == "call_function":
-                _create_by_size(program, node)
-                make_canonical(program, node, transposed)
-        program.prune()
+            if is_call(node):
+                _create_by_size(edit, node)
+        rewrite(program, canonical_rules())
         program.origins = {name: origin for name, origin in program.origins.items() if origin.module or origin.source}
 
 
-def _remove_identities(program: Program, only_aliases: bool) -> None:
-    for node in program.nodes():
-        if node.op != "call_function" or (only_aliases and not _is_alias(program, node)):
+def _remove_identities(edit: Rewriter, only_aliases: bool) -> None:
+    for node in edit.program.nodes():
+        if not is_call(node) or (only_aliases and not _is_alias(edit.program, node)):
             continue
-        if (same := _identity(program, node)) is not None:
-            program.replace(node, same)
+        if (same := _identity(edit.program, node)) is not None:
+            edit.program.replace(node, same)
 
 
-def _functionalize(program: Program, node: fx.Node) -> None:
+def _functionalize(edit: Rewriter, node: fx.Node) -> None:
     """Replace an operation in place by its functional form, and later reads of its target by the result."""
-    if not works_in_place(node.target):
-        return
-    name = op_name(node.target)
+    program, name = edit.program, op_name(node.target)
     packet, _, overload = name.removeprefix("aten.").partition(".")
-    functional = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None)
-    victim = node.args[0] if node.args else None
+    functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+    victim = next(iter(node.kwargs.values()), None)
     if not packet.endswith("_") or functional is None or not isinstance(victim, fx.Node):
         raise PassError(f"{program.at(node)}: {name} works in place and has no functional form that tfqc knows.")
     earlier = [u for u in victim.users if u < node and _is_alias(program, u)]
@@ -84,85 +88,81 @@ def _functionalize(program: Program, node: fx.Node) -> None:
         raise PassError(
             f"{program.at(node)}: {name} changes a value that others share; write the model without it there."
         )
+    dtype = program.tensor_type(victim).dtype  # type: ignore[union-attr]
+    whole = program.type(victim)
     node.target = functional
     result = node
-    if (promoted := infer_type(program, node)) != program.type(victim):  # in place, the target keeps its dtype
-        program.types[node.name] = promoted
-        dtype = program.tensor_type(victim).dtype  # type: ignore[union-attr]
-        result = program.insert(node.next, torch.ops.aten.to.dtype, (node, dtype), like=node)
-        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    if infer_type(program, node) != whole:  # in place, the target keeps its dtype
+        edit.retype(node)
+        readers = list(node.users)
+        result = edit.insert(node.next, aten.to.dtype, node, dtype, like=node)
+        for reader in readers:
+            edit.reread(reader, node, result)
     for later in [user for user in victim.users if node < user]:
-        later.replace_input_with(victim, result)
+        edit.reread(later, victim, result)
 
 
-def _is_alias(program: Program, node: fx.Node) -> bool:
+def _is_alias(program: Program, node: Any) -> bool:
     """True for a view, and for what may return its operand itself."""
-    if node.op != "call_function":
+    if not is_call(node) or is_call(node, *_COPIES):
         return False
-    name = op_name(node.target)
-    if name == "operator.getitem":  # one of the views that `chunk` makes
-        return _is_alias(program, node.args[0])  # type: ignore[arg-type]
-    if name in _COPIES:
-        return False
-    if name.startswith("aten.to."):  # a copy for another type, or when asked for one
-        asked = True in node.args[3:] or node.kwargs.get("copy")
-        return not asked and program.type(node) == program.type(node.all_input_nodes[0])
+    if is_call(node, operator.getitem):  # one of the views that `chunk` makes
+        return _is_alias(program, node.args[0])
+    if is_call(node, *_CASTS):  # a copy for another type, or when asked for one
+        return not node.kwargs["copy"] and program.type(node) == program.type(node.all_input_nodes[0])
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return name in _DROPOUTS or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return is_call(node, *_DROPOUTS) or is_view
 
 
 _CREATIONS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 
 
-def _create_by_size(program: Program, node: fx.Node) -> None:
+def _create_by_size(edit: Rewriter, node: fx.Node) -> None:
     """`zeros_like(x)`, `x.new_ones(...)` and such read no value of x: let them say their size, and not read x."""
+    program, given = edit.program, node.kwargs
     packet = op_name(node.target).removeprefix("aten.").partition(".")[0]
     kind = packet.removesuffix("_like").removeprefix("new_")
     type_ = program.tensor_type(node)
     if kind == packet or kind not in _CREATIONS or type_ is None:
         return
-    like = node.args[0]
-    assert isinstance(like, fx.Node)
-    value: Any = _CREATIONS[kind]
-    if value is None:
-        value = node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"]
-    sizes: list[Any] = list(type_.shape if packet.endswith("_like") else node.args[1])  # type: ignore[arg-type]
+    like: Any = given["self"]
+    value = given["fill_value"] if _CREATIONS[kind] is None else _CREATIONS[kind]
+    sizes: list[Any] = list(type_.shape if packet.endswith("_like") else given["size"])  # type: ignore[arg-type]
     for dim, size in enumerate(sizes):
         if isinstance(size, str):
-            sizes[dim] = program.insert(node, torch.ops.aten.sym_size.int, (like, dim))
-    node.target = torch.ops.aten.full.default
-    node.args = (sizes, value)
-    node.kwargs = {"dtype": type_.dtype, "device": torch.device("cpu"), "pin_memory": False}
+            sizes[dim] = edit.insert(node, aten.sym_size.int, like, dim)
+    made = {"dtype": type_.dtype, "device": torch.device("cpu"), "pin_memory": False}
+    edit.become(node, aten.full.default, size=sizes, fill_value=value, **made)
 
 
 def _identity(program: Program, node: fx.Node) -> fx.Node | None:
     """The operand that a node returns unchanged, if it does."""
-    name, args = op_name(node.target), node.args
-    first = args[0] if args else None
+    given = node.kwargs
+    first = next(iter(given.values()), None)
     if not isinstance(first, fx.Node):
         return None
-    if name in _SAME_IF_TYPE_IS and program.type(node) == program.type(first):
+    if is_call(node, *_SAME_IF_TYPE_IS) and program.type(node) == program.type(first):
         # A copy may be there for its strides: what views it needs them.
-        return None if name in _COPIES and (node.kwargs.get("memory_format") or _is_alias(program, first)) else first
-    if name in _DROPOUTS and (args[1] == 0.0 or args[2] is False):
+        ordered = is_call(node, *_COPIES) and (given.get("memory_format") or _is_alias(program, first))
+        return None if ordered else first
+    if is_call(node, *_DROPOUTS) and (given["p"] == 0.0 or given["train"] is False):
         return first
-    if name == "aten.slice.Tensor" and _whole(program, first, args):
+    if is_call(node, aten.slice.Tensor) and _whole(program, first, given):
         return first
-    if name in ("aten.div.Tensor", "aten.mul.Tensor") and _is_number(args[1], 1) and _floating(program, first):
+    number = given.get("other")
+    if is_call(node, aten.div.Tensor, aten.mul.Tensor) and _is_number(number, 1) and _floating(program, first):
         return first
-    if name in ("aten.add.Tensor", "aten.sub.Tensor") and _is_number(args[1], 0) and _floating(program, first):
-        # x + 0.0 turns -0.0 into 0.0, so it is no identity for bits; x - 0.0 is.
-        return first if name == "aten.sub.Tensor" else None
-    return None
+    # x + 0.0 turns -0.0 into 0.0, so it is no identity for bits; x - 0.0 is.
+    is_same = is_call(node, aten.sub.Tensor) and _is_number(number, 0) and _floating(program, first)
+    return first if is_same else None
 
 
-def _whole(program: Program, first: fx.Node, args: tuple[Any, ...]) -> bool:
-    type_ = program.tensor_type(first)
-    filled: tuple[Any, ...] = (*args, *(0, 0, None, None, 1)[len(args) :])
-    _, dim, start, end, step = filled
-    if type_ is None or start not in (0, None) or step != 1:
+def _whole(program: Program, first: fx.Node, given: Any) -> bool:
+    type_, end = program.tensor_type(first), given["end"]
+    if type_ is None or given["start"] not in (0, None) or given["step"] != 1:
         return False
-    extent = type_.shape[dim]
+    extent = type_.shape[given["dim"]]
     return end is None or (isinstance(end, int) and (end == 2**63 - 1 or (isinstance(extent, int) and end >= extent)))
 
 

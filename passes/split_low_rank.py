@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from tfqc.analysis.binding import binding_times
-from tfqc.analysis.rewrite import name_of
 from tfqc.analysis.weighted import weight_of
+from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Tib
+from tfqc.ir.views import Linear
 from tfqc.passing import Context, Numerics, Pass, close
 
 
@@ -42,30 +43,28 @@ class SplitLowRank(Pass):
         readers: dict[fx.Node, list[fx.Node]] = {}
         roles = binding_times(program)
         for node in program.nodes():
-            if name_of(node) != "aten.linear.default" or weight_of(node) is None or node.name in program.table(Tib):
+            linear = Linear.of(node)
+            if linear is None or weight_of(node) is None or node.name in program.table(Tib):
                 continue
-            x = node.args[0]
-            assert isinstance(x, fx.Node)
-            if Role.SAMPLE in roles[x.name]:
-                readers.setdefault(x, []).append(node)
-        split = 0
+            if Role.SAMPLE in roles[linear.input.name]:
+                readers.setdefault(linear.input, []).append(node)
+        split, edit = 0, Rewriter(program)
         for nodes in ctx.progress.track(readers.values(), "splitting weights", len(readers)):
-            x = nodes[0].args[0]  # which may be what a linear before was split into
-            assert isinstance(x, fx.Node)
+            x = Linear(nodes[0]).input  # which may be what a linear before was split into
             weights = [program.tensors[str(weight_of(n))] for n in nodes]
             if min(weights[0].shape[1], sum(len(w) for w in weights)) > self.rank:
-                self._split(program, x, nodes, weights)
+                self._split(edit, x, nodes, weights)
                 split += len(nodes)
         program.prune()
         if split:
             ctx.report.append(f"split off rank {self.rank}: {split} linears")
 
-    def _split(self, program: Program, x: fx.Node, nodes: list[fx.Node], weights: list[Tensor]) -> None:
-        matmul = torch.ops.aten.matmul.default
+    def _split(self, edit: Rewriter, x: fx.Node, nodes: list[fx.Node], weights: list[Tensor]) -> None:
+        program, matmul = edit.program, torch.ops.aten.matmul.default
         down, ups = low_rank(torch.cat(weights), self.rank)
         # By the weight's name, but of this value's readers alone: others may read the same weight.
         name = program.add_tensors(str(weight_of(nodes[0])), {"down": down})[0]
-        low = program.insert(nodes[0], matmul, (x, program.tensor_node(name)), name=f"{nodes[0].name}_low")
+        low = edit.insert(nodes[0], matmul, x, program.tensor_node(name), name=f"{nodes[0].name}_low")
         made: dict[str, list[str]] = {}
         for node, weight, up in zip(nodes, weights, ups.split([len(w) for w in weights], 1), strict=True):
             base = str(weight_of(node))
@@ -73,15 +72,14 @@ class SplitLowRank(Pass):
                 rest = weight if weight.is_meta else weight - (down @ up).T
                 made[base] = program.add_tensors(base, {"up": up.contiguous(), "rest": rest})
             up_name, rest_name = made[base]
-            node.update_arg(1, program.tensor_node(rest_name))
-            args = (low, program.tensor_node(up_name))
-            branch = program.insert(node.next, matmul, args, name=f"{node.name}_branch", like=node)
+            edit.update(node, weight=program.tensor_node(rest_name))
+            up_node = program.tensor_node(up_name)
+            branch = edit.insert(node.next, matmul, low, up_node, name=f"{node.name}_branch", like=node)
             users = list(node.users)
-            whole = program.insert(
-                branch.next, torch.ops.aten.add.Tensor, (node, branch), name=f"{node.name}_whole", like=node
-            )
+            add = torch.ops.aten.add.Tensor
+            whole = edit.insert(branch.next, add, node, branch, name=f"{node.name}_whole", like=node)
             for user in users:
-                user.replace_input_with(node, whole)
+                edit.reread(user, node, whole)
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

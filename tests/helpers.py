@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from tfqc.instruments import CheckNumerics, VerifyEach
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role
 from tfqc.ir.rows import BindingTime, Tib
 from tfqc.passing import Context, Pass
@@ -63,3 +64,13 @@ def evaluate_nodes(program: Program, nodes: list[fx.Node], inputs: Mapping[str, 
 def find(program: Program, op: str) -> list[fx.Node]:
     """Nodes of @step that call an operation, by a part of its name."""
     return [n for n in program.step.nodes if n.op == "call_function" and op in str(n.target)]
+
+
+def name_of(node: Any) -> str:
+    """The operation of a node, as IR text names it; empty for whatever is none."""
+    return op_name(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else ""
+
+
+def args_of(node: Any) -> tuple[Any, ...]:
+    """Operands of a call in the order of its schema, defaults too."""
+    return tuple(node.args) or tuple(node.kwargs.values())

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.helpers import args_of
 from tfqc.frontend import capture
+from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import Program, Stage
 from tfqc.passing import Context, Pass
 
@@ -97,6 +99,6 @@ class Sloppy(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Write a product behind each SiLU, under the name that the SiLU had."""
         for node in [n for n in program.nodes() if n.target is torch.ops.aten.silu.default]:
-            (x,) = node.args
+            (x,) = args_of(node)
             inner = program.insert(node, torch.ops.aten.silu.default, (x,), name="bare")
-            node.target, node.args = torch.ops.aten.mul.Tensor, (inner, 1.1)
+            Rewriter(program).become(node, torch.ops.aten.mul.Tensor, inner, 1.1)

@@ -17,6 +17,7 @@ from tfqc.arguments import check_calibration_argument, check_others, read_pipeli
 from tfqc.codegen.artifact import Artifact, check_files
 from tfqc.codegen.backend import Backend
 from tfqc.codegen.known import find_backend
+from tfqc.codegen.left import MadeBy
 from tfqc.codegen.support import compromised, grouped, refused
 from tfqc.codegen.target import Target
 from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
@@ -120,10 +121,11 @@ def compile(
         program = start.clone()
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
-    passes.run(program, context, [VerifyEach()] if instruments is None else instruments)
+    made = MadeBy()
+    passes.run(program, context, [*([VerifyEach()] if instruments is None else instruments), made])
     if _quantizes(passes):
         check_quantized(program)
-    context.report += _refuse(backend, program, target, require_real) + left_in_floating_point(program)
+    context.report += _refuse(backend, program, target, require_real, made) + left_in_floating_point(program)
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
@@ -157,24 +159,26 @@ def _rehearse(passes: Pipeline, program: Program, context: Context, target: Targ
     if not any({"weights", "calibration"} & item.contract().data for item in passes.passes):
         return
     context.progress.say("checking what the target makes of it")
+    made = MadeBy()
     try:
-        rehearsed = passes.rehearse(program, context)
+        rehearsed = passes.rehearse(program, context, [made])
     except PassError as error:
         if error.__cause__ is None:
             raise
         return  # a pass that does not do without values: the run tells what there is to tell
     if _quantizes(passes):
         check_quantized(rehearsed)
-    _refuse(target.backend, rehearsed, target, require_real)
+    _refuse(target.backend, rehearsed, target, require_real, made)
 
 
 def _quantizes(passes: Pipeline) -> bool:
     return any(Quantizer.table in item.contract().provides for item in passes.passes)
 
 
-def _refuse(backend: Backend, program: Program, target: Target, require_real: bool) -> list[str]:
+def _refuse(backend: Backend, program: Program, target: Target, require_real: bool, made: MadeBy) -> list[str]:
     """Refuse what the backend does not run; what it runs in another way is returned as lines of the report."""
     if found := refused(backend, program, target.options):
+        found = [(node, f"{because}; {made.of(node)}") for node, because in found]
         lines = grouped(program, found)
         raise TfqcError(f"{target.name} does not run {len(found)} operations of {program.model}.", *lines)
     found = compromised(backend, program, target.options)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of
 from tfqc.backends.cpu_int8.runtime.build import source_of
 from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
 from tfqc.codegen.artifact import Artifact
@@ -18,6 +17,7 @@ from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.rows import Memory
+from tfqc.ir.views import Tiles, Upsample
 
 # Which file holds the kernel of an operation.
 SOURCES = {
@@ -81,10 +81,8 @@ def _model(program: Program, isa: str) -> ModuleWriter:
 def _tiles(program: Program) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
     for node in program.step.nodes:
-        if name_of(node) == "tfqc.unpack_tiles.default":
-            tensor, _, shape, *rest = node.args
-            assert isinstance(tensor, fx.Node)
-            found[str(tensor.target)] = (tuple(shape), *rest)  # type: ignore[arg-type]
+        if tiles := Tiles.of(node):
+            found[str(tiles.packed.target)] = (tuple(tiles.shape), tiles.groups, tiles.paired, tiles.bits)
     return found
 
 
@@ -92,9 +90,8 @@ def _stored(w: str, t: str = "") -> Stored:
     def stored(node: fx.Node) -> str | None:
         if node.op == "get_attr":
             return f'{w}("{node.target}")'
-        if name_of(node) == "tfqc.unpack_tiles.default":
-            return f'{t}("{node.args[0].target}")'  # type: ignore[union-attr]
-        return None
+        tiles = Tiles.of(node)
+        return None if tiles is None else f'{t}("{tiles.packed.target}")'
 
     return stored
 
@@ -113,9 +110,9 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
     operation, method = op_name(node.target), _method(program, node)
     match method:
         case "concat":
-            operands = ", ".join(value(a, stored) for a in node.args[0])  # type: ignore[union-attr]
+            operands = ", ".join(value(tensor, stored) for tensor in node.all_input_nodes)
         case "upsample":
-            operands = f"{value(node.args[0], stored)}, {upsampling(node)}"
+            operands = f"{value(Upsample(node).input, stored)}, {upsampling(node)}"
         case "view" | "torch":
             scalar = program.tensor_type(node) is None and method == "torch"
             if scalar or operation in ("operator.getitem", "aten.sym_size.int"):
@@ -123,7 +120,7 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
             callee = operation if operation.startswith(("aten.", "torch.")) else operation.split(".")[1]
             operands = f"{callee}, {arguments(node, stored)}"
         case _:
-            operands = arguments(node, stored)
+            operands = arguments(node, stored, by_name=True)
     return f'{k}.{method}("{node.name}", {operands})'
 
 

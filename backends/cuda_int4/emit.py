@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from tfqc.analysis.rewrite import name_of, operands
 from tfqc.backends.cuda_int4.lines import Lines
 from tfqc.backends.cuda_int4.runtime import pack
 from tfqc.backends.cuda_int4.runtime.specialise import source
-from tfqc.backends.cuda_int4.selection import PRODUCTS
 from tfqc.backends.cuda_int4.tensor_cores import is_step_row
 from tfqc.codegen.artifact import Artifact
 from tfqc.codegen.python.bodies import DOCS, body
@@ -22,6 +20,7 @@ from tfqc.codegen.python.module import ModuleWriter, engine_class, helpers, para
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.types import TensorType
+from tfqc.ir.views import Product
 
 
 def emit(program: Program, arch: str) -> Artifact:
@@ -139,7 +138,7 @@ def _constants(graph: fx.Graph) -> dict[fx.Node, None]:
 
 def _only_biases(read: fx.Node) -> bool:
     """True for a read that products do themselves."""
-    return all(name_of(u) in PRODUCTS and operands(u)["bias"] is read for u in read.users)
+    return all((product := Product.of(u)) is not None and product.bias is read for u in read.users)
 
 
 def _written(item: Any) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of, operands
 from tfqc.backends.cuda_int4.runtime.specialise import (
     Body,
     Epilogue,
@@ -24,12 +24,13 @@ from tfqc.backends.cuda_int4.runtime.specialise import (
 )
 from tfqc.backends.cuda_int4.tensor_cores import is_step_row
 from tfqc.backends.cuda_int4.tiles import tile_for
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType, evaluate
+from tfqc.ir.views import Map, Product, QConv, QuantizeTokens, Stores
 from tfqc.lowering.windows import window_of
 
 K = TypeVar("K", Gemm, Quantize)
-PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
 _BITS: dict[str, Literal[4, 8]] = {"u4": 4, "u8": 8}
 
 _COMMON = "sm_89"  # the chip for which tiles are chosen where one text serves all of them
@@ -46,31 +47,31 @@ class Selection:
     arch: str
     kernels: dict[str, Kernel] = field(default_factory=dict[str, Kernel])
 
-    def product(self, node: fx.Node) -> Gemm:
+    def product(self, product: Product) -> Gemm:
         """Of a qlinear or qconv."""
-        has, its = operands(node), self.program.types
-        weight, x, y = its[has["weight"].name], its[has["codes"].name], its[node.name]
+        node, types, conv = product.node, self.program.types, QConv.of(product.node)
+        weight, x, y = types[product.weight.name], types[product.codes.name], types[node.name]
         assert isinstance(weight, TensorType) and isinstance(x, TensorType) and isinstance(y, TensorType)
         n, channels, *taps = (int(size) for size in weight.shape)
         image = window_of(self.program, node)
-        window = None if image is None else Window(*image, int(has["stride"]))
-        mode = self._mode(has)
-        scales = self.program.tensor_type(has["weight_scale"])
+        window = None if image is None else Window(*image, conv.stride if conv else 1)
+        mode = self._mode(product)
+        scales = self.program.tensor_type(product.weight_scale)
         group: Literal[128] | None = 128 if scales is not None and len(scales.shape) > 1 else None
         end = Epilogue(
-            scales=_rows(has["scale"], has["row_in"]),
-            bias=_bias(self.program, has["bias"]),
-            activation=has["act"],
-            residual=has["residual"] is not None,
-            out=has["out"],
-            rank=_rank(self.program, has.get("up")),
-            out_scales="step" if has["out_scale"] is None or has["row"] is not None else "one",
+            scales=_rows(product.scale, product.row_in),
+            bias=_bias(self.program, product.bias),
+            activation=product.act,
+            residual=product.residual is not None,
+            out=product.out,
+            rank=_rank(self.program, product.up),
+            out_scales="step" if product.out_scale is None or product.row is not None else "one",
         )
         k = _whole(channels) * (9 if window else 1)
-        lead = y.shape[:-1] if name_of(node) == "tfqc.qlinear.default" else (y.shape[0], *y.shape[2:])
+        lead = y.shape[:-1] if product.is_linear else (y.shape[0], *y.shape[2:])
         rows = math.prod(evaluate(size, self.program.symbols) for size in lead)
         shape = f"{n}x{k}" if window is None else f"{n}x{k}_{window.height}x{window.width}_s{window.stride}"
-        what = "linear" if name_of(node) == "tfqc.qlinear.default" else f"conv{taps[0]}x{taps[1]}"
+        what = "linear" if product.is_linear else f"conv{taps[0]}x{taps[1]}"
         made = Gemm(
             f"tfqc_{what}_{shape}",
             n,
@@ -79,34 +80,30 @@ class Selection:
             self._body(mode),
             end,
             window,
-            self._tile(n, k, rows, mode, has["act"] == "geglu", group),
+            self._tile(n, k, rows, mode, product.act == "geglu", group),
             group,
         )
         return self._add(made)
 
-    def quantizer(self, node: fx.Node, windowed: bool, rank: int = 0) -> Quantize:
+    def quantizer(self, codes: Map, windowed: bool, rank: int = 0) -> Quantize:
         """Of a map that stores codes, as rows or as an image with a border; rank: of a branch that it begins."""
-        has = operands(node)
-        channels, image = self._pixels(has["x"], is_image(node))
+        channels, image = self._pixels(codes.x, is_image(codes.node))
         image = image if windowed else None
-        name = f"tfqc_quantize{_BITS[has['out']]}_{channels}" + (f"_{image[0]}x{image[1]}" if image else "")
-        scales = _rows(has["out_scale"], has["row"])
-        return self._add(
-            Quantize(f"{name}_r{rank}" if rank else name, channels, _BITS[has["out"]], scales, image, rank)
-        )
+        name = f"tfqc_quantize{_BITS[codes.out]}_{channels}" + (f"_{image[0]}x{image[1]}" if image else "")
+        scales = _rows(codes.out_scale, codes.row)
+        return self._add(Quantize(f"{name}_r{rank}" if rank else name, channels, _BITS[codes.out], scales, image, rank))
 
-    def copier(self, product: fx.Node, windowed: bool) -> Quantize | None:
+    def copier(self, product: Product, windowed: bool) -> Quantize | None:
         """Of the values that a product reads as they are; None if they lie as it reads them."""
-        x = operands(product)["codes"]
-        channels, image = self._pixels(x, name_of(product) == "tfqc.qconv.default")
+        channels, image = self._pixels(product.codes, not product.is_linear)
         if windowed and image:
             return self._add(Quantize(f"tfqc_copy_{channels}_{image[0]}x{image[1]}", channels, 16, image=image))
         return self._add(Quantize(f"tfqc_copy_{channels}", channels, 16)) if channels % 32 else None
 
-    def tokens(self, node: fx.Node) -> Quantize:
+    def tokens(self, tokens: QuantizeTokens) -> Quantize:
         """Of a quantize_tokens."""
-        channels, _ = self._pixels(operands(node)["x"], False)
-        bits: Literal[4, 8] = 4 if operands(node).get("bits") == 4 else 8
+        channels, _ = self._pixels(tokens.x, False)
+        bits: Literal[4, 8] = 4 if tokens.bits == 4 else 8
         return self._add(Quantize(f"tfqc_quantize{bits}_{channels}_tokens", channels, bits, "token"))
 
     def _pixels(self, value: fx.Node, image: bool) -> tuple[int, tuple[int, int] | None]:
@@ -117,13 +114,13 @@ class Selection:
             return int(x.shape[-1]), None
         return int(x.shape[1]), (int(x.shape[2]), int(x.shape[3])) if _static(x) else None
 
-    def _mode(self, has: dict[str, Any]) -> Mode:
-        codes = has["codes"]
-        if has["scale"] is None:
+    def _mode(self, product: Product) -> Mode:
+        if product.scale is None:
             return "w4a16"
-        if name_of(codes) == "operator.getitem":
-            return "w4a4" if operands(codes.args[0]).get("bits") == 4 else "w4a8"
-        return "w4a4" if operands(codes)["out"] == "u4" else "w4a8"
+        if tokens := QuantizeTokens.of(_several(product.codes)):
+            return "w4a4" if tokens.bits == 4 else "w4a8"
+        stored = Stores.of(product.codes)
+        return "w4a4" if stored is not None and stored.out == "u4" else "w4a8"
 
     def _tile(self, n: int, k: int, rows: int, mode: Mode, paired: bool, group: int | None) -> Tile:
         """Of so many rows, in a batch of the size that the program knows as an example; see `tiles.py`."""
@@ -147,7 +144,7 @@ class Selection:
 
 def is_image(node: fx.Node) -> bool:
     """True for a quantizer of images [B, C, H, W]: one that convolutions read."""
-    return any(name_of(user) == "tfqc.qconv.default" for user in node.users)
+    return any(QConv.of(user) for user in node.users)
 
 
 def _static(type_: TensorType) -> bool:
@@ -162,9 +159,14 @@ def _names(base: str) -> Iterator[str]:
         number += 1
 
 
+def _several(value: Any) -> Any:
+    """The operation with several results of which a value is one; None for any other value."""
+    return value.args[0] if is_call(value, operator.getitem) else None
+
+
 def _rows(scale: Any, row: Any) -> Rows:
     """Whether scales are one, the step's, or each token's."""
-    if name_of(scale) == "operator.getitem":
+    if _several(scale) is not None:
         return "token"
     return "one" if row is None else "step"
 

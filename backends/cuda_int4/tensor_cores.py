@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import keeps_batch, name_of
-from tfqc.analysis.weighted import WEIGHTED
+from tfqc.analysis.weighted import QUANTIZED, WEIGHTED
+from tfqc.ir.match import is_call, is_stored
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.ir.rows import RowSource
+from tfqc.ir.views import Cast, Conv, Dequantize, Linear, Quantize, QuantizeDynamic, StoredWeight, TableRead
+from tfqc.lowering.values import keeps_batch
 from tfqc.lowering.windows import window_of
 from tfqc.runtime.kernel_ops import GROUP
 
-# Products that hold a weight and have no kernel: what is no linear and no convolution of images or rows.
-_OTHER_PRODUCTS = {
-    "aten.conv3d.default", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.addmm.default",
-    "aten.conv_transpose3d.input", "aten.convolution.default", "aten.mm.default", "aten.einsum.default",
-    "aten.baddbmm.default", "aten.conv2d.padding", "aten.conv1d.padding", "aten.conv3d.padding",
-}  # fmt: skip
+aten = torch.ops.aten
+# Products that hold a weight and have no kernel: what is no linear and no convolution of images or rows. A branch of
+# low rank is one in f16, and no lookup multiplies.
+_OTHERS = tuple(op for op in WEIGHTED if op not in (*QUANTIZED, aten.matmul.default, aten.embedding.default))
 LONGEST = 65_536  # codes of a row of the input: s32 holds any sum of so many products
 
 
-def why_not_tensor_cores(program: Program, node: fx.Node) -> str:
+def why_not_tensor_cores(program: Program, layer: Linear | Conv) -> str:
     """Why kernels do not run a linear or convolution of @step whose weight is quantized; empty if they do."""
-    read, weight = (_before_casts(n) for n in node.args[:2])
-    if name_of(weight) != "tfqc.dequantize_weight_int4.default":
-        stored = name_of(weight) == "tfqc.dequantize_weight.default"
-        return "its weight has more than 4 bits" if stored else "its weight is in floating point"
-    assert isinstance(weight, fx.Node) and isinstance(read, fx.Node)
-    why = _of_shape(program, node, weight) or _of_weight(program, node, weight)
-    return why or _of_bias(program, node) or _of_input(program, node, read)
+    stored = StoredWeight.of(_before_casts(layer.weight))
+    if stored is None:
+        return "its weight is in floating point"
+    if not stored.is_int4:
+        return "its weight has more than 4 bits"
+    why = _of_shape(program, layer) or _of_weight(program, layer, stored)
+    return why or _of_bias(program, layer.bias) or _of_input(program, _before_casts(layer.input))
 
 
 def why_not_real(program: Program, node: fx.Node) -> str:
@@ -38,85 +40,81 @@ def why_not_real(program: Program, node: fx.Node) -> str:
 
     Kernels' own products have other names than those of ATen; a branch of low rank is to be a product in f16.
     """
-    name = name_of(node)
-    if name in WEIGHTED:
-        return why_not_tensor_cores(program, node)
-    stored = name in _OTHER_PRODUCTS and any(_is_stored(n) for n in node.all_input_nodes)
-    return f"there is no kernel for {name}" if stored else ""
+    if layer := Linear.of(node) or Conv.of(node):
+        return why_not_tensor_cores(program, layer)
+    stored = is_call(node, *_OTHERS) and any(_is_of_model(n) for n in node.all_input_nodes)
+    return f"there is no kernel for {op_name(node.target)}" if stored else ""
 
 
-def _is_stored(value: fx.Node) -> bool:
+def _is_of_model(value: fx.Node) -> bool:
     """True for a tensor of the model, also where it was cast or turned."""
     while value.op == "call_function" and len(value.all_input_nodes) == 1:
         (value,) = value.all_input_nodes
-    return value.op == "get_attr"
+    return is_stored(value)
 
 
 def is_step_row(program: Program, value: Any) -> bool:
     """True for a read of a table at the row of the timestep, which is the same for all of a launch."""
-    if name_of(value) != "tfqc.table_read.default":
-        return False
-    source = program.table(RowSource).get(value.args[1].name)
+    read = TableRead.of(value)
+    source = program.table(RowSource).get(read.row.name) if read else None
     return source is not None and source.kind == "row" and not source.label
 
 
-def _before_casts(value: Any) -> Any:
-    while name_of(value) == "aten.to.dtype":
-        value = value.args[0]
+def _before_casts(value: fx.Node) -> fx.Node:
+    while cast := Cast.of(value):
+        value = cast.x
     return value
 
 
-def _of_shape(program: Program, node: fx.Node, weight: fx.Node) -> str:
-    type_ = program.tensor_type(weight)
-    assert type_ is not None
-    if name_of(node) == "aten.linear.default":
+def _of_shape(program: Program, layer: Linear | Conv) -> str:
+    if isinstance(layer, Linear):
         return ""
-    if name_of(node) == "aten.conv1d.default":
+    if layer.target is aten.conv1d.default:
         return "it is a convolution in one dimension"
-    stride, padding, dilation, groups = (*node.args[3:7], *([1, 1], [0, 0], [1, 1], 1)[len(node.args[3:7]) :])
-    if groups != 1 or set(dilation) != {1}:  # type: ignore[arg-type]
+    if layer.target is aten.conv3d.default:
+        return "it is a convolution in three dimensions"
+    if layer.groups != 1 or set(layer.dilation) != {1}:
         return "it has groups or a dilation"
-    window, strides = tuple(type_.shape[2:]), tuple(stride)  # type: ignore[arg-type]
-    pads = padding if isinstance(padding, str) else tuple(padding)  # type: ignore[arg-type]
-    if window == strides == (1, 1) and pads in ((0, 0), "same", "valid"):
+    kernel = program.tensor_type(layer.weight)
+    assert kernel is not None
+    window, strides, pads = tuple(kernel.shape[2:]), tuple(layer.stride), tuple(layer.padding)
+    if window == strides == (1, 1) and pads == (0, 0):
         return ""
     if window != (3, 3) or strides not in ((1, 1), (2, 2)) or pads != (1, 1):
         return f"its window is {window[0]} x {window[1]} with stride {strides[0]} and padding {pads}"
-    sized = window_of(program, node) is not None
+    sized = window_of(program, layer.node) is not None
     return "" if sized else "the height and width of its input are not known when it is compiled"
 
 
-def _of_weight(program: Program, node: fx.Node, weight: fx.Node) -> str:
-    scale, zero_point, group = weight.args[1:4]
-    assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
-    zero, type_ = program.tensors[str(zero_point.target)], program.tensor_type(weight)
+def _of_weight(program: Program, layer: Linear | Conv, stored: StoredWeight) -> str:
+    zero, type_ = program.tensors[str(stored.zero_point.target)], program.tensor_type(stored.node)
+    windowed = window_of(program, layer.node) is not None
     assert type_ is not None
-    if program.tensors[str(scale.target)].shape[1] != 1 and (group != GROUP or window_of(program, node) is not None):
-        return f"its weight has a scale for each {group} columns: kernels take {GROUP}, of linears and windows of 1 x 1"
-    taps = 9 if window_of(program, node) is not None else 1
+    if program.tensors[str(stored.scale.target)].shape[1] != 1 and (stored.group != GROUP or windowed):
+        each = f"its weight has a scale for each {stored.group} columns"
+        return f"{each}: kernels take {GROUP}, of linears and windows of 1 x 1"
     channels = type_.shape[1]
     assert isinstance(channels, int)
-    if -(-channels // 32) * 32 * taps > LONGEST:
+    if -(-channels // 32) * 32 * (9 if windowed else 1) > LONGEST:
         return "its sums do not fit into 32 bits"
     return "its weight's zero points are not 0" if not zero.is_meta and bool(zero.any()) else ""
 
 
-def _of_bias(program: Program, node: fx.Node) -> str:
-    bias = node.args[2] if len(node.args) > 2 else None
-    constant = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
-    return "" if constant or is_step_row(program, bias) else "its bias is computed at run time"
+def _of_bias(program: Program, bias: fx.Node | None) -> str:
+    constant = bias is None or is_stored(bias) or is_step_row(program, bias)
+    return "" if constant else "its bias is computed at run time"
 
 
-def _of_input(program: Program, node: fx.Node, read: fx.Node) -> str:
+def _of_input(program: Program, read: fx.Node) -> str:
     if not keeps_batch(program, read):
         return "the first dimension of its input is not the batch"
-    if name_of(read) == "tfqc.quantize_dynamic.default":
-        return "" if read.args[1] in (4, 8) else f"its input has {read.args[1]} bits"
-    if name_of(read) != "tfqc.dequantize.default":
+    if dynamic := QuantizeDynamic.of(read):
+        return "" if dynamic.bits in (4, 8) else f"its input has {dynamic.bits} bits"
+    known = Dequantize.of(read)
+    if known is None:
         return ""  # f16
-    codes = read.args[0]
-    if name_of(codes) != "tfqc.quantize.default":
+    made = Quantize.of(known.codes)
+    if made is None:
         return "its input's codes are not computed here"
-    assert isinstance(codes, fx.Node)
-    low, high = codes.args[4:]
-    return "" if (low, high) in ((0, 15), (0, 255)) else f"its input's codes lie in {low}..{high}"
+    limits = (made.qmin, made.qmax)
+    return "" if limits in ((0, 15), (0, 255)) else f"its input's codes lie in {made.qmin}..{made.qmax}"

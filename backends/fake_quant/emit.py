@@ -13,9 +13,9 @@ from tfqc.codegen.python.expressions import expression, variable
 from tfqc.codegen.python.files import TIME_WEIGHTS, WEIGHTS, tensor_files
 from tfqc.codegen.python.module import ModuleWriter
 from tfqc.codegen.python.names import harmless
-from tfqc.ir.ops import op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
+from tfqc.ir.views import StoredWeight
 from tfqc.runtime import buffer_name
 
 
@@ -53,10 +53,7 @@ def _init(program: Program, only_time: bool) -> Iterator[str]:
     yield f'    for name, value in load_file(directory / "{WEIGHTS}").items():'
     yield "        self.register_buffer(buffer_name(name), value)"
     folded = [
-        (function, node)
-        for function in program.functions
-        for node in program.nodes(function)
-        if node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight")
+        (function, node) for function in program.functions for node in program.nodes(function) if StoredWeight.of(node)
     ]
     if folded:
         yield "    # Weights are kept as integers on disk and turned into fp32 once."
@@ -84,5 +81,4 @@ def _stored(node: fx.Node) -> str | None:
     """Tensors are the module's buffers, weights too, which are dequantized in __init__."""
     if node.op == "get_attr":
         return f"self.{buffer_name(str(node.target))}"
-    is_weight = node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight")
-    return f"self.{variable(node)}" if is_weight else None
+    return f"self.{variable(node)}" if StoredWeight.of(node) else None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find, first
+from tests.helpers import args_of, find, first
 from tests.lowered import PER_TOKEN, before, example
 from tests.subjects import Subject, of_example
 from tfqc.backends.cuda_int4.runtime import pack
@@ -155,7 +155,7 @@ def test_weights_unpack_to_the_codes(activations: str, mode: pack.Mode) -> None:
     artifact = emitted(program=program)
     kernels = {kernel.name: kernel for kernel in kernels_of(artifact)}
     tensors = artifact.tensors["weights.safetensors"]
-    products = {str(n.args[4].target).removesuffix(".codes"): kernels[artifact.facts["kernels"][n.name]]  # type: ignore[union-attr]
+    products = {str(args_of(n)[4].target).removesuffix(".codes"): kernels[artifact.facts["kernels"][n.name]]  # type: ignore[union-attr]
                 for n in find(program, "tfqc.qlinear") + find(program, "tfqc.qconv")}  # fmt: skip
     assert set(products) == {"conv.weight", "wide.weight", "narrow.weight"}
     for name, kernel in products.items():

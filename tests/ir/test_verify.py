@@ -39,7 +39,7 @@ def no_step(p: Program) -> None:
 
 
 def uses_later(p: Program) -> None:
-    p.node("div").args = (p.node("silu"), 1000)
+    p.node("div").update_kwarg("self", p.node("silu"))
 
 
 def late_parameter(p: Program) -> None:

@@ -107,7 +107,7 @@ def test_one_weight_read_twice(subject: Subjects) -> None:
     for node in list(weighted_nodes(program))[1:-1]:
         by_shape.setdefault(program.tensors[weight_of(node) or ""].shape, []).append(node)
     inner, *_, last = next(nodes for nodes in by_shape.values() if len(nodes) > 1)
-    last.update_arg(1, inner.args[1])
+    last.update_kwarg("weight", inner.kwargs["weight"])
     program.prune()
     skip = program.origins[last.name].module
     its.run(f"{TIB},calibrate-weights{{bits=4 skip={skip}}},calibrate-weights{{bits=8}}", program=program)

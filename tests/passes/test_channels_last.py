@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find, first
+from tests.helpers import args_of, find, first, name_of
 from tests.lowered import apply, before, example, parts, round_trip
 from tests.subjects import of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.render import render
 
@@ -21,7 +20,7 @@ def test_in_and_out() -> None:
     (inside,) = find(program, "tfqc.channels_last")
     (outside,) = find(program, "tfqc.plain")
     sample = program.node("x")
-    assert inside.name == "x_nhwc" and inside.args == (sample,)
+    assert inside.name == "x_nhwc" and args_of(inside) == (sample,)
     assert {name_of(u) for u in sample.users} == {"tfqc.channels_last.default", "aten.sym_size.int"}
     assert [n.op for n in outside.users] == ["output"]
     result = first(program(**its.call([750.0])))
@@ -79,7 +78,7 @@ def test_tokens_are_left_as_they_are() -> None:
     old = before("channels-last", of_example("tokens", TOKENS))
     program = apply("channels-last", old)
     (added,) = find(program, "tfqc.plain")
-    program.replace(added, added.args[0])  # type: ignore[arg-type]
+    program.replace(added, args_of(added)[0])  # type: ignore[arg-type]
     program.prune()
     assert render(program) == render(old)
 

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find, name_of
 from tests.lowered import apply, before, example, parts, round_trip
 from tests.subjects import Subjects, of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
@@ -21,7 +20,7 @@ def epilogue(program: Program, name: str) -> tuple[object, ...]:
     """act, gate and residual of a product, values by name."""
     node = program.node(name)
     at = {"tfqc.qlinear.default": 7, "tfqc.qconv.default": 10}[str(node.target)]
-    act, *rest = node.args[at : at + 3]
+    act, *rest = args_of(node)[at : at + 3]
     return (act, *(None if n is None else str(n) for n in rest))
 
 
@@ -53,8 +52,8 @@ def test_gates_are_left_where_kernels_have_none() -> None:
     old = before("fuse-epilogues", its)
     program = apply("fuse-epilogues{gates=false}", old)
     assert epilogue(program, "linear_8") == ("none", None, None)
-    assert [str(n) for n in program.node("mul_4").args] == ["linear_8", "unsqueeze_3"]
-    assert [str(n) for n in program.node("add_5").args] == ["mul_4", "add_4"]
+    assert [str(n) for n in args_of(program.node("mul_4"))] == ["linear_8", "unsqueeze_3"]
+    assert [str(n) for n in args_of(program.node("add_5"))] == ["mul_4", "add_4"]
     assert all(epilogue(program, n.name)[1] is None for n in products(program))
     # All else is as it is with gates.
     gated = apply("fuse-epilogues", old)
@@ -67,8 +66,8 @@ def test_gates_are_left_where_kernels_have_none() -> None:
 def test_adaln_gates_of_one_entry_each(subject: Subjects) -> None:
     its = subject("dit")
     program = apply("fuse-epilogues", before("fuse-epilogues", its))
-    gated = [n for n in find(program, "tfqc.qlinear") if n.args[8] is not None]
-    assert len(gated) == 4 and all(n.args[9] is not None for n in gated)
+    gated = [n for n in find(program, "tfqc.qlinear") if args_of(n)[8] is not None]
+    assert len(gated) == 4 and all(args_of(n)[9] is not None for n in gated)
     assert not find(program, "aten.mul")
     round_trip(its, program)
 
@@ -112,7 +111,7 @@ def test_nothing_behind_a_sum() -> None:
     """An activation of a residual sum, and a gate on one, are no part of the product's ending."""
     its = of_example("behind-a-sum", BEHIND)
     program = apply("fuse-epilogues", before("fuse-epilogues", its))
-    assert [n.args[9] is not None for n in find(program, "tfqc.qlinear")] == [True, True]
+    assert [args_of(n)[9] is not None for n in find(program, "tfqc.qlinear")] == [True, True]
     assert len(find(program, "aten.silu")) == len(find(program, "aten.mul")) == 1
     round_trip(its, program)
 

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find, name_of
 from tests.lowered import PER_TOKEN, apply, before, example, parts, round_trip
 from tests.subjects import Subjects, of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
@@ -32,10 +31,10 @@ def test_codes_where_they_are_computed() -> None:
     codes += ["conv2d_2", "upsample_nearest2d", "scaled_dot_product_attention", "transpose_4", "flatten_1"]
     assert {stored(program, name) for name in codes} == {torch.uint8}
     for name in ("layer_norm", "add_5", "conv2d_2", "scaled_dot_product_attention"):
-        row, scale, zero, out = program.node(name).args[-4:]
+        row, scale, zero, out = args_of(program.node(name))[-4:]
         assert (str(row), out) == ("row", "u8")
         assert str(scale.target) == str(zero.target).replace("zero_point", "scale")  # type: ignore[union-attr]
-    assert program.node("add_5").args[-3].target == "act.reshape.scale"  # type: ignore[union-attr]
+    assert args_of(program.node("add_5"))[-3].target == "act.reshape.scale"  # type: ignore[union-attr]
     # Read by others too, or computed by torch: the first convolution's input, both sums, the concatenation.
     left = [n.name for n in find(program, "tfqc.map")]
     assert left == ["x_q", "add_q", "transpose_q", "cat_q"]
@@ -48,12 +47,12 @@ def test_the_report(name: str, subject: Subjects) -> None:
     its = subject(name)
     program = before("fuse-quantize", its)
     ctx = its.context()
-    quantizers = [n for n in find(program, "tfqc.map") if n.args[1] == "none"]
+    quantizers = [n for n in find(program, "tfqc.map") if args_of(n)[1] == "none"]
     its.run("fuse-quantize", ctx, program)
-    left = [n for n in find(program, "tfqc.map") if n.args[1] == "none"]
+    left = [n for n in find(program, "tfqc.map") if args_of(n)[1] == "none"]
     assert ctx.report == [f"quantized where it is computed: {len(quantizers) - len(left)} of {len(quantizers)} values"]
     assert 0 < len(left) < len(quantizers)
-    assert all(len(n.args[0].users) > 1 or name_of(n.args[0]) == "tfqc.channels_last.default" for n in left)  # type: ignore[union-attr]  # fmt: skip
+    assert all(len(args_of(n)[0].users) > 1 or name_of(args_of(n)[0]) == "tfqc.channels_last.default" for n in left)  # type: ignore[union-attr]  # fmt: skip
     round_trip(its, program)
 
 
@@ -101,8 +100,8 @@ def test_rows_alone() -> None:
     old = before("fuse-quantize", its, "cuda-int4", W4, A4)
     program = apply("fuse-quantize{rows=true}", old)
     assert {stored(program, name) for name in ("conv2d", "conv2d_2", "mul")} == {torch.uint8}
-    assert program.node("mul").args[7] == "geglu" and program.node("mul").args[-1] == "u4"
-    left = [str(n.args[0]) for n in find(program, "tfqc.map")]
+    assert args_of(program.node("mul"))[7] == "geglu" and args_of(program.node("mul"))[-1] == "u4"
+    left = [str(args_of(n)[0]) for n in find(program, "tfqc.map")]
     assert left == ["add", "conv2d_1", "conv2d_3", "transpose", "reshape"]
     round_trip(its, program)
     more = apply("fuse-quantize", old)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import evaluate_nodes, find, first
+from tests.helpers import args_of, evaluate_nodes, find, first
 from tests.passes.test_calibrate_activations import context
 from tests.subjects import Subjects, assert_text_round_trip
 from tfqc.calibration.trajectories import trajectories
@@ -34,7 +34,7 @@ def test_activation_codes(bits: int, mode: str, subject: Subjects, tmp_path: Pat
     program = its.run("insert-qdq", ctx, before.clone())
     assert ctx.schedule is not None
     nodes = find(program, "tfqc.quantize")
-    values = [n.args[0] for n in nodes]
+    values = [args_of(n)[0] for n in nodes]
     grid = Grid(bits, symmetric=False)
     for timesteps in ([750.0, 750.0], [500.0, 0.0]):
         call = its.call(timesteps)
@@ -42,7 +42,7 @@ def test_activation_codes(bits: int, mode: str, subject: Subjects, tmp_path: Pat
         xs, codes, back = (outputs[i * len(nodes) : (i + 1) * len(nodes)] for i in range(3))
         rows = [list(ctx.schedule.timesteps).index(t) for t in timesteps]
         for node, x, q, d in zip(nodes, xs, codes, back, strict=True):
-            scale, zero_point = (program.tensors[str(a.target)] for a in node.args[1:3])  # type: ignore[union-attr]
+            scale, zero_point = (program.tensors[str(a.target)] for a in args_of(node)[1:3])  # type: ignore[union-attr]
             assert (scale.numel() > 1) == (mode == "per-step")
             if scale.numel() > 1:
                 scale, zero_point = (p[rows].reshape(-1, *[1] * (x.dim() - 1)) for p in (scale, zero_point))
@@ -64,7 +64,7 @@ def test_weights(options: str, subject: Subjects) -> None:
     narrow = int(options[5]) <= 4
     for name, row in quantizers.items():
         node = stored[f"{name}_weight"]
-        args = [program.tensors[str(a.target)] if hasattr(a, "target") else a for a in node.args]
+        args = [program.tensors[str(a.target)] if hasattr(a, "target") else a for a in args_of(node)]
         assert torch.equal(node.target(*args), stored_weight(before, row))  # type: ignore[operator]
         codes = before.tensors[row.codes]
         assert (args[0].dtype == torch.uint8) == narrow
@@ -87,7 +87,7 @@ def test_one_quantize_for_q_k_and_v(subject: Subjects, tmp_path: Path) -> None:
     begin = [n for n in program.nodes("begin") if "tfqc.quantize." in str(n.target)]
     assert len(begin) == 1 and len(list(next(iter(begin[0].users)).users)) == 8  # keys and values of the text
     quantized = find(program, "tfqc.quantize.default")
-    assert len({n.args[0] for n in quantized}) == len(quantized)
+    assert len({args_of(n)[0] for n in quantized}) == len(quantized)
 
 
 def test_per_token(subject: Subjects, tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_per_token(subject: Subjects, tmp_path: Path) -> None:
     program = its.run(CALIBRATED.format(w="bits=8", a="mode=per-token") + ",insert-qdq", context(its, tmp_path))
     linears = [n for f in ("step", "begin") for n in program.nodes(f) if "aten.linear" in str(n.target)]
     assert linears
-    assert all(op_name(n.args[0].target) == "tfqc.quantize_dynamic.default" for n in linears)  # type: ignore[union-attr]
-    assert all(op_name(n.args[0].target) == "tfqc.dequantize.default" for n in find(program, "conv2d"))  # type: ignore[union-attr]
+    assert all(op_name(args_of(n)[0].target) == "tfqc.quantize_dynamic.default" for n in linears)  # type: ignore[union-attr]
+    assert all(op_name(args_of(n)[0].target) == "tfqc.dequantize.default" for n in find(program, "conv2d"))  # type: ignore[union-attr]
     x = torch.randn(2, 3, 8)
     got = torch.ops.tfqc.quantize_dynamic(x, 8)
     for i in range(2):  # each token by itself

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import find, run_pass
+from tests.helpers import args_of, find, run_pass
 from tests.models import MODELS
 from tfqc.errors import PassError
 from tfqc.frontend import capture
@@ -284,7 +284,7 @@ def test_padding_by_name_becomes_numbers(options: dict[str, Any], padding: list[
     program = product(forward)
     (conv,) = find(program, "conv2d")
     assert op_name(conv.target) == "aten.conv2d.default"
-    assert conv.args[4] == padding
+    assert args_of(conv)[4] == padding
     assert ("aten.constant_pad_nd.default" in ops(program)) == (padding == [0, 0] and options["padding"] == "same")
 
 
@@ -292,4 +292,4 @@ def test_padding_of_sequences_by_name_becomes_numbers() -> None:
     program = product(lambda m, x, t: nn.functional.conv1d(x[:, None], m.kernel[:1, :1, 0], padding="same"))
     (conv,) = find(program, "conv1d")
     assert op_name(conv.target) == "aten.conv1d.default"
-    assert conv.args[4] == [1]
+    assert args_of(conv)[4] == [1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import first
+from tests.helpers import args_of, first
 from tests.subjects import Subjects, assert_text_round_trip, calibration
 from tfqc.analysis.weighted import weight_of, weighted_nodes
 from tfqc.calibration.moments import observe_moments
@@ -69,7 +69,7 @@ def test_moments_are_those_of_the_unfolded_inputs(subject: Subjects, tmp_path: P
     ctx = Context(SamplingSchedule.of(find_model("fashion-unet").scheduler, 2), calibration(its), workdir=tmp_path)
     program = its.program
     nodes = [n for n in weighted_nodes(program) if n.name not in program.table(Tib)]
-    strided = next(n for n in nodes if "conv2d" in str(n.target) and [2, 2] in n.args)
+    strided = next(n for n in nodes if "conv2d" in str(n.target) and [2, 2] in args_of(n))
     linear = next(n for n in nodes if "linear" in str(n.target))
     moments = observe_moments(program, [strided, linear], ctx, steps=2)
     for node in (strided, linear):
@@ -79,7 +79,7 @@ def test_moments_are_those_of_the_unfolded_inputs(subject: Subjects, tmp_path: P
         def keep(name: str, value: torch.Tensor, node=node, weight=weight, squares=squares) -> None:  # type: ignore[no-untyped-def]
             if name == node.name:
                 conv = weight.dim() == 4
-                out = F.conv2d(value, weight, None, *node.args[3:]) if conv else F.linear(value, weight)
+                out = F.conv2d(value, weight, None, *args_of(node)[3:]) if conv else F.linear(value, weight)
                 rows = out.movedim(1, -1) if conv else out
                 squares.append(rows.reshape(-1, len(weight)).double().square())
 

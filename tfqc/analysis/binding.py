@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import networkx as nx
+import torch
 from torch import fx
 
 from tfqc.analysis.weighted import weighted_nodes
-from tfqc.ir.ops import SHAPE_ONLY, op_name
+from tfqc.ir.match import is_call
+from tfqc.ir.ops import SHAPE_ONLY
 from tfqc.ir.program import STEP, Program, Role
 from tfqc.ir.rows import BINDING_TIMES, BindingTime, RowSource
 from tfqc.ir.types import symbols_of
@@ -19,7 +21,7 @@ def data_flow(graph: fx.Graph) -> nx.DiGraph:
     flow: nx.DiGraph = nx.DiGraph()
     for node in graph.nodes:
         flow.add_node(node.name)
-        if node.op == "call_function" and op_name(node.target) in SHAPE_ONLY:
+        if node.op == "call_function" and node.target in SHAPE_ONLY:
             continue
         flow.add_edges_from((operand.name, node.name) for operand in node.all_input_nodes)
     return flow
@@ -41,7 +43,7 @@ def binding_times(program: Program, function: str = STEP) -> dict[str, Roles]:
                 roles[reached].add(role)
     available = symbols_without_sample(program)
     for node in graph.nodes:  # topological, so one sweep carries the shape dependence on
-        if node.op != "call_function" or op_name(node.target) in SHAPE_ONLY:
+        if node.op != "call_function" or node.target in SHAPE_ONLY:
             continue
         needed = {s for n in node.all_input_nodes if _is_size(n) for s in symbols_of(program.types[n.name])} - available
         if needed or any(Role.SAMPLE in roles[n.name] for n in node.all_input_nodes):
@@ -90,7 +92,7 @@ def needing_other_sizes(program: Program, known: set[str], function: str = STEP)
 
 
 def _is_size(node: fx.Node) -> bool:
-    return node.op == "call_function" and op_name(node.target) in ("aten.sym_size.int", "aten.sym_numel.default")
+    return is_call(node, torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
 def _sources(program: Program) -> dict[str, Role]:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch import fx
+import torch
 
-from tfqc.analysis.weighted import PRODUCTS, WEIGHTED
+from tfqc.analysis.weighted import WEIGHTED, left_weights
 from tfqc.errors import TfqcError
-from tfqc.ir.ops import is_view, op_name
+from tfqc.ir.match import is_call
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program
+
+ours = torch.ops.tfqc
+_SIGNS = (
+    ours.quantize.default, ours.quantize_dynamic.default, ours.quantize_tokens.default, ours.dequantize_weight.default,
+    ours.dequantize_weight_int4.default, ours.qlinear.default, ours.qconv.default,
+)  # fmt: skip
 
 
 def left_in_floating_point(program: Program) -> list[str]:
-    """One sentence for each product with a stored weight that is in no form that is quantized."""
-    lines: list[str] = []
-    for function in program.functions:
-        for node in program.nodes(function) if function != TIME else ():
-            name = op_name(node.target) if node.op == "call_function" else ""
-            if name in PRODUCTS and name not in WEIGHTED and (weights := _weights(program, node)):
-                lines.append(
-                    f"{program.at(node)}: {name} multiplies by @{weights[0]} in floating point: only linear layers and "
-                    "convolutions of images and sequences are quantized"
-                )
-    return lines
+    """One sentence for each operation with a stored weight that is not quantized, and why."""
+    return [
+        f"{program.at(node)}: {op_name(node.target)} reads @{weights[0]} in floating point: "
+        f"{WEIGHTED[node.target].why_not}"
+        for function in program.functions
+        for node in (program.nodes(function) if function != TIME else ())
+        if (weights := left_weights(program, node))
+    ]
 
 
 def check_quantized(program: Program) -> None:
@@ -32,24 +36,13 @@ def check_quantized(program: Program) -> None:
     Raises:
         TfqcError: what was found instead.
     """
-    names = [op_name(n.target) for f in program.functions for n in program.nodes(f) if n.op == "call_function"]
-    if any("quantize" in name or name.startswith(("tfqc.qlinear", "tfqc.qconv")) for name in names):
+    nodes = [n for f in program.functions for n in program.nodes(f)]
+    if any(is_call(n, *_SIGNS) for n in nodes):
         return
-    found = Counter(name for name in names if name in PRODUCTS)
+    found = Counter(op_name(n.target) for n in nodes if is_call(n, *WEIGHTED))
     what = ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "no product at all"
     raise TfqcError(
         f"Nothing of {program.model} was quantized: beside the block of the timestep it has no linear layer and no "
         f"convolution with a stored weight (found: {what}). Write its layers with nn.Linear or nn.Conv2d, or ask for "
         "none with weights=none activations=none."
     )
-
-
-def _weights(program: Program, node: fx.Node) -> list[str]:
-    """Stored floating tensors of two dimensions and more that a node reads, itself or a view of them."""
-    found: list[str] = []
-    for operand in node.all_input_nodes:
-        while operand.op == "call_function" and is_view(operand):
-            operand = operand.all_input_nodes[0]
-        if operand.op == "get_attr" and (tensor := program.tensors[str(operand.target)]).is_floating_point():
-            found += [str(operand.target)] if tensor.dim() > 1 else []
-    return found

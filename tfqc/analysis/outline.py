@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from tfqc.errors import PassError
-from tfqc.ir.ops import SHAPE_ONLY, op_name
+from tfqc.ir.calls import canonical
+from tfqc.ir.ops import SHAPE_ONLY
 from tfqc.ir.program import Program, Role
 from tfqc.ir.types import ScalarType, Type
 
@@ -85,7 +86,7 @@ class _Outline:
     def _symbol(self, node: fx.Node) -> str:
         """The symbol that a node reads off a shape; empty for any other node."""
         type_ = self.program.types.get(node.name)
-        reads = node.op == "call_function" and op_name(node.target) in SHAPE_ONLY
+        reads = node.op == "call_function" and node.target in SHAPE_ONLY
         return type_.value or "" if reads and isinstance(type_, ScalarType) else ""
 
     def _known(self) -> set[str]:
@@ -95,7 +96,9 @@ class _Outline:
         if symbol not in self.sizes:
             item = next(i for i in self.inputs if symbol in i.type.shape)
             at = item.type.shape.index(symbol)
-            made = self.graph.call_function(torch.ops.aten.sym_size.int, (self.given[item.name], at))
+            target = torch.ops.aten.sym_size.int
+            operands = canonical(target, (self.given[item.name], at), {})
+            made = self.graph.create_node("call_function", target, *operands)
             made.name = self.graph._graph_namespace.create_name(f"size_{item.name}_{at}", made)
             self.types[made.name] = ScalarType("int", symbol)
             self.sizes[symbol] = made

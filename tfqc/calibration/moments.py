@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,12 @@ from torch import Tensor, fx
 from tfqc.analysis.weighted import weight_of
 from tfqc.calibration.simulate import Simulation
 from tfqc.calibration.trajectories import trajectories
-from tfqc.ir.ops import op_name
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Program
+from tfqc.ir.views import Conv
 from tfqc.passing.context import Context
+
+aten = torch.ops.aten
 
 
 def observe_moments(program: Program, nodes: Iterable[fx.Node], ctx: Context, steps: int) -> dict[str, Tensor]:
@@ -46,16 +48,16 @@ def has_moments(program: Program, node: fx.Node) -> bool:
     """True for linears and ungrouped 2-d convolutions, whose inputs are rows of K values."""
     if weight_of(node) is None:
         return False
-    groups: tuple[Any, ...] = node.args[6:] or (1,)
-    name = op_name(node.target)
-    return name == "aten.linear.default" or (name == "aten.conv2d.default" and groups[0] == 1)
+    conv = Conv.of(node)
+    return is_call(node, aten.linear.default) or (
+        conv is not None and conv.target is aten.conv2d.default and conv.groups == 1
+    )
 
 
 def _rows(node: fx.Node, value: Tensor, shape: torch.Size) -> Tensor:
     """The layer's inputs as rows [N, K], in the order of the flattened weight."""
-    if op_name(node.target) == "aten.linear.default":
+    if is_call(node, aten.linear.default):
         return value.reshape(-1, value.shape[-1])
-    given: list[Any] = [*node.args[3:6]]
-    stride, padding, dilation = given + [[1, 1], [0, 0], [1, 1]][len(given) :]
-    columns = F.unfold(value, shape[2:], dilation, padding, stride)
+    conv = Conv(node)
+    columns = F.unfold(value, shape[2:], conv.dilation, conv.padding, conv.stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])

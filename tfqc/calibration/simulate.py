@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from tfqc.analysis.weighted import WEIGHTED
-from tfqc.ir.ops import op_name
+from tfqc.analysis.weighted import WEIGHTED, is_weighted
 from tfqc.ir.program import STEP, Program
 
 
@@ -38,18 +37,18 @@ class Simulation(fx.Interpreter):
         """One node; the weighted ones with their replacements."""
         if n.name in self.values:
             return self.values[n.name]
-        if n.op != "call_function" or op_name(n.target) not in WEIGHTED:
+        if not is_weighted(n):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        operands = list(args)
+        names, operands = WEIGHTED[n.target], dict(kwargs)
         if self.observe is not None:
-            self.observe(n.name, operands[0])
+            self.observe(n.name, operands[names.input])
         if n.name in self.inputs:
-            operands[0] = self.inputs[n.name](operands[0])
+            operands[names.input] = self.inputs[n.name](operands[names.input])
         if n.name in self.weights:
             weight = self.weights[n.name]
-            operands[1] = weight if isinstance(weight, Tensor) else weight()
-        return n.target(*operands, **kwargs)  # type: ignore[operator]
+            operands[names.weight] = weight if isinstance(weight, Tensor) else weight()
+        return n.target(*args, **operands)  # type: ignore[operator]
 
     def call(self, values: Mapping[str, Tensor]) -> Any:
         """Run with parameters by name."""

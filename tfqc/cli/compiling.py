@@ -32,7 +32,7 @@ def compile_model(
     seed: options.Seed = 0,
     dump_ir: options.DumpDir = None,
     print_ir_after: options.PrintAfter = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    verify: options.Verify = "full",
     check_numerics: options.Numerics = False,
     require_real: Annotated[
         bool, typer.Option("--require-real", help="Refuse operations for which the target has no kernel.")

@@ -68,38 +68,33 @@ def _program(program: Program) -> dict[str, Any]:
 
 def _quantized(program: Program) -> dict[str, Any]:
     """Linears and convolutions by the bits of their weight and input as the graph has them now."""
-    from tfqc.analysis.weighted import WEIGHTED
-    from tfqc.ir.ops import op_name
+    from tfqc.analysis.weighted import WEIGHTED, is_weighted
     from tfqc.ir.program import TIME
-
-    def producer(node: Any, place: int) -> Any:
-        value = node.args[place]
-        return op_name(value.target) if getattr(value, "op", "") == "call_function" else ""
+    from tfqc.ir.views import StoredWeight
 
     weights: Counter[str] = Counter()
     inputs: Counter[str] = Counter()
     float_weights: list[str] = []
     for function in (f for f in program.functions if f != TIME):
-        for node in program.nodes(function):
-            if node.op != "call_function" or op_name(node.target) not in WEIGHTED:
-                continue
-            weight, value = producer(node, 1), producer(node, 0)
-            if weight.startswith("tfqc.dequantize_weight"):
-                weights["4 bits or fewer, packed" if "int4" in weight else "8 bits"] += 1
+        for node in filter(is_weighted, program.nodes(function)):
+            names = WEIGHTED[node.target]
+            if stored := StoredWeight.of(node.kwargs[names.weight]):
+                weights["4 bits or fewer, packed" if stored.is_int4 else "8 bits"] += 1
             else:
                 weights["floating point"] += 1
                 float_weights.append(program.at(node))
-            inputs[_input_bits(node, value)] += 1
+            inputs[_input_bits(node.kwargs[names.input])] += 1
     return {"weights": dict(weights), "inputs": dict(inputs), "float_weights": float_weights}
 
 
-def _input_bits(node: Any, producer: str) -> str:
+def _input_bits(value: Any) -> str:
     """Bits of the value that a quantized operation reads."""
-    if producer.startswith("tfqc.quantize_dynamic"):
-        return f"{node.args[0].args[1]} bits, per token"
-    if producer.startswith("tfqc.dequantize."):
-        codes = node.args[0].args[0]
-        return f"{(int(codes.args[5]) - int(codes.args[4]) + 1).bit_length() - 1} bits"
+    from tfqc.ir.views import Dequantize, Quantize, QuantizeDynamic
+
+    if dynamic := QuantizeDynamic.of(value):
+        return f"{dynamic.bits} bits, per token"
+    if (known := Dequantize.of(value)) and (made := Quantize.of(known.codes)):
+        return f"{(made.qmax - made.qmin + 1).bit_length() - 1} bits"
     return "floating point"
 
 

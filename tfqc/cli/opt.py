@@ -26,7 +26,7 @@ def opt(
     seed: options.Seed = 0,
     dump_ir: options.DumpDir = None,
     print_ir_after: options.PrintAfter = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the program after each pass.")] = True,
+    verify: options.Verify = "full",
     check_numerics: options.Numerics = False,
     as_json: options.AsJson = False,
 ) -> None:

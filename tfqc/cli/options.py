@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tfqc.instruments import Instrument, Timing
     from tfqc.sampling.schedule import SamplingSchedule
 
+Verify = Annotated[
+    Literal["full", "fast", "off"],
+    typer.Option("--verify", help="Check the program after each pass: all, all but types, or not at all."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Images = Annotated[int, typer.Option(min=1, help="How many images.")]
@@ -70,7 +74,7 @@ def read_schedule(path: Path) -> SamplingSchedule:
 
 def instruments(
     *,
-    verify: bool,
+    verify: Literal["full", "fast", "off"],
     numerics: bool,
     reproducer: Path | None,
     dump: Path | None,
@@ -85,7 +89,7 @@ def instruments(
 
     from tfqc.instruments import CheckNumerics, DumpIR, PrintIR, Reproducer, Timing, VerifyEach
 
-    found: list[Instrument] = [VerifyEach()] if verify else []
+    found: list[Instrument] = [] if verify == "off" else [VerifyEach(verify)]
     if numerics:
         found.append(CheckNumerics())
     if reproducer is not None:

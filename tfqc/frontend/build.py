@@ -16,6 +16,7 @@ from tfqc.frontend.export import call_tree, graph_module, inline_regions, origin
 from tfqc.frontend.guards import check_guards, guards_of
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
+from tfqc.ir.calls import canonical
 from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.program import STEP, Input, Program
 from tfqc.ir.schema import check_call
@@ -83,7 +84,7 @@ def build_program(
             args, kwargs = map_aggregate((args, kwargs), _on_cpu)
             target = _known(node)
             _check(node, target, args, kwargs, program.types)
-            new = graph.create_node("call_function", target, args, kwargs, name=node.name)
+            new = graph.create_node("call_function", target, *canonical(target, args, kwargs), name=node.name)
             mapping[node] = new
             program.types[new.name] = naming.type(node.meta.get("val"))
             program.origins[new.name] = origin_of(node)

@@ -1,4 +1,4 @@
-"""Products with stored weights, in the two forms that are quantized: `aten.linear` and `aten.conv2d`.
+"""Products with stored weights, in the forms that are quantized: `linear` and convolutions padded by numbers.
 
 Exact: the same numbers are multiplied and summed. Products that have no such form stay as they are, and
 `tfqc.analysis.left` names them.
@@ -11,79 +11,106 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfqc.ir.ops import op_name
+from tfqc.ir.edit import Rewriter, Rule
+from tfqc.ir.match import call, capture, is_call, is_stored
 from tfqc.ir.program import Program
+from tfqc.ir.views import PaddedConv
 
-_TRANSPOSED = {
-    "aten.t.default": None, "aten.numpy_T.default": None, "aten.transpose.int": {0, 1}, "aten.permute.default": {0, 1},
-}  # fmt: skip
+aten = torch.ops.aten
+_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
+_PADDED_BY_NUMBERS: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 
 
-def make_canonical(program: Program, node: fx.Node, transposed: dict[str, str]) -> None:
-    """Rewrite a `call_function` node of @step in place, if it is such a product in another form.
+def canonical_rules() -> list[Rule]:
+    """Rules for one program: they remember which matrices were transposed for it."""
+    transposed: dict[str, str] = {}
 
-    transposed: names of matrices that were transposed for it so far, by those of the model's own.
-    """
-    match op_name(node.target):
-        case "aten.mm.default" | "aten.matmul.default":
-            x, matrix = node.args
-            _as_linear(program, node, x, matrix, None, transposed)
-        case "aten.addmm.default" if not node.kwargs and len(node.args) == 3:
-            bias, x, matrix = node.args
-            if isinstance(bias, fx.Node) and bias.op == "get_attr" and program.tensors[str(bias.target)].dim() == 1:
-                _as_linear(program, node, x, matrix, bias, transposed)
-        case "aten.conv2d.padding" if not node.kwargs:
-            _with_padding(program, node, torch.ops.aten.conv2d.default, 2)
-        case "aten.conv1d.padding" if not node.kwargs:
-            _with_padding(program, node, torch.ops.aten.conv1d.default, 1)
-        case _:
-            pass
+    def product(edit: Rewriter, node: fx.Node, x: Any, matrix: Any, bias: Any = None) -> bool:
+        return _as_linear(edit, node, x, matrix, bias, transposed)
+
+    return [
+        Rule(call(aten.mm.default, self=capture("x"), mat2=capture("matrix")), product),
+        Rule(call(aten.matmul.default, self=capture("x"), other=capture("matrix")), product),
+        Rule(
+            call(
+                aten.addmm.default,
+                self=capture("bias", is_stored),
+                mat1=capture("x"),
+                mat2=capture("matrix"),
+                beta=1,
+                alpha=1,
+            ),
+            product,
+        ),
+        Rule(call(*_PADDED_BY_NUMBERS), _by_numbers),
+    ]
 
 
 def _as_linear(
-    program: Program, node: fx.Node, x: Any, matrix: Any, bias: fx.Node | None, transposed: dict[str, str]
-) -> None:
+    edit: Rewriter, node: fx.Node, x: Any, matrix: Any, bias: fx.Node | None, transposed: dict[str, str]
+) -> bool:
     """x @ matrix (+ bias) as a linear layer, whose weight is the matrix transposed."""
+    program = edit.program
     type_ = program.tensor_type(x)
     found = _stored(program, matrix)
     if type_ is None or len(type_.shape) < 2 or found is None or _stored(program, x) is not None:
-        return
+        return False
     name, is_transposed = found
     own = program.tensors[name]
-    if bias is not None and program.tensors[str(bias.target)].shape[0] != own.shape[not is_transposed]:
-        return
+    if bias is not None and program.tensors[str(bias.target)].shape != (own.shape[not is_transposed],):
+        return False
     if not is_transposed and name not in transposed:  # a view, so that its product is computed as the model does
         transposed[name] = program.add_tensor(f"{name}.transposed", own.t())
     weight = program.tensor_node(name if is_transposed else transposed[name])
-    node.target, node.args = torch.ops.aten.linear.default, (x, weight, *([bias] if bias else []))
+    edit.become(node, aten.linear.default, input=x, weight=weight, bias=bias)
+    return True
 
 
 def _stored(program: Program, value: Any) -> tuple[str, bool] | None:
     """The stored matrix that a value is, and whether it is transposed on the way; None for any other value."""
     transposed = False
-    while isinstance(value, fx.Node) and value.op == "call_function" and op_name(value.target) in _TRANSPOSED:
-        dims = _TRANSPOSED[op_name(value.target)]
-        given = value.args[1] if len(value.args) == 2 else value.args[1:]
-        if dims is not None and {int(d) % 2 for d in given} != dims:  # type: ignore[union-attr]
+    while is_call(value, *_TRANSPOSES):
+        if (swaps := _swaps(value)) is None:
             return None
-        if op_name(value.target) != "aten.permute.default" or [int(d) % 2 for d in given] == [1, 0]:  # type: ignore[union-attr]
-            transposed = not transposed
-        value = value.args[0]
-    if not (isinstance(value, fx.Node) and value.op == "get_attr"):
+        transposed ^= swaps
+        value = value.kwargs["self"]
+    if not is_stored(value):
         return None
     return (str(value.target), transposed) if program.tensors[str(value.target)].dim() == 2 else None
 
 
-def _with_padding(program: Program, node: fx.Node, target: Any, rank: int) -> None:
+def _swaps(node: fx.Node) -> bool | None:
+    """Whether a transposition of a matrix swaps its dimensions; None if it is none of two dimensions."""
+    if is_call(node, aten.transpose.int):
+        dims: Any = [node.kwargs["dim0"], node.kwargs["dim1"]]
+    elif is_call(node, aten.permute.default):
+        dims = node.kwargs["dims"]
+    else:
+        return True
+    order = [int(d) % 2 for d in dims]
+    if set(order) != {0, 1} or len(order) != 2:
+        return None
+    return is_call(node, aten.transpose.int) or order == [1, 0]
+
+
+def _by_numbers(edit: Rewriter, node: fx.Node) -> bool:
     """`padding="same"` and "valid" as numbers; what is odd stands at the right, in a padding of its own."""
-    given: tuple[Any, ...] = (*node.args, *(None, [1] * rank, "valid", [1] * rank, 1)[len(node.args) - 2 :])
-    x, weight, bias, stride, padding, dilation, groups = given
-    windows: Any = program.tensor_type(weight).shape[2:]  # type: ignore[union-attr]
-    dilation = list(dilation) * (rank // len(dilation))
-    steps = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, windows, strict=True)]
+    conv = PaddedConv(node)
+    kernel = edit.program.tensor_type(conv.weight)
+    if kernel is None or not all(isinstance(size, int) for size in kernel.shape[2:]):
+        return False
+    windows: Any = kernel.shape[2:]
+    dilation = list(conv.dilation) * (len(windows) // len(conv.dilation))
+    steps = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(dilation, windows, strict=True)]
+    x = conv.input
     if any(step % 2 for step in steps):
         sides = [side for step in reversed(steps) for side in (step // 2, step - step // 2)]
-        x = program.insert(node, torch.ops.aten.constant_pad_nd.default, (x, sides, 0.0), like=node)
-        steps = [0] * rank
-    node.target = target
-    node.args = (x, weight, bias, stride, [step // 2 for step in steps], dilation, groups)
+        x = edit.insert(node, aten.constant_pad_nd.default, x, sides, 0.0, like=node)
+        steps = [0] * len(windows)
+    operands = {**node.kwargs, "input": x, "padding": [step // 2 for step in steps], "dilation": dilation}
+    edit.become(node, _PADDED_BY_NUMBERS[node.target], **operands)
+    return True

@@ -10,6 +10,7 @@ from torch import fx
 
 from tfqc.errors import TfqcError
 from tfqc.instruments.numerics import CheckNumerics, example_call, relative_error, tensors_of
+from tfqc.ir.calls import written
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import STEP, Program
 from tfqc.passing.base import Pass
@@ -109,12 +110,18 @@ def _changed(program: Program, previous: Program, names: tuple[str, ...]) -> Ite
                 continue
             seen.add(node)
             old = previous.find(node.name, previous.step)
-            if old is None or old.target is not node.target or str(old.args) != str(node.args):
+            if old is None or _written(old) != _written(node):
                 yield node.name
             if node.name == name or old is None:
                 waiting += node.all_input_nodes
 
 
 def _call(program: Program, name: str) -> str:
-    node = program.node(name, STEP)
-    return f"{op_name(node.target)}({', '.join(map(str, node.args))})"
+    return _written(program.node(name, STEP))
+
+
+def _written(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    args, kwargs = written(node)
+    return f"{op_name(node.target)}({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"

@@ -94,6 +94,7 @@ class ProgramData:
     arguments: tuple[str, ...] = ()
     constants: dict[tuple[str, ...], Constant] = field(default_factory=dict[tuple[str, ...], Constant])
     guards: tuple[str, ...] = ()
+    _numbers: dict[str, int] = field(default_factory=dict[str, int], init=False, repr=False, compare=False)
     _nodes: dict[fx.Graph, dict[str, fx.Node]] = field(
         default_factory=dict[fx.Graph, dict[str, fx.Node]], init=False, repr=False, compare=False
     )
@@ -141,7 +142,7 @@ class ProgramData:
     def table(self, row: type[R]) -> dict[str, R]:
         """Rows of one kind by node name; empty when no pass has provided them."""
         rows = self.tables.get(row.table, {})
-        if any(isinstance(r, OpaqueRow) for r in rows.values()):
+        if isinstance(next(iter(rows.values()), None), OpaqueRow):  # all of a table are read alike
             rows = self.tables[row.table] = understood(row, rows)  # type: ignore[assignment]
         return rows  # type: ignore[return-value]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
 from tfqc.ir.data import BEGIN, STEP, TIME, ProgramData, Role
-from tfqc.ir.ops import op_name
+from tfqc.ir.match import is_call
 from tfqc.ir.rows import RowSource, Schedule
 from tfqc.runtime import Input, Plan, Stepper, Table, buffer_name
 
@@ -75,13 +76,16 @@ class Interpreter(Stepper):
         setattr(self._modules_by_name[STEP], buffer_name(name), value)
 
 
+_STORED = (torch.ops.tfqc.dequantize_weight.default, torch.ops.tfqc.dequantize_weight_int4.default)
+
+
 def _with_weights(module: fx.GraphModule) -> fx.GraphModule:
     """Dequantize stored weights once, not at every call."""
     for number, node in enumerate(list(module.graph.nodes)):
-        if node.op == "call_function" and op_name(node.target).startswith("tfqc.dequantize_weight"):
-            args = fx.map_arg(node.args, lambda n: module.get_buffer(str(n.target)))
+        if is_call(node, *_STORED):
+            operands = fx.map_arg(node.kwargs, lambda n: module.get_buffer(str(n.target)))
             name = f"dequantized_{number}"
-            module.register_buffer(name, node.target(*args))
+            module.register_buffer(name, node.target(**operands))
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(module.graph.get_attr(name))
             module.graph.erase_node(node)

@@ -27,11 +27,12 @@ from tfqc.runtime import kernel_ops, ops
 DEFINED = (ops, kernel_ops)  # which registers the operations that the IR names tfqc.*
 
 # Operations that read only the shape of their first argument, never its values.
-SHAPE_ONLY = {
-    "aten.sym_size.int", "aten.sym_numel.default", "aten.sym_stride.int", "aten.zeros_like.default",
-    "aten.ones_like.default", "aten.empty_like.default", "aten.full_like.default", "aten.new_zeros.default",
-    "aten.new_ones.default", "aten.new_full.default", "aten.new_empty.default",
-}  # fmt: skip
+aten = torch.ops.aten
+SHAPE_ONLY = frozenset({
+    aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.zeros_like.default, aten.ones_like.default,
+    aten.empty_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default,
+    aten.new_full.default, aten.new_empty.default,
+})  # fmt: skip
 
 # What torch.export leaves of arithmetic on sizes, and the operands of each: n a number, b a bool, t several values,
 # i the place of one of them.
@@ -97,12 +98,12 @@ def is_assertion(target: Any) -> bool:
 
 
 # Views that ATen may also answer with a copy; behind kernels they never need one.
-_VIEWS = {"aten.reshape.default", "aten.flatten.using_ints", "operator.getitem"}
+_VIEWS = frozenset({aten.reshape.default, aten.flatten.using_ints, operator.getitem})
 
 
 def is_view(node: fx.Node) -> bool:
     """True for an operation whose result lies in the memory of its first operand."""
-    if node.op != "call_function" or op_name(node.target) in _VIEWS:
+    if node.op != "call_function" or node.target in _VIEWS:
         return node.op == "call_function"
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -190,7 +191,7 @@ class Operand:
     """An operand of a schema: the kind of one value, and in how many lists values lie.
 
     `optional` says that None will do in its place, `holes` that None will do for a value in the list. `repeats`: one
-    value will do for a list of them. `numbers`: a number will do for a tensor.
+    value will do for a list of so many; 0 where none will. `numbers`: a number will do for a tensor.
     """
 
     name: str
@@ -199,7 +200,7 @@ class Operand:
     lists: int
     optional: bool
     holes: bool
-    repeats: bool
+    repeats: int
     numbers: bool
     keyword: bool
     needed: bool
@@ -211,7 +212,7 @@ def signature(target: torch._ops.OpOverload) -> tuple[Operand, ...]:
     numbers = torch._C._should_allow_numbers_as_tensors(target._overloadpacket.__name__)
     found: list[Operand] = []
     for a in target._schema.arguments:
-        repeats = bool(getattr(a, "N", None))
+        repeats = getattr(a, "N", None) or 0
         found.append(
             Operand(a.name, str(a.real_type), *_kind(a), repeats, numbers, a.kwarg_only, not a.has_default_value())
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from tfqc.errors import IRError
+from tfqc.ir.calls import canonical
 from tfqc.ir.cursor import NAME, OPERATION, TABLE, Cursor, printable
 from tfqc.ir.dims import SYMBOL, holds
 from tfqc.ir.ops import is_of_capture, op_by_name
@@ -299,7 +300,7 @@ class _Function:
             raise IRError(f"{target} works in place or has no value: only captured programs have such operations.")
         check_call(target, tuple(args), kwargs, self.program.types)
         self.declare(name, type_)
-        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
+        node = self.graph.create_node("call_function", target, *canonical(target, args, kwargs), name=name)
         self.first = self.first or node
         self.define(name, node)
         self.attributes(cursor, name)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx
 
+from tfqc.ir.calls import canonical
 from tfqc.ir.data import (
     BEGIN,
     ROWS,
@@ -65,12 +66,16 @@ class Program(ProgramData):
     def tensor_node(self, name: str, function: str = STEP) -> fx.Node:
         """The one node of `function` that reads tensor `name`; made if there is none."""
         graph = self.functions[function]
-        usual = self.find(tensor_node_name(name), graph)
-        for node in (usual, *graph.find_nodes(op="get_attr", sort=False)):
-            if node is not None and node.op == "get_attr" and node.target == name:
-                return node
+        usual = tensor_node_name(name)
+        if (found := self.find(usual, graph)) is not None and found.op == "get_attr" and found.target == name:
+            return found
+        if usual in graph._graph_namespace._used_names:  # another node's name: this tensor's node has a longer one
+            for node in graph.find_nodes(op="get_attr", sort=False):
+                if node.target == name:
+                    return node
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-            node = graph.create_node("get_attr", name, name=tensor_node_name(name))
+            node = graph.create_node("get_attr", name, name=usual)
+        self._nodes.setdefault(graph, {})[node.name] = node
         tensor = self.tensors[name]
         self.types[node.name] = TensorType(tensor.dtype, tuple(tensor.shape))
         return node
@@ -79,19 +84,22 @@ class Program(ProgramData):
         self,
         before: fx.Node,
         target: Any,
-        args: Iterable[Any],
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
         *,
         name: str | None = None,
         function: str = STEP,
         like: fx.Node | None = None,
     ) -> fx.Node:
-        """Insert `target(*args)` before a node, typed by running it on the meta device.
+        """Insert `target(*args, **kwargs)` before a node, typed by running it on the meta device.
 
         `like` gives the new node its origin (default: `before`'s).
         """
         graph = self.functions[function]
         with graph.inserting_before(before):
-            node = graph.create_node("call_function", target, tuple(args), {}, name=self._fresh(name, target))
+            operands = canonical(target, tuple(args), kwargs or {})
+            node = graph.create_node("call_function", target, *operands, name=self._fresh(name, target))
+        self._nodes.setdefault(graph, {})[node.name] = node
         self.types[node.name] = infer_type(self, node)
         if origin := self.origins.get((like or before).name):
             self.origins[node.name] = origin
@@ -100,8 +108,13 @@ class Program(ProgramData):
     def _fresh(self, name: str | None, target: Any) -> str:
         """A name that no function uses: a name denotes one value in the whole program."""
         base = name or op_name(target).split(".")[1]
-        candidates = (base if i == 0 else f"{base}_{i}" for i in itertools.count())
-        return next(c for c in candidates if not any(self.find(c, g) for g in self.functions.values()))
+        used = [g._graph_namespace._used_names for g in self.functions.values()]
+        for number in itertools.count(self._numbers.get(base, 0)):  # names that were given stay given
+            candidate = f"{base}_{number}" if number else base
+            if not any(candidate in names for names in used):
+                self._numbers[base] = number
+                return candidate
+        raise AssertionError
 
     def add_input(self, name: str, type_: Type, function: str = STEP) -> fx.Node:
         """Append a placeholder to a function."""

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from tfqc.errors import IRError
+from tfqc.ir.calls import written
 from tfqc.ir.cursor import TENSOR
 from tfqc.ir.data import ProgramData
 from tfqc.ir.ops import op_name
@@ -76,8 +77,8 @@ def _function(program: ProgramData, name: str, graph: fx.Graph) -> Iterator[str]
 
 def render_node(program: ProgramData, node: fx.Node) -> str:
     """One node as its line of IR text."""
-    arguments = [render_value(a) for a in node.args]
-    arguments += [f"{key}={render_value(value)}" for key, value in node.kwargs.items()]
+    args, kwargs = written(node)
+    arguments = [render_value(a) for a in args] + [f"{key}={render_value(value)}" for key, value in kwargs.items()]
     head = f"%{node.name}: {program.types[node.name]} = {op_name(node.target)}({', '.join(arguments)})"
     return head + _attributes(program, node)
 

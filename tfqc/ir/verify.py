@@ -9,6 +9,7 @@ from torch import fx
 
 from tfqc.errors import IRError, VerifyError
 from tfqc.ir import ops
+from tfqc.ir.calls import is_canonical
 from tfqc.ir.consistency import inconsistencies
 from tfqc.ir.infer import Memo, mistyped
 from tfqc.ir.ops import works_in_place
@@ -20,14 +21,14 @@ from tfqc.ir.types import TensorType, storable
 Check = Callable[[Program], Iterator[str]]
 
 
-def verify(program: Program, after: str = "") -> None:
-    """Check every invariant of the program's stage.
+def verify(program: Program, after: str = "", *, types: bool = True) -> None:
+    """Check every invariant of the program's stage; without `types`, which take most of the time, those of its form.
 
     Raises:
         VerifyError: with one sentence for the first broken invariant, and the others as notes.
     """
     problems = list(_well_formed(program))
-    if not problems:  # what is not well formed has operations that cannot be typed
+    if types and not problems:  # what is not well formed has operations that cannot be typed
         problems += _typed(program)
     if STEP in program.functions:
         problems += (p for stage, check in CHECKS if stage <= program.stage for p in check(program))
@@ -113,6 +114,8 @@ def _normalized(program: Program) -> Iterator[str]:
                 yield f"{program.at(node)} is an assertion: normalize removes them."
             elif not node.users:
                 yield f"{program.at(node)} has no reader: normalize removes dead nodes."
+            if not is_canonical(node):
+                yield f"{program.at(node)} has operands by position: normalize names them, and `Rewriter.insert`."
             if works_in_place(node.target):
                 yield f"{program.at(node)} works in place: normalize rewrites such operations."
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of, only_reader
+from tfqc.ir.match import is_call, only_reader
 from tfqc.ir.program import Program
+from tfqc.ir.views import Chunk, Gelu
+
+aten = torch.ops.aten
 
 
-def gelu_kind(node: fx.Node) -> str:
-    """The activation that an aten.gelu computes."""
-    return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+def activation_of(node: fx.Node) -> str:
+    """The kernels' name of an activation: `silu`, `gelu` or `gelu_tanh`; empty for any other node."""
+    if is_call(node, aten.silu.default):
+        return "silu"
+    gelu = Gelu.of(node)
+    return "" if gelu is None else "gelu_tanh" if gelu.approximate == "tanh" else "gelu"
 
 
-def geglu_end(program: Program, chunk: fx.Node) -> fx.Node | None:
+def geglu_end(program: Program, node: fx.Node) -> fx.Node | None:
     """The product of value and gelu(gate), where that is all that becomes of the two halves of a last dimension."""
-    type_ = program.tensor_type(chunk.args[0])  # type: ignore[arg-type]
-    if type_ is None or chunk.args[1] != 2 or chunk.args[2:] not in ((-1,), (len(type_.shape) - 1,)):
+    chunk = Chunk.of(node)
+    type_ = program.tensor_type(chunk.x) if chunk else None
+    if chunk is None or type_ is None or chunk.chunks != 2 or chunk.dim not in (-1, len(type_.shape) - 1):
         return None
-    halves = {n.args[1]: n for n in chunk.users if name_of(n) == "operator.getitem"}
-    if len(chunk.users) != 2 or set(halves) != {0, 1}:
+    halves = {n.args[1]: n for n in node.users if is_call(n, operator.getitem)}
+    if len(node.users) != 2 or set(halves) != {0, 1}:
         return None
     gelu, end = only_reader(halves[1]), only_reader(halves[0])
-    if name_of(gelu) != "aten.gelu.default" or name_of(end) != "aten.mul.Tensor":
+    if gelu is None or end is None or activation_of(gelu) != "gelu" or not is_call(end, aten.mul.Tensor):
         return None
-    assert gelu is not None and end is not None
-    return end if only_reader(gelu) is end and gelu_kind(gelu) == "gelu" else None
+    return end if only_reader(gelu) is end else None

@@ -3,68 +3,94 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import become, name_of
-from tfqc.ir.program import Program
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.views import Conv, Dequantize, Linear, QuantizeDynamic, StoredInt4, StoredWeight
 from tfqc.runtime.packing import unpack_int4
 
 ours = torch.ops.tfqc
 
-Inputs = dict[fx.Node, tuple[Any, ...]]
+
+@dataclass(frozen=True)
+class Codes:
+    """An input of products: codes and how to read them. Without a scale `codes` are values as they are."""
+
+    codes: fx.Node
+    scale: fx.Node | None = None
+    zero_point: fx.Node | None = None
+    row: fx.Node | None = None
 
 
-def become_product(program: Program, node: fx.Node, inputs: Inputs, weights: dict[str, str]) -> None:
-    """Let a linear or convolution multiply the codes of its input by those of its weight.
+@dataclass
+class Products:
+    """Lets linears and convolutions multiply codes of their input by those of their weight.
 
-    inputs: has the (codes, scale, zero point, row) of inputs, and is told those that are made here, once for all that
-    read them. weights: likewise the names of tensors that are made of stored ones, by theirs.
+    What is made of an input or of a stored weight is made once for all that read it: `inputs` are what a pass, or this
+    class, made of inputs; `made` are tensors by the name of what they were made of.
     """
-    read, weight = node.args[:2]
-    assert isinstance(read, fx.Node) and isinstance(weight, fx.Node)
-    if read not in inputs:
-        inputs[read] = _tokens(program, read) if name_of(read) == "tfqc.quantize_dynamic.default" else read.args
-    operands = (*inputs[read], _codes(program, weight, weights), _scale(program, weight, weights))
-    bias = node.args[2] if len(node.args) > 2 else None
-    ending = ("none", None, None, None, None, None, "f32")
-    if name_of(node) == "aten.linear.default":
-        become(program, node, ours.qlinear.default, (*operands, bias, *ending))
-        return
-    stride, padding, _, groups = (*node.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(node.args[3:]) :])
-    become(program, node, ours.qconv.default, (*operands, bias, stride[0], padding[0], groups, *ending))  # type: ignore[index]
 
+    edit: Rewriter
+    inputs: dict[fx.Node, Codes] = field(default_factory=dict[fx.Node, Codes])
+    made: dict[str, str] = field(default_factory=dict[str, str])
 
-def _tokens(program: Program, read: fx.Node) -> tuple[Any, ...]:
-    x, bits = read.args
-    found = program.insert(read, ours.quantize_tokens.default, (x,) if bits == 8 else (x, bits), like=read)
-    return (*(program.insert(read, operator.getitem, (found, i), like=read) for i in range(3)), None)
+    def lower(self, layer: Linear | Conv) -> None:
+        """Rewrite one, whose weight is stored codes."""
+        stored = StoredWeight.of(layer.weight)
+        assert stored is not None
+        if layer.input not in self.inputs:
+            self.inputs[layer.input] = self._codes_of(layer.input)
+        x = self.inputs[layer.input]
+        operands = {
+            "codes": x.codes,
+            "scale": x.scale,
+            "zero_point": x.zero_point,
+            "row_in": x.row,
+            "weight": self._weight(stored),
+            "weight_scale": self._scale(stored),
+            "bias": layer.bias,
+        }
+        if isinstance(layer, Linear):
+            self.edit.become(layer.node, ours.qlinear.default, **operands)
+        else:
+            window: dict[str, Any] = {
+                "stride": layer.stride[0],
+                "padding": layer.padding[0],
+                "groups": layer.groups,
+            }
+            self.edit.become(layer.node, ours.qconv.default, **operands, **window)
 
+    def _codes_of(self, read: fx.Node) -> Codes:
+        if dynamic := QuantizeDynamic.of(read):
+            found = self.edit.insert(read, ours.quantize_tokens.default, dynamic.x, dynamic.bits, like=read)
+            codes, scale, zero = (self.edit.insert(read, operator.getitem, found, i, like=read) for i in range(3))
+            return Codes(codes, scale, zero)
+        known = Dequantize.of(read)
+        assert known is not None
+        return Codes(known.codes, known.scale, known.zero_point, known.row)
 
-def _codes(program: Program, weight: fx.Node, made: dict[str, str]) -> fx.Node:
-    """The codes of a stored weight, one a byte."""
-    stored = weight.args[0]
-    assert isinstance(stored, fx.Node)
-    if name_of(weight) == "tfqc.dequantize_weight.default":
-        return stored
-    name = str(stored.target)
-    if name not in made:
-        packed, shape = program.tensors[name], weight.args[4]
-        meta = torch.empty(shape, dtype=torch.int8, device="meta")  # type: ignore[arg-type]
-        codes = meta if packed.is_meta else unpack_int4(packed, shape)  # type: ignore[arg-type]
-        made[name] = program.add_tensor(name.removesuffix("packed") + "codes", codes)
-    return program.tensor_node(made[name])
+    def _weight(self, stored: StoredWeight) -> fx.Node:
+        """The codes of a stored weight, one a byte."""
+        int4 = StoredInt4.of(stored.node)
+        if int4 is None:
+            return stored.codes
+        program, name = self.edit.program, str(int4.packed.target)
+        if name not in self.made:
+            packed = program.tensors[name]
+            meta = torch.empty(int4.shape, dtype=torch.int8, device="meta")
+            codes = meta if packed.is_meta else unpack_int4(packed, int4.shape)
+            self.made[name] = program.add_tensor(name.removesuffix("packed") + "codes", codes)
+        return program.tensor_node(self.made[name])
 
-
-def _scale(program: Program, weight: fx.Node, made: dict[str, str]) -> fx.Node:
-    """The scales of a weight's channels, [N], or of their groups, [N, G]."""
-    stored = weight.args[1]
-    assert isinstance(stored, fx.Node)
-    if program.tensors[str(stored.target)].shape[1] > 1:
-        return stored
-    name = str(stored.target)
-    if name not in made:
-        made[name] = program.add_tensor(f"{name}.flat", program.tensors[name].flatten())
-    return program.tensor_node(made[name])
+    def _scale(self, stored: StoredWeight) -> fx.Node:
+        """The scales of a weight's channels, [N], or of their groups, [N, G]."""
+        program, name = self.edit.program, str(stored.scale.target)
+        if program.tensors[name].shape[1] > 1:
+            return stored.scale
+        if name not in self.made:
+            self.made[name] = program.add_tensor(f"{name}.flat", program.tensors[name].flatten())
+        return program.tensor_node(self.made[name])

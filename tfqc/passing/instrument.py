@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tfqc.ir.program import Program
 from tfqc.ir.verify import verify
@@ -42,10 +42,16 @@ class Instrument:
 
 
 class VerifyEach(Instrument):
-    """Checks the program's invariants before the first pass and after each."""
+    """Checks the program's invariants before the first pass and after each.
+
+    level: `full`; `fast` leaves out that every operation gives the type that is declared.
+    """
+
+    def __init__(self, level: Literal["full", "fast"] = "full") -> None:
+        self.types = level == "full"
 
     def start(self, program: Program, pipeline: Passes) -> None:
-        verify(program)
+        verify(program, types=self.types)
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
-        verify(program, f"#{number} {item.name}")
+        verify(program, f"#{number} {item.name}", types=self.types)

@@ -102,7 +102,7 @@ class Pipeline:
                 instrument.finish(program)
         return program
 
-    def rehearse(self, program: Program, ctx: Context) -> Program:
+    def rehearse(self, program: Program, ctx: Context, instruments: Sequence[Instrument] = ()) -> Program:
         """What the passes make of a copy of the program without weights, measuring and training nothing.
 
         It takes seconds where a run takes minutes. Operations and types are those of a run (but for what
@@ -113,7 +113,7 @@ class Pipeline:
         """
         copy = program.clone()
         copy.tensors = {name: tensor.to("meta") for name, tensor in copy.tensors.items()}
-        return self.run(copy, replace(ctx, rehearsal=True, report=[], progress=Silent()), [])
+        return self.run(copy, replace(ctx, rehearsal=True, report=[], progress=Silent()), instruments)
 
     def _fail(
         self,

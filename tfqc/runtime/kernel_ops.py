@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tfqc.runtime.ops import _define, quantize
 
-ENDING = "str act, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scale, Tensor? out_zero_point, str out"
+_STORED = 'Tensor? row=None, Tensor? out_scale=None, Tensor? out_zero_point=None, str out="f32"'
+ENDING = f'str act="none", Tensor? gate=None, Tensor? residual=None, {_STORED}'
 _INPUT = "Tensor codes, Tensor? scale, Tensor? zero_point, Tensor? row_in"
 CODES = {"u8": 255, "u4": 15}  # the greatest code
 _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -42,8 +43,8 @@ def unpack_tiles(packed: Tensor, sums: Tensor, shape: list[int], groups: int, pa
 
 
 @_define(
-    f"qlinear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, {ENDING}, Tensor? low=None, Tensor? up=None)"
-    " -> Tensor"
+    f"qlinear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias=None, {ENDING}, Tensor? low=None,"
+    " Tensor? up=None) -> Tensor"
 )
 def qlinear(
     codes: Tensor,
@@ -52,14 +53,14 @@ def qlinear(
     row_in: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
-    bias: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    bias: Tensor | None = None,
+    act: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    row: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: str = "f32",
     low: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
@@ -89,8 +90,8 @@ def qlinear(
 
 
 @_define(
-    f"qconv({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias, int stride, int padding, int groups, {ENDING})"
-    " -> Tensor"
+    f"qconv({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? bias=None, int stride=1, int padding=0,"
+    f" int groups=1, {ENDING}) -> Tensor"
 )
 def qconv(
     codes: Tensor,
@@ -99,11 +100,12 @@ def qconv(
     row_in: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    groups: int,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
     *end: Any,
+    **named: Any,
 ) -> Tensor:
     """codes u8 [B, C, H, W], weight int8 [N, C / groups, kh, kw]; else as `qlinear`. Padding is the zero point."""
     if weight_scale.dim() > 1:  # kernels of 1 x 1 only
@@ -114,24 +116,24 @@ def qconv(
         y = scaled(acc, scale, row_in, weight_scale[:, None, None])
     if bias is not None:
         y = y + along(bias, 4, 1)
-    return ending(y, 1, *end)
+    return ending(y, 1, *end, **named)
 
 
 @_define(
-    "norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, str act, Tensor? row, Tensor? out_scale,"
-    " Tensor? out_zero_point, str out) -> Tensor"
+    'norm(Tensor x, int groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, str act="none",'
+    f" {_STORED}) -> Tensor"
 )
 def norm(
     x: Tensor,
     groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
+    row: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: str = "f32",
 ) -> Tensor:
     """Group norm of [B, C, ...], or with groups = 0 layer norm over the last dimension; then the ending."""
     x = x.to(torch.float32)
@@ -145,15 +147,15 @@ def norm(
 
 
 @_define(
-    "map(Tensor x, str act, Tensor? row, Tensor? out_scale, Tensor? out_zero_point, str out) -> Tensor",
+    f'map(Tensor x, str act="none", {_STORED}) -> Tensor',
 )
 def map(
     x: Tensor,
-    act: str,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    act: str = "none",
+    row: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: str = "f32",
 ) -> Tensor:
     """An activation over the last dimension (geglu halves it), then the ending."""
     y = x.to(torch.float32)
@@ -161,17 +163,16 @@ def map(
 
 
 @_define(
-    "gated_add(Tensor x, Tensor? gate, Tensor? residual, Tensor? row, Tensor? out_scale, Tensor? out_zero_point,"
-    " str out) -> Tensor"
+    f"gated_add(Tensor x, Tensor? gate=None, Tensor? residual=None, {_STORED}) -> Tensor",
 )
 def gated_add(
     x: Tensor,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    row: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: str = "f32",
 ) -> Tensor:
     """x * gate + residual, channels last; then the ending."""
     y = x.to(torch.float32)
@@ -179,8 +180,7 @@ def gated_add(
 
 
 @_define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str mode, Tensor? row, Tensor? out_scale,"
-    " Tensor? out_zero_point, str out) -> Tensor"
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str mode, {_STORED}) -> Tensor",
 )
 def attention(
     q: Tensor,
@@ -189,10 +189,10 @@ def attention(
     mask: Tensor | None,
     scale: float,
     mode: str,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    row: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: str = "f32",
 ) -> Tensor:
     """softmax(q k^T * scale + mask) v for q [B, H, S, D], k and v [B, H, S', D]; f32 here, in every mode."""
     y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, scale=scale)
@@ -258,13 +258,13 @@ def along(parameter: Tensor, rank: int, channel: int) -> Tensor:
 def ending(
     y: Tensor,
     channel: int,
-    act: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    row: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out: str,
+    act: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    row: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: str = "f32",
 ) -> Tensor:
     """What follows a fused operation's own result (see above)."""
     y = activate(y, act)

@@ -8,106 +8,94 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfqc.ir.ops import op_name
-from tfqc.ir.program import Program
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.match import Call, call, capture, match
+from tfqc.ir.views import Conv, GroupNorm, LayerNorm
 
 aten, ours = torch.ops.aten, torch.ops.tfqc
 
+_BIAS = call(
+    aten.add.Tensor, self=call(aten.conv2d.default, name="conv", once=True), other=capture("feature"), commutes=True
+)
+_PRODUCT = call(
+    aten.mul.Tensor,
+    self=call(aten.group_norm.default, aten.layer_norm.default, name="norm", once=True),
+    other=capture("scale"),
+    name="product",
+    once=True,
+    commutes=True,
+)
+_AFFINE = call(aten.add.Tensor, self=_PRODUCT, other=capture("shift"), commutes=True)
 
-def fold_bias(program: Program, node: fx.Node, features: Collection[str]) -> list[fx.Node]:
+
+def fold_bias(edit: Rewriter, node: fx.Node, features: Collection[str]) -> list[fx.Node]:
     """conv(x, w, b) + e  ->  conv with bias rows b + e, where e [B, O, 1, 1] is a feature. Returns the new rows."""
-    for conv, feature in _operands(node, "aten.add.Tensor"):
-        if not (_only_read_by(conv, node) and _is(conv, "aten.conv2d.default") and feature.name in features):
-            continue
-        operands: tuple[Any, ...] = conv.args
-        x, weight_node, *given = operands
-        bias, stride, padding, dilation, groups = (*given, *(None, [1, 1], [0, 0], [1, 1], 1)[len(given) :])
-        if conv.kwargs or not all(isinstance(v, list) for v in (stride, padding, dilation)):
-            continue
-        weight = program.tensor_type(weight_node)
-        type_ = program.tensor_type(feature)
+    for found in _matches(_BIAS, node, ("feature",), features):
+        conv, feature = Conv(found["conv"]), found["feature"]
+        weight, type_ = edit.program.tensor_type(conv.weight), edit.program.tensor_type(feature)
         if weight is None or type_ is None or type_.shape[1:] != (weight.shape[0], 1, 1):
             continue
-        rows = program.insert(node, aten.reshape.default, (feature, [-1, weight.shape[0]]), like=feature)
-        if bias is not None:
-            rows = program.insert(node, aten.add.Tensor, (bias, rows), like=feature)
-        conv.target = ours.conv2d_rows.default
-        conv.args = (x, weight_node, rows, stride, padding, dilation, groups)
-        node.prepend(conv)  # the rows are made between the convolution's old place and here
-        program.replace(node, conv)
+        rows = edit.insert(node, aten.reshape.default, feature, [-1, weight.shape[0]], like=feature)
+        if conv.bias is not None:
+            rows = edit.insert(node, aten.add.Tensor, conv.bias, rows, like=feature)
+        node.prepend(conv.node)  # the rows are made between the convolution's old place and here
+        edit.become(conv.node, ours.conv2d_rows.default, **{**conv.node.kwargs, "bias": rows})
+        edit.program.replace(node, conv.node)
         return [rows]
     return []
 
 
-def fold_affine(program: Program, node: fx.Node, features: Collection[str]) -> list[fx.Node]:
+def fold_affine(edit: Rewriter, node: fx.Node, features: Collection[str]) -> list[fx.Node]:
     """norm(x) * m + a  ->  norm with affine rows γ·m and β·m + a, where m and a are features. Returns the new rows."""
-    for product, shift in _operands(node, "aten.add.Tensor"):
-        if not (_only_read_by(product, node) and shift.name in features):
-            continue
-        for norm, scale in _operands(product, "aten.mul.Tensor"):
-            if _only_read_by(norm, product) and scale.name in features:
-                made = _norm_rows(program, norm, product, node, scale, shift)
-                if made:
-                    return made
+    for found in _matches(_AFFINE, node, ("scale", "shift"), features):
+        if made := _norm_rows(edit, node, **found):
+            return made
     return []
 
 
+def _matches(pattern: Call, node: fx.Node, names: tuple[str, ...], features: Collection[str]) -> list[dict[str, Any]]:
+    """Ways in which a sum, without a factor, matches with features at all of `names`."""
+    if node.kwargs.get("alpha") != 1:
+        return []
+    return [
+        found
+        for found in match(pattern, node)
+        if all(isinstance(found[n], fx.Node) and found[n].name in features for n in names)
+    ]
+
+
 def _norm_rows(
-    program: Program, norm: fx.Node, product: fx.Node, node: fx.Node, scale: fx.Node, shift: fx.Node
+    edit: Rewriter, node: fx.Node, norm: fx.Node, product: fx.Node, scale: fx.Node, shift: fx.Node
 ) -> list[fx.Node]:
+    program = edit.program
     type_ = program.tensor_type(norm)
-    if type_ is None or norm.kwargs:
+    if type_ is None:
         return []
-    if _is(norm, "aten.group_norm.default"):
-        channels, spread = type_.shape[1], (1,) * (len(type_.shape) - 2)
-        given: tuple[Any, ...] = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
-        x, groups, weight, bias, eps = given[:5]
-        target, head = ours.group_norm_rows.default, (x, groups)
-        expected = (channels, *spread)
-    elif _is(norm, "aten.layer_norm.default") and len(type_.shape) == 3:
-        given = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
-        x, shape, weight, bias, eps = given[:5]
-        channels = type_.shape[2]
-        if list(shape) != [channels]:
-            return []
-        target, head = ours.layer_norm_rows.default, (x, shape)
-        expected = (1, channels)
+    if its := GroupNorm.of(norm):
+        channels, expected = type_.shape[1], (type_.shape[1], *(1,) * (len(type_.shape) - 2))
+        target, kept = ours.group_norm_rows.default, {"groups": its.groups}
     else:
-        return []
+        its = LayerNorm(norm)
+        channels, expected = type_.shape[-1], (1, type_.shape[-1])
+        if len(type_.shape) != 3 or list(its.shape) != [channels]:
+            return []
+        target, kept = ours.layer_norm_rows.default, {"shape": list(its.shape)}
     for feature in (scale, shift):
         found = program.tensor_type(feature)
         if found is None or found.shape[1:] != expected:
             return []
 
     def insert(op: Any, *args: Any) -> fx.Node:
-        return program.insert(node, op, args, like=scale)
+        return edit.insert(node, op, *args, like=scale)
 
     gain = insert(aten.reshape.default, scale, [-1, channels])
     offset = insert(aten.reshape.default, shift, [-1, channels])
-    if bias is not None:
-        offset = insert(aten.add.Tensor, insert(aten.mul.Tensor, bias, gain), offset)
-    if weight is not None:
-        gain = insert(aten.mul.Tensor, weight, gain)
-    norm.target, norm.args, norm.kwargs = target, (*head, gain, offset, eps), {}
+    if its.bias is not None:
+        offset = insert(aten.add.Tensor, insert(aten.mul.Tensor, its.bias, gain), offset)
+    if its.weight is not None:
+        gain = insert(aten.mul.Tensor, its.weight, gain)
     node.prepend(norm)
+    edit.become(norm, target, input=its.input, weight=gain, bias=offset, eps=its.eps, **kept)
     program.replace(node, norm)
     program.step.erase_node(product)
     return [gain, offset]
-
-
-def _operands(node: fx.Node, name: str) -> list[tuple[fx.Node, fx.Node]]:
-    """Both orders of the two operands of a commutative operation called `name`; nothing for any other node."""
-    if not _is(node, name) or node.kwargs or len(node.args) != 2:
-        return []
-    first, second = node.args
-    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):
-        return []
-    return [(first, second), (second, first)]
-
-
-def _is(node: fx.Node, name: str) -> bool:
-    return node.op == "call_function" and op_name(node.target) == name
-
-
-def _only_read_by(value: fx.Node, reader: fx.Node) -> bool:
-    return list(value.users) == [reader]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from tfqc.ir.ops import op_name
+from tfqc.ir.calls import canonical
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Input, Program, Role
 from tfqc.ir.rows import Quantizer, RowSource, Schedule
 from tfqc.ir.types import TensorType
 from tfqc.temporal.tabulate import as_kept, encode
 
 # Operations that take one row for the whole batch as well as a row for each entry.
-_BROADCASTS = {
-    "aten.add.Tensor", "aten.mul.Tensor", "aten.sub.Tensor", "aten.div.Tensor", "tfqc.conv2d_rows.default",
-    "tfqc.group_norm_rows.default", "tfqc.layer_norm_rows.default", "aten.addcmul.default", "aten.where.self",
-}  # fmt: skip
+aten, ours = torch.ops.aten, torch.ops.tfqc
+_BROADCASTS = (
+    aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor, ours.conv2d_rows.default,
+    ours.group_norm_rows.default, ours.layer_norm_rows.default, aten.addcmul.default, aten.where.self,
+)  # fmt: skip
 
 
 class RowIndices:
@@ -66,7 +69,7 @@ def become_table_read(
     if not wanted <= {"cache4", "cache8"}:
         name = program.add_tensor(stem, rows)
         program.tables[RowSource.table][name] = source
-        _become(program, node, torch.ops.tfqc.table_read.default, program.tensor_node(name), row)
+        _become(program, node, ours.table_read.default, program.tensor_node(name), row)
         return
     encoding = "int8" if "cache8" in wanted else "int4"
     codes, scale, zero_point = encode(rows, encoding)
@@ -74,9 +77,9 @@ def become_table_read(
     program.tables[RowSource.table][names[0]] = replace(source, encoding=encoding, scale=names[1], zero_point=names[2])
     operands = [program.tensor_node(n) for n in names]
     if encoding == "int8":
-        _become(program, node, torch.ops.tfqc.table_decode.default, *operands, row)
+        _become(program, node, ours.table_decode.default, *operands, row)
     else:
-        _become(program, node, torch.ops.tfqc.table_decode_int4.default, *operands, row, list(rows.shape[1:]))
+        _become(program, node, ours.table_decode_int4.default, *operands, row, list(rows.shape[1:]))
 
 
 def become_request_read(program: Program, node: fx.Node, row: fx.Node, output: int) -> None:
@@ -86,19 +89,19 @@ def become_request_read(program: Program, node: fx.Node, row: fx.Node, output: i
     steps = len(program.table(Schedule)["schedule"].timesteps)
     table = program.add_input(f"table_{node.name}", TensorType(type_.dtype, (steps, *type_.shape)))
     program.tables[RowSource.table][table.name] = RowSource("time", output)
-    _become(program, node, torch.ops.tfqc.request_read.default, table, row)
+    _become(program, node, ours.request_read.default, table, row)
 
 
-def _become(program: Program, node: fx.Node, target: object, *args: object) -> None:
+def _become(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
     """Let a node compute the same value in another way: it keeps its name, its readers, its place."""
-    node.target, node.args, node.kwargs = target, args, {}  # type: ignore[assignment]
+    # Its type stays: one row for the whole batch is one for each of its entries.
+    node.target, (node.args, node.kwargs) = target, canonical(target, args, {})
     program.tables.get(Quantizer.table, {}).pop(node.name, None)
 
 
 def detach(program: Program, node: fx.Node) -> fx.Node:
     """A copy of a node that goes on being computed at every step, quantized as the node was to be."""
-    copied = program.insert(node, node.target, node.args, name=f"{node.name}_tib", like=node)
-    copied.kwargs = dict(node.kwargs)
+    copied = program.insert(node, node.target, node.args, node.kwargs, name=f"{node.name}_tib", like=node)
     if quantizer := program.table(Quantizer).get(node.name):
         program.tables[Quantizer.table][copied.name] = quantizer
     return copied
@@ -115,8 +118,8 @@ def switch(program: Program, read: fx.Node, kept: fx.Node, row: fx.Node, strateg
     program.tables[RowSource.table][name] = RowSource("activation")
     after = read.next
     users = list(read.users)
-    picked = program.insert(after, torch.ops.aten.index_select.default, (program.tensor_node(name), 0, row), like=read)
-    chosen = program.insert(after, torch.ops.aten.where.self, (picked, read, kept), like=read)
+    picked = program.insert(after, aten.index_select.default, (program.tensor_node(name), 0, row), like=read)
+    chosen = program.insert(after, aten.where.self, (picked, read, kept), like=read)
     for user in users:
         user.replace_input_with(read, chosen)
 
@@ -128,16 +131,16 @@ def widen(program: Program, read: fx.Node) -> None:
     if type_ is None or not strict:
         return
     sample = program.node(program.input(Role.SAMPLE)[0].name)
-    batch = program.insert(read, torch.ops.aten.sym_size.int, (sample, 0), like=read)
+    batch = program.insert(read, aten.sym_size.int, (sample, 0), like=read)
     sizes = [batch, *[-1] * (len(type_.shape) - 1)]
-    wide = program.insert(read.next, torch.ops.aten.expand.default, (read, sizes), like=read)
+    wide = program.insert(read.next, aten.expand.default, (read, sizes), like=read)
     for user in strict:
         user.replace_input_with(read, wide)
 
 
 def _broadcasts(program: Program, reader: fx.Node, read: fx.Node) -> bool:
     """True for an operation that takes one row for the whole batch as well: another operand brings the batch."""
-    if reader.op == "output" or op_name(reader.target) not in _BROADCASTS:
+    if not is_call(reader, *_BROADCASTS):
         return False
     types = [program.tensor_type(n) for n in reader.all_input_nodes if n is not read]
     own = program.tensor_type(read)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import become, keeps_batch, name_of, only_reader
+from tfqc.ir.edit import Rewriter, Rule, rewrite
+from tfqc.ir.match import Call, call, capture, only_reader
 from tfqc.ir.program import Program, Stage
-from tfqc.lowering.activations import geglu_end, gelu_kind
+from tfqc.ir.views import GroupNorm, GroupNormRows, LayerNorm, LayerNormRows
+from tfqc.lowering.activations import activation_of, geglu_end
+from tfqc.lowering.values import keeps_batch
 from tfqc.passing import Context, Numerics, Pass, close
 
-ours = torch.ops.tfqc
-FLOAT = (None, None, None, "f32")  # an ending that stores what there is
+aten, ours = torch.ops.aten, torch.ops.tfqc
 
 
 @dataclass(frozen=True)
@@ -28,54 +29,62 @@ class FuseNorms(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        for node in program.nodes():
-            if node.op == "call_function" and (rewrite := _REWRITES.get(name_of(node))):
-                rewrite(program, node)
-        program.prune()
+        rewrite(program, RULES)
 
 
-def _norm(program: Program, node: fx.Node) -> None:
-    name = name_of(node)
-    x, *rest = node.args
-    if "group_norm" in name:
-        groups, weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) - 1 :])[:4]
-    else:
-        shape, weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) - 1 :])[:4]
-        if len(shape) != 1:  # type: ignore[arg-type]
-            return
-        groups = 0
-    if not keeps_batch(program, node):
-        return
-    become(program, node, ours.norm.default, (x, groups, weight, bias, eps, "none", *FLOAT))
+def _norm(edit: Rewriter, node: fx.Node) -> bool:
+    by_group, by_layer = GroupNorm.of(node) or GroupNormRows.of(node), LayerNorm.of(node) or LayerNormRows.of(node)
+    if not keeps_batch(edit.program, node) or (by_layer and len(by_layer.shape) != 1):
+        return False
+    norm = by_group or by_layer
+    assert norm is not None
+    groups = by_group.groups if by_group else 0
+    operands: dict[str, Any] = {
+        "x": norm.input,
+        "groups": groups,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "eps": norm.eps,
+    }
     reader = only_reader(node)
-    if name_of(reader) == "aten.silu.default":
-        assert reader is not None
-        become(program, reader, ours.norm.default, (x, groups, weight, bias, eps, "silu", *FLOAT))
+    edit.become(node, ours.norm.default, **operands)
+    if reader is not None and activation_of(reader) == "silu":
+        edit.become(reader, ours.norm.default, **operands, act="silu")
+    return True
 
 
-def _activation(program: Program, node: fx.Node) -> None:
-    if _is_dense(program, node):
-        kind = "silu" if "silu" in name_of(node) else gelu_kind(node)
-        become(program, node, ours.map.default, (node.args[0], kind, *FLOAT))
+def _activation(edit: Rewriter, node: fx.Node, x: fx.Node) -> bool:
+    if not _is_dense(edit.program, node):
+        return False
+    edit.become(node, ours.map.default, x, activation_of(node))
+    return True
 
 
-def _geglu(program: Program, node: fx.Node) -> None:
-    if (end := geglu_end(program, node)) and _is_dense(program, node.args[0]):
-        become(program, end, ours.map.default, (node.args[0], "geglu", *FLOAT))
+def _geglu(edit: Rewriter, node: fx.Node, x: fx.Node) -> bool:
+    end = geglu_end(edit.program, node)
+    if end is None or not _is_dense(edit.program, x):
+        return False
+    edit.become(end, ours.map.default, x, "geglu")
+    return True
 
 
-def _quantize(program: Program, node: fx.Node) -> None:
-    x, scale, zero_point, row, low, high = node.args
-    if (low, high) == (0, 255) and keeps_batch(program, node):
-        become(program, node, ours.map.default, (x, "none", row, scale, zero_point, "u8"))
+def _quantize(
+    edit: Rewriter, node: fx.Node, x: fx.Node, scale: fx.Node, zero_point: fx.Node, row: fx.Node | None
+) -> bool:
+    if not keeps_batch(edit.program, node):
+        return False
+    edit.become(node, ours.map.default, x, row=row, out_scale=scale, out_zero_point=zero_point, out="u8")
+    return True
 
 
-def _add(program: Program, node: fx.Node) -> None:
-    a, b = node.args[:2]
-    if node.kwargs or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or not _is_dense(program, node):
-        return
-    if program.types[a.name] == program.types[b.name] == program.types[node.name]:
-        become(program, node, ours.gated_add.default, (a, None, b, *FLOAT))
+def _add(edit: Rewriter, node: fx.Node, a: Any, b: Any) -> bool:
+    types = edit.program.types
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or not _is_dense(edit.program, node):
+        return False
+    if not types[a.name] == types[b.name] == types[node.name]:
+        return False
+    edit.become(node, ours.gated_add.default, a, residual=b)
+    return True
 
 
 def _is_dense(program: Program, node: Any) -> bool:
@@ -84,14 +93,15 @@ def _is_dense(program: Program, node: Any) -> bool:
     return type_ is not None and type_.dtype is torch.float32 and len(type_.shape) > 2 and keeps_batch(program, node)
 
 
-_REWRITES: dict[str, Callable[[Program, fx.Node], None]] = {
-    "aten.group_norm.default": _norm,
-    "aten.layer_norm.default": _norm,
-    "tfqc.group_norm_rows.default": _norm,
-    "tfqc.layer_norm_rows.default": _norm,
-    "aten.silu.default": _activation,
-    "aten.gelu.default": _activation,
-    "aten.chunk.default": _geglu,
-    "tfqc.quantize.default": _quantize,
-    "aten.add.Tensor": _add,
-}
+def _codes() -> Call:
+    read: dict[str, Any] = {name: capture(name) for name in ("x", "scale", "zero_point", "row")}
+    return call(ours.quantize.default, **read, qmin=0, qmax=255)
+
+
+RULES = [
+    Rule(call(*GroupNorm.targets, *LayerNorm.targets, *GroupNormRows.targets, *LayerNormRows.targets), _norm),
+    Rule(call(aten.silu.default, aten.gelu.default, self=capture("x")), _activation),
+    Rule(call(aten.chunk.default, self=capture("x")), _geglu),
+    Rule(_codes(), _quantize),
+    Rule(call(aten.add.Tensor, self=capture("a"), other=capture("b"), alpha=1), _add),
+]

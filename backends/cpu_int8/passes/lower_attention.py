@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import fx
 
-from tfqc.analysis.rewrite import become, name_of
 from tfqc.backends.cpu_int8.integer import why_not_attention
+from tfqc.ir.edit import Rewriter, Rule, rewrite
+from tfqc.ir.match import call
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.views import Attention
 from tfqc.passing import Context, Numerics, Pass, close
 
 
@@ -30,14 +33,14 @@ class LowerAttention(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        for node in program.nodes():
-            if name_of(node) != "aten.scaled_dot_product_attention.default":
-                continue
-            if why_not_attention(program, node):
-                continue
-            q, k, v, mask = (*node.args[:4], None)[:4]
-            type_ = program.tensor_type(q)  # type: ignore[arg-type]
-            assert type_ is not None and isinstance(type_.shape[-1], int)
-            scale = node.kwargs.get("scale") or 1 / math.sqrt(type_.shape[-1])
-            ending = (None, None, None, "f32")
-            become(program, node, torch.ops.tfqc.attention.default, (q, k, v, mask, scale, self.mode, *ending))
+        rewrite(program, [Rule(call(*Attention.targets), self._lower)])
+
+    def _lower(self, edit: Rewriter, node: fx.Node) -> bool:
+        its = Attention(node)
+        type_ = edit.program.tensor_type(its.query)
+        if why_not_attention(edit.program, its) or type_ is None or not isinstance(type_.shape[-1], int):
+            return False
+        scale = its.scale or 1 / math.sqrt(type_.shape[-1])
+        operands = (its.query, its.key, its.value, its.mask, scale, self.mode)
+        edit.become(node, torch.ops.tfqc.attention.default, *operands)
+        return True

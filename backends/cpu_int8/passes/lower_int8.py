@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tfqc.analysis.rewrite import name_of
-from tfqc.analysis.weighted import WEIGHTED
 from tfqc.backends.cpu_int8.integer import why_not_integer
+from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import Program, Stage
-from tfqc.lowering.products import Inputs, become_product
+from tfqc.ir.views import Conv, Linear
+from tfqc.lowering.products import Products
 from tfqc.passing import Context, Numerics, Pass, close
 
 
@@ -26,14 +26,11 @@ class LowerInt8(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        lowered = 0
-        inputs: Inputs = {}
-        weights: dict[str, str] = {}
+        lowered, products = 0, Products(Rewriter(program))
         for node in program.nodes():
-            if name_of(node) not in WEIGHTED:
-                continue
-            if not why_not_integer(program, node):
-                become_product(program, node, inputs, weights)
+            layer = Linear.of(node) or Conv.of(node)
+            if layer is not None and not why_not_integer(program, layer):
+                products.lower(layer)
                 lowered += 1
         program.prune()
         if lowered:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import MOVES, become, changed, name_of, operands, retype, stores
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.views import Stores
+from tfqc.lowering.values import MOVES
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 
 # Arguments of kernels that may be bf16: parameters (bias, gate, weight, mask) are not among them.
 _VALUES = {"x", "residual", "q", "k", "v"}
-_ALSO_READ = {"tfqc.plain.default", "tfqc.quantize_tokens.default"}
-_CARRIES = MOVES | {"aten.cat.default", "aten.chunk.default", "operator.getitem", "aten.split.Tensor"}
+aten, ours = torch.ops.aten, torch.ops.tfqc
+_ALSO_READ = (ours.plain.default, ours.quantize_tokens.default)
+_CARRIES = (*MOVES, aten.cat.default, aten.chunk.default, operator.getitem, aten.split.Tensor)
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,12 @@ class NarrowResidual(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        narrowed = 0
+        narrowed, edit = 0, Rewriter(program)
         for node in reversed(list(program.step.nodes)):
-            if stores(node) and operands(node)["out"] == "f32" and _all_take_it(node):
-                become(program, node, node.target, changed(node, out="bf16"))
+            stored = Stores.of(node)
+            if stored is not None and stored.out == "f32" and _all_take_it(node):
+                edit.update(node, out="bf16")
                 narrowed += 1
-        for node in program.nodes():
-            if name_of(node) in _CARRIES:
-                retype(program, node)
         if narrowed:
             ctx.report.append(f"stored in bf16: {narrowed} values")
 
@@ -44,9 +48,8 @@ def _all_take_it(value: fx.Node) -> bool:
 
 
 def _takes(reader: fx.Node, value: fx.Node) -> bool:
-    name = name_of(reader)
-    if name in _CARRIES:
+    if is_call(reader, *_CARRIES):
         return _all_take_it(reader)
-    if not stores(reader) and name not in _ALSO_READ:
+    if not is_call(reader, *Stores.targets, *_ALSO_READ):
         return False
-    return {argument for argument, given in operands(reader).items() if given is value} <= _VALUES
+    return {name for name, given in reader.kwargs.items() if given is value} <= _VALUES

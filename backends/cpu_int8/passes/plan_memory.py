@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of, operands, stores
+from tfqc.ir.match import is_call
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Memory
+from tfqc.ir.views import Stores
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
 # What kernels write beside the operations that say how they store their result.
-_ALSO_WRITTEN = {"aten.cat.default", "aten.upsample_nearest2d.vec", "tfqc.channels_last.default", "tfqc.plain.default"}
+aten, ours = torch.ops.aten, torch.ops.tfqc
+_ALSO_WRITTEN = (
+    aten.cat.default, aten.upsample_nearest2d.vec, ours.channels_last.default, ours.plain.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class PlanMemory(Pass):
                     last[owner[operand]] = order[node]
             if is_view(node) and node.all_input_nodes and node.all_input_nodes[0] in owner:
                 owner[node] = owner[node.all_input_nodes[0]]
-            elif stores(node) or name_of(node) in _ALSO_WRITTEN:
+            elif is_call(node, *Stores.targets, *_ALSO_WRITTEN):
                 owner[node] = node
                 last[node] = order[node]
         buffer: dict[fx.Node, int] = {}
@@ -60,7 +65,7 @@ class PlanMemory(Pass):
 
 def _overwritten(program: Program, node: fx.Node, owner: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The node whose buffer the result may take: each element of a residual is read just before the sum is written."""
-    operand = operands(node).get("residual")
+    operand = node.kwargs.get("residual")
     if not isinstance(operand, fx.Node) or operand not in owner:
         return None
     mine, its = program.tensor_type(node), program.tensor_type(operand)

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import changed, name_of, operands
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.match import is_stored
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.views import Product, QConv
 from tfqc.passing import EXACT, Context, Numerics, Pass
 from tfqc.runtime.packing import pack_int4
 from tfqc.runtime.tiles import pack, sums, tiles_shape
-
-_PRODUCTS = {"tfqc.qlinear.default", "tfqc.qconv.default"}
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class PrepackWeights(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
         packed: dict[tuple[str, int, bool], list[str]] = {}  # (codes, groups, paired): tiles and sums
-        products = [n for n in program.nodes() if name_of(n) in _PRODUCTS]
-        for node in ctx.progress.track(products, "packing weights"):
-            weight = operands(node)["weight"]
-            if weight.op == "get_attr":
-                node.args = changed(node, weight=_packed(program, node, str(weight.target), self.bits, packed))
+        edit = Rewriter(program)
+        products = [found for n in program.nodes() if (found := Product.of(n))]
+        for product in ctx.progress.track(products, "packing weights"):
+            if is_stored(product.weight):
+                edit.update(product.node, weight=_packed(edit, product, self.bits, packed))
         program.prune()
 
 
-def _packed(
-    program: Program, node: fx.Node, stored: str, bits: int, packed: dict[tuple[str, int, bool], list[str]]
-) -> fx.Node:
+def _packed(edit: Rewriter, product: Product, bits: int, packed: dict[tuple[str, int, bool], list[str]]) -> fx.Node:
+    program, stored = edit.program, str(product.weight.target)
     codes = program.tensors[stored]
-    groups, paired = operands(node).get("groups", 1), operands(node)["act"] == "geglu"
+    conv = QConv.of(product.node)
+    groups, paired = conv.groups if conv else 1, product.act == "geglu"
     narrow = bits == 4 and (codes.is_meta or bool(((codes >= -8) & (codes <= 7)).all()))
     if (stored, groups, paired) not in packed:
         if codes.is_meta:
@@ -62,13 +62,15 @@ def _packed(
         name = stored.removesuffix("codes") + ("pairs" if paired else "tiles") + ("4" if narrow else "")
         made = {"": tiles, "sums": sums(codes, groups, paired)}  # the run time finds the sums by the tiles' name
         packed[stored, groups, paired] = program.add_tensors(name, made)
-    name, its_sums = packed[stored, groups, paired]
-    args = (
-        program.tensor_node(name),
-        program.tensor_node(its_sums),
-        list(codes.shape),
-        groups,
-        paired,
-        4 if narrow else 8,
+    tiles_node, sums_node = (program.tensor_node(name) for name in packed[stored, groups, paired])
+    return edit.insert(
+        product.node,
+        torch.ops.tfqc.unpack_tiles.default,
+        packed=tiles_node,
+        sums=sums_node,
+        shape=list(codes.shape),
+        groups=groups,
+        paired=paired,
+        bits=4 if narrow else 8,
+        name=f"{product.node.name}_weight",
     )
-    return program.insert(node, torch.ops.tfqc.unpack_tiles.default, args, name=f"{node.name}_weight")

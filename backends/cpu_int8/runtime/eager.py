@@ -19,9 +19,12 @@ class Eager:
         """An operation of `kernel_ops` by its name."""
         function = getattr(kernel_ops, operation, None) or getattr(ops, operation)
 
-        def call(name: str, *args: Any) -> Any:
+        def codes(value: Any) -> Any:
+            return value.codes if isinstance(value, Tiles) else value
+
+        def call(name: str, *args: Any, **kwargs: Any) -> Any:
             del name
-            return function(*(a.codes if isinstance(a, Tiles) else a for a in args))
+            return function(*map(codes, args), **{key: codes(value) for key, value in kwargs.items()})
 
         return call
 

@@ -73,41 +73,45 @@ class Recorder:
     # -- kernels ----------------------------------------------------------------------------------------------------
 
     def qlinear(
-        self, name: str, x: Tensor, scale: Any, zero: Any, row_in: Any, weight: Tiles, weight_scale: Tensor, bias: Any,
-        act: str, gate: Any, residual: Tensor | None, row: Any, out_scale: Any, out_zero: Any, out: str,
+        self, name: str, codes: Tensor, scale: Any, zero_point: Any, row_in: Any, weight: Tiles, weight_scale: Tensor,
+        bias: Any = None, act: str = "none", gate: Any = None, residual: Tensor | None = None, row: Any = None,
+        out_scale: Any = None, out_zero_point: Any = None, out: str = "f32",
     ) -> Tensor:  # fmt: skip
         """`tfqc.qlinear`."""
-        check_weight(name, weight, weight_scale, x.shape[-1])
+        check_weight(name, weight, weight_scale, codes.shape[-1])
         n, k = weight.shape
-        x = self._codes(name, x, _natural(x))
+        x = self._codes(name, codes, _natural(codes))
         made = self._room(name, (*x.shape[:-1], n // 2 if act == "geglu" else n), out)
         residual = self._ordered(name, _like(residual, made), _natural(made))
         args = abi.LinearArgs(
             x=self._at(x), ldx=k, batch=x.shape[0], seq=math.prod(x.shape[1:-1]), k=k, n=n,
-            quant=self._quant(name, scale, zero, x.shape[:-1]), **self._weight(name, weight, weight_scale),
-            epilogue=self._epilogue(name, made, made.shape[-1], weight, bias, act, gate, residual, out_scale, out_zero),
+            quant=self._quant(name, scale, zero_point, x.shape[:-1]), **self._weight(name, weight, weight_scale),
+            epilogue=self._epilogue(
+                name, made, made.shape[-1], weight, bias, act, gate, residual, out_scale, out_zero_point
+            ),
         )  # fmt: skip
         self._needs(32 * k)
         return self._append(name, "linear", args, made)
 
     def qconv(
-        self, name: str, x: Tensor, scale: Any, zero: Any, row_in: Any, weight: Tiles, weight_scale: Tensor, bias: Any,
-        stride: int, padding: int, groups: int, act: str, gate: Any, residual: Tensor | None, row: Any,
-        out_scale: Any, out_zero: Any, out: str,
+        self, name: str, codes: Tensor, scale: Any, zero_point: Any, row_in: Any, weight: Tiles, weight_scale: Tensor,
+        bias: Any = None, stride: int = 1, padding: int = 0, groups: int = 1, act: str = "none", gate: Any = None,
+        residual: Tensor | None = None, row: Any = None, out_scale: Any = None, out_zero_point: Any = None,
+        out: str = "f32",
     ) -> Tensor:  # fmt: skip
         """`tfqc.qconv`. One by one with stride 1 is a linear."""
-        check_weight(name, weight, weight_scale, x.shape[1])
+        check_weight(name, weight, weight_scale, codes.shape[1])
         n, _, kh, kw = weight.shape
-        x = self._codes(name, x, _channels_last(x))
+        x = self._codes(name, codes, _channels_last(codes))
         batch, c, h, w = x.shape
         need(weight.groups == groups and stride > 0 and padding >= 0, name, "windows do not fit")
         height, width = ((extent + 2 * padding - kernel) // stride + 1 for extent, kernel in ((h, kh), (w, kw)))
         made = self._room(name, (batch, n, height, width), out, order=(0, 2, 3, 1))
         residual = self._ordered(name, _like(residual, made), _channels_last(made))
         shared = {
-            "x": self._at(x), "batch": batch, "n": n, "quant": self._quant(name, scale, zero, (batch, h, w)),
+            "x": self._at(x), "batch": batch, "n": n, "quant": self._quant(name, scale, zero_point, (batch, h, w)),
             **self._weight(name, weight, weight_scale),
-            "epilogue": self._epilogue(name, made, n, weight, bias, act, gate, residual, out_scale, out_zero),
+            "epilogue": self._epilogue(name, made, n, weight, bias, act, gate, residual, out_scale, out_zero_point),
         }  # fmt: skip
         if (kh, kw, stride, padding, groups) == (1, 1, 1, 0, 1):
             self._needs(32 * c)
@@ -119,8 +123,8 @@ class Recorder:
         return self._append(name, "conv", args, made)
 
     def norm(
-        self, name: str, x: Tensor, groups: int, weight: Any, bias: Any, eps: float, act: str, row: Any,
-        out_scale: Any, out_zero: Any, out: str,
+        self, name: str, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+        act: str = "none", row: Any = None, out_scale: Any = None, out_zero_point: Any = None, out: str = "f32",
     ) -> Tensor:  # fmt: skip
         """`tfqc.norm`."""
         check_values(name, x)
@@ -133,13 +137,16 @@ class Recorder:
             x=self._at(x), out=self._at(made), batch=x.shape[0], seq=x[0].numel() // c, c=c, groups=groups,
             weight=self._row(name, weight, c, x.shape[0]), bias=self._row(name, bias, c, x.shape[0]), eps=eps,
             x_dtype=_DTYPES[x.dtype], out_dtype=_DTYPES[made.dtype], act=Act[act.upper()],
-            quant=self._quant(name, out_scale, out_zero),
+            quant=self._quant(name, out_scale, out_zero_point),
         )  # fmt: skip
         self._needs(12 * c)
         self.shared = max(self.shared, 32 * groups * torch.get_num_threads())
         return self._append(name, "norm", args, made)
 
-    def map(self, name: str, x: Tensor, act: str, row: Any, out_scale: Any, out_zero: Any, out: str) -> Tensor:
+    def map(
+        self, name: str, x: Tensor, act: str = "none", row: Any = None, out_scale: Any = None,
+        out_zero_point: Any = None, out: str = "f32",
+    ) -> Tensor:  # fmt: skip
         """`tfqc.map`. Without GEGLU the order of elements does not matter."""
         check_values(name, x)
         paired = act == "geglu"
@@ -150,13 +157,13 @@ class Recorder:
         args = abi.MapArgs(
             x=self._at(x), out=self._at(made), batch=x.shape[0], seq=made[0].numel() // c, c=c,
             ldx=2 * c if paired else c, x_dtype=_DTYPES[x.dtype], out_dtype=_DTYPES[made.dtype],
-            act=Act[act.upper()], quant=self._quant(name, out_scale, out_zero),
+            act=Act[act.upper()], quant=self._quant(name, out_scale, out_zero_point),
         )  # fmt: skip
         return self._append(name, "map", args, made)
 
     def gated_add(
-        self, name: str, x: Tensor, gate: Any, residual: Tensor | None, row: Any, out_scale: Any, out_zero: Any,
-        out: str,
+        self, name: str, x: Tensor, gate: Any = None, residual: Tensor | None = None, row: Any = None,
+        out_scale: Any = None, out_zero_point: Any = None, out: str = "f32",
     ) -> Tensor:  # fmt: skip
         """`tfqc.gated_add`."""
         x = x if residual is None else x.expand(torch.broadcast_shapes(x.shape, residual.shape))
@@ -171,13 +178,13 @@ class Recorder:
             a=self._at(x), b=self._at(residual), out=self._at(made), batch=x.shape[0], seq=size // c, c=c,
             a_entry=size, b_entry=size, gate=self._row(name, gate, c, x.shape[0]), a_dtype=_DTYPES[x.dtype],
             b_dtype=_DTYPES[x.dtype if residual is None else residual.dtype], out_dtype=_DTYPES[made.dtype],
-            quant=self._quant(name, out_scale, out_zero),
+            quant=self._quant(name, out_scale, out_zero_point),
         )  # fmt: skip
         return self._append(name, "add", args, made)
 
     def attention(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, mode: str, row: Any,
-        out_scale: Any, out_zero: Any, out: str,
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, mode: str,
+        row: Any = None, out_scale: Any = None, out_zero_point: Any = None, out: str = "f32",
     ) -> Tensor:  # fmt: skip
         """`tfqc.attention`. The result lies in memory as [B, S, H, D]."""
         batch, heads, queries, d = q.shape
@@ -198,13 +205,14 @@ class Recorder:
             v_entry=v.stride(0), v_token=v.stride(2), v_head=v.stride(1),
             out_entry=made.stride(0), out_token=made.stride(2), out_head=made.stride(1), **strides,
             scale=scale, q_dtype=_DTYPES[q.dtype], k_dtype=_DTYPES[k.dtype], v_dtype=_DTYPES[v.dtype],
-            out_dtype=_DTYPES[made.dtype], mode=_MODES[mode], quant=self._quant(name, out_scale, out_zero),
+            out_dtype=_DTYPES[made.dtype], mode=_MODES[mode], quant=self._quant(name, out_scale, out_zero_point),
         )  # fmt: skip
         self._needs(500 * d)
         return self._append(name, "attention", args, made)
 
-    def quantize_tokens(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize_tokens(self, name: str, x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
         """`tfqc.quantize_tokens`."""
+        need(bits == 8, name, f"tokens have {bits} bits")
         check_values(name, x)
         x = self._ordered(name, x, _natural(x))
         tokens = x.shape[:-1] if x.dim() > 2 else (x.shape[0], 1)  # one dimension would be rows of the schedule

@@ -111,7 +111,7 @@ def program_layers(program: Program, used: Mapping[str, str], kernels: Sequence[
 
 def _rows(program: Program, node: fx.Node, kernel: Kernel) -> int:
     """Of a product's output, or of what is quantized."""
-    value: Any = node.args[0] if isinstance(kernel, Quantize) else node
+    value: Any = node.kwargs["x"] if isinstance(kernel, Quantize) else node
     type_ = program.types[value.name]
     assert isinstance(type_, TensorType)
     numbers = math.prod(evaluate(size, {"B": IMAGES}) for size in type_.shape)

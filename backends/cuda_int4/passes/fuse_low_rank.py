@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import become, changed, is_branch, name_of, only_reader
+from tfqc.ir.edit import Rewriter, Rule, rewrite
+from tfqc.ir.match import call, capture
 from tfqc.ir.program import Program, Stage
+from tfqc.lowering.values import branch_of
 from tfqc.passing import Context, Numerics, Pass, close
+
+aten, ours = torch.ops.aten, torch.ops.tfqc
 
 
 @dataclass(frozen=True)
@@ -22,18 +27,19 @@ class FuseLowRank(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        fused = 0
-        for node in program.nodes():
-            if name_of(node) != "aten.add.Tensor" or node.kwargs:
-                continue
-            product, branch = node.args[:2]
-            if not (isinstance(product, fx.Node) and isinstance(branch, fx.Node)):
-                continue
-            if not is_branch(branch) or name_of(product) != "tfqc.qlinear.default" or only_reader(product) is not node:
-                continue
-            low, up = branch.args
-            become(program, node, product.target, changed(product, low=low, up=up))
-            fused += 1
-        program.prune()
-        if fused:
+        if fused := rewrite(program, [Rule(_SUM, _fuse)]):
             ctx.report.append(f"branches of low rank in products: {fused}")
+
+
+def _fuse(edit: Rewriter, node: fx.Node, product: fx.Node, branch: fx.Node) -> None:
+    halves = branch_of(branch)
+    assert halves is not None
+    edit.become(node, product.target, **{**product.kwargs, "low": halves.self_, "up": halves.other})
+
+
+_SUM = call(
+    aten.add.Tensor,
+    self=call(ours.qlinear.default, name="product", once=True),
+    other=capture("branch", lambda value: branch_of(value) is not None),
+    alpha=1,
+)

@@ -8,14 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import changed, name_of, operands, retype, stores
+from tfqc.ir.edit import Rewriter
+from tfqc.ir.infer import infer_type
+from tfqc.ir.match import is_call
 from tfqc.ir.ops import SHAPE_ONLY
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
+from tfqc.ir.views import Cast, Stores
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 
 # What works in f32 whatever it is given: quantizers that no kernel took, stored weights, reads of tables.
-_WIDE = ("tfqc.quantize", "tfqc.dequantize", "tfqc.table_", "tfqc.request_read")
+aten, ours = torch.ops.aten, torch.ops.tfqc
+_WIDE = (
+    ours.quantize.default, ours.quantize_dynamic.default, ours.dequantize.default, ours.dequantize_weight.default,
+    ours.dequantize_weight_int4.default, ours.table_read.default, ours.table_decode.default,
+    ours.table_decode_int4.default, ours.request_read.default,
+)  # fmt: skip
 _VALUES = {"codes", "x", "residual", "low", "up"}  # of kernels; their scales, zero points and biases stay f32
 _FLOATS = (torch.float32, torch.float16)
 
@@ -30,28 +38,26 @@ class HalfPrecision(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step, operation by operation: each gets operands of the type that it reads."""
+        edit = Rewriter(program)
         casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         halves: set[fx.Node] = set()  # whose type is another than it was
         for node in program.nodes():
             if node.op == "output":
                 for value in node.all_input_nodes:
-                    node.replace_input_with(value, _cast(program, node, value, torch.float32, casts))
+                    node.replace_input_with(value, _cast(edit, node, value, torch.float32, casts))
             if node.op != "call_function":
                 continue
-            before = node.args
+            before = (node.args, node.kwargs)
             for value in node.all_input_nodes:
-                node.replace_input_with(value, _cast(program, node, value, _wanted(node, value), casts))
-            if stores(node) and operands(node)["out"] == "f32":
-                node.args = changed(node, out="f16")
-            elif (
-                name_of(node) == "aten.to.dtype"
-                and node.args[1] is torch.float32
-                and not _was_half(program, node, halves)
-            ):
-                node.args = (node.args[0], torch.float16, *node.args[2:])
+                node.replace_input_with(value, _cast(edit, node, value, _wanted(node, value), casts))
+            stored, cast = Stores.of(node), Cast.of(node)
+            if stored is not None and stored.out == "f32":
+                node.update_kwarg("out", "f16")
+            elif cast is not None and cast.dtype is torch.float32 and not _was_half(program, node, halves):
+                node.update_kwarg("dtype", torch.float16)
             narrowed = any(n in halves for n in node.all_input_nodes)
-            if narrowed or node.args != before:
-                retype(program, node)
+            if narrowed or (node.args, node.kwargs) != before:
+                program.types[node.name] = infer_type(program, node)  # its readers are visited after it
                 halves.add(node)
         program.prune()
 
@@ -65,21 +71,19 @@ def _was_half(program: Program, cast: fx.Node, halves: set[fx.Node]) -> bool:
 
 def _wanted(node: fx.Node, value: fx.Node) -> torch.dtype | None:
     """The floating point type in which an operation reads a value; None if it does not read it."""
-    name = name_of(node)
-    if name in SHAPE_ONLY or name == "aten.to.dtype":
+    if node.target in SHAPE_ONLY or Cast.of(node):
         return None
-    if name == "tfqc.quantize_tokens.default":
-        return torch.float16
-    if stores(node):
-        read_as = {argument for argument, given in operands(node).items() if given is value}
+    if Stores.of(node):
+        read_as = {name for name, given in node.kwargs.items() if given is value}
         return torch.float16 if read_as & _VALUES else torch.float32
-    return torch.float32 if name.startswith(_WIDE) else torch.float16
+    return torch.float32 if is_call(node, *_WIDE) else torch.float16
 
 
 def _cast(
-    program: Program, reader: fx.Node, value: fx.Node, dtype: torch.dtype | None, casts: dict[Any, fx.Node]
+    edit: Rewriter, reader: fx.Node, value: fx.Node, dtype: torch.dtype | None, casts: dict[Any, fx.Node]
 ) -> fx.Node:
     """The value in a floating point type; itself if it has that, or is no floating point tensor."""
+    program = edit.program
     type_ = program.types[value.name]
     if dtype is None or not isinstance(type_, TensorType) or type_.dtype not in _FLOATS or type_.dtype is dtype:
         return value
@@ -91,8 +95,6 @@ def _cast(
     if (value, dtype) not in casts:
         short = "f16" if dtype is torch.float16 else "f32"
         before = reader if value.op == "placeholder" else value.next
-        args = (value, dtype)
-        casts[value, dtype] = program.insert(
-            before, torch.ops.aten.to.dtype, args, name=f"{value.name}_{short}", like=value
-        )
+        name = f"{value.name}_{short}"
+        casts[value, dtype] = edit.insert(before, aten.to.dtype, value, dtype, name=name, like=value)
     return casts[value, dtype]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from tfqc.analysis.rewrite import name_of
-from tfqc.analysis.weighted import WEIGHTED
 from tfqc.backends.cuda_int4.tensor_cores import why_not_tensor_cores
+from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import Program, Stage
-from tfqc.lowering.products import Inputs, become_product
+from tfqc.ir.views import Conv, Dequantize, Linear, Quantize, QuantizeDynamic
+from tfqc.lowering.products import Codes, Products
 from tfqc.passing import Context, Numerics, Pass, close
 
 
@@ -29,30 +29,28 @@ class LowerInt4(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
-        lowered = 0
-        inputs: Inputs = {}
-        weights: dict[str, str] = {}
+        lowered, products = 0, Products(Rewriter(program))
         for node in program.nodes():
-            if name_of(node) not in WEIGHTED or why_not_tensor_cores(program, node):
+            layer = Linear.of(node) or Conv.of(node)
+            if layer is None or why_not_tensor_cores(program, layer):
                 continue
-            read = node.args[0]
-            assert isinstance(read, fx.Node)
-            if read not in inputs and name_of(read) != "tfqc.quantize_dynamic.default":
-                inputs[read] = _input(program, read)
-            become_product(program, node, inputs, weights)
+            if layer.input not in products.inputs and QuantizeDynamic.of(layer.input) is None:
+                products.inputs[layer.input] = _codes(products.edit, layer.input)
+            products.lower(layer)
             lowered += 1
         program.prune()
         if lowered:
             ctx.report.append(f"lowered to tensor cores: {lowered} linears and convolutions")
 
 
-def _input(program: Program, read: fx.Node) -> tuple[Any, ...]:
-    """Codes that a kernel stores, their scale, zero point and row; of values only themselves."""
-    if name_of(read) != "tfqc.dequantize.default":
-        return (read, None, None, None)
-    codes = read.args[0]
-    assert isinstance(codes, fx.Node)
-    x, scale, zero_point, row, _, high = codes.args
-    args = (x, "none", row, scale, zero_point, "u4" if high == 15 else "u8")
-    stored = program.insert(read, torch.ops.tfqc.map.default, args, name=f"{codes.name}_codes", like=codes)
-    return (stored, scale, zero_point, row)
+def _codes(edit: Rewriter, read: fx.Node) -> Codes:
+    """Codes that a kernel stores; of values only themselves."""
+    known = Dequantize.of(read)
+    made = Quantize.of(known.codes) if known else None
+    if made is None:
+        return Codes(read)
+    ending = {"row": made.row, "out_scale": made.scale, "out_zero_point": made.zero_point}
+    out = "u4" if made.qmax == 15 else "u8"
+    name = f"{made.node.name}_codes"
+    stored = edit.insert(read, torch.ops.tfqc.map.default, made.x, **ending, out=out, name=name, like=made.node)
+    return Codes(stored, made.scale, made.zero_point, made.row)

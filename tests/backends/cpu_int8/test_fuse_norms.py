@@ -6,10 +6,9 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find, name_of
 from tests.lowered import STATIC, W8, apply, before, example, parts, quantized, round_trip
 from tests.subjects import Subjects, of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.render import render
 
@@ -21,15 +20,15 @@ def test_norms_and_quantizers() -> None:
     program = apply("fuse-norms", before("fuse-norms", its))
     image = program.node("silu_1")
     assert name_of(image) == "tfqc.norm.default"
-    assert [str(n) for n in image.args] == [
+    assert [str(n) for n in args_of(image)] == [
         "silu", "4", "w_norm1_weight", "w_norm1_bias", "1e-05", "silu", "None", "None", "None", "f32"
     ]  # fmt: skip
     tokens = program.node("layer_norm")
-    assert tokens.args[1] == 0 and tokens.args[4:] == (1e-05, "none", *FLOAT)
+    assert args_of(tokens)[1] == 0 and args_of(tokens)[4:] == (1e-05, "none", *FLOAT)
     assert "group_norm" not in {n.name for n in program.step.nodes}
     codes = program.node("reshape_q")
     assert name_of(codes) == "tfqc.map.default"
-    assert codes.args[1:3] == ("none", program.node("row")) and codes.args[-1] == "u8"
+    assert args_of(codes)[1:3] == ("none", program.node("row")) and args_of(codes)[-1] == "u8"
     assert not find(program, "tfqc.quantize") and not find(program, "aten.layer_norm")
     assert name_of(program.node("add")) == "aten.add.Tensor"  # of a number
     round_trip(its, program)
@@ -40,7 +39,7 @@ def test_rows_of_the_schedule(subject: Subjects) -> None:
     program = apply("fuse-norms", before("fuse-norms", its))
     norms = find(program, "tfqc.norm")
     assert len(norms) == 5 and not find(program, "norm_rows")
-    assert all(name_of(n.args[2]) == "tfqc.request_read.default" for n in norms)
+    assert all(name_of(args_of(n)[2]) == "tfqc.request_read.default" for n in norms)
     round_trip(its, program)
 
 
@@ -66,10 +65,10 @@ def test_what_stands_alone() -> None:
     its = of_example("alone", ALONE)
     program = apply("fuse-norms", before("fuse-norms", its, activations=STATIC))
     maps = find(program, "tfqc.map")
-    assert [n.args[1] for n in maps] == ["silu", "gelu_tanh", "gelu", "geglu", "none", "silu"]
-    assert maps[4].args[2] is None and maps[4].args[-1] == "u8"  # a static range has no row
+    assert [args_of(n)[1] for n in maps] == ["silu", "gelu_tanh", "gelu", "geglu", "none", "silu"]
+    assert args_of(maps[4])[2] is None and args_of(maps[4])[-1] == "u8"  # a static range has no row
     assert len(find(program, "tfqc.gated_add")) == 2
-    assert all(n.args[1] is None for n in find(program, "tfqc.gated_add"))
+    assert all(args_of(n)[1] is None for n in find(program, "tfqc.gated_add"))
     round_trip(its, program)
 
 

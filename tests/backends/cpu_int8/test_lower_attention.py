@@ -9,7 +9,7 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find
 from tests.lowered import apply, before, example, parts, quantized, round_trip
 from tests.subjects import Subjects, of_example
 from tfqc.backends.cpu_int8.integer import why_not_attention
@@ -26,8 +26,8 @@ def test_self_attention(mode: str) -> None:
     (node,) = find(program, "tfqc.attention")
     name = "scaled_dot_product_attention"
     assert node.name == name and not find(program, f"aten.{name}")
-    assert [str(n) for n in node.args[:3]] == ["transpose_1", "transpose_2", "transpose_3"]
-    assert node.args[3:] == (None, 1 / math.sqrt(8), mode, None, None, None, "f32")
+    assert [str(n) for n in args_of(node)[:3]] == ["transpose_1", "transpose_2", "transpose_3"]
+    assert args_of(node)[3:] == (None, 1 / math.sqrt(8), mode, None, None, None, "f32")
     assert program.types[name] == old.types[name]
     round_trip(its, program)
 
@@ -37,7 +37,7 @@ def test_hoisted_keys_and_values(subject: Subjects) -> None:
     program = apply("lower-attention", before("lower-attention", its))
     nodes = find(program, "tfqc.attention")
     assert len(nodes) == 8
-    assert all(n.op == "placeholder" for n in nodes[1].args[1:3])  # type: ignore[union-attr]
+    assert all(n.op == "placeholder" for n in args_of(nodes[1])[1:3])  # type: ignore[union-attr]
     round_trip(its, program)
 
 
@@ -95,7 +95,7 @@ def test_a_mask_and_a_scale() -> None:
     its = of_example("attention-scale", example(lambda: Attention(attend), 5, 16))
     program = apply("lower-attention", quantized(its))
     (node,) = find(program, "tfqc.attention")
-    assert str(node.args[3]) == "matmul" and node.args[4] == 0.5
+    assert str(args_of(node)[3]) == "matmul" and args_of(node)[4] == 0.5
     round_trip(its, program)
 
 

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find, name_of
 from tests.lowered import A8, PER_TOKEN, STATIC, W8, apply, before, example, parts, quantized, round_trip
 from tests.subjects import of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.analysis.weighted import WEIGHTED
 from tfqc.backends.cpu_int8.integer import why_not_integer
 from tfqc.errors import PipelineError
@@ -31,26 +30,26 @@ def test_every_product() -> None:
     assert (len(find(program, "tfqc.qconv")), len(find(program, "tfqc.qlinear"))) == (5, 8)
     assert not find(program, "dequantize") and not reasons(program)
     conv = program.node("conv2d_2")
-    codes, scale, zero, row, weight, weight_scale, bias, stride, padding, groups = conv.args[:10]
+    codes, scale, zero, row, weight, weight_scale, bias, stride, padding, groups = args_of(conv)[:10]
     assert [str(n) for n in (codes, row)] == ["reshape_q", "row"]
-    assert codes.args[1:3] == (scale, zero)  # type: ignore[union-attr]
+    assert args_of(codes)[1:3] == (scale, zero)  # type: ignore[union-attr]
     assert [n.target for n in (weight, weight_scale, bias)] == [  # type: ignore[union-attr]
         "shrink.weight.codes", "shrink.weight.scale.flat", "shrink.bias"
     ]  # fmt: skip
-    assert (stride, padding, groups) == (2, 1, 1) and conv.args[10:] == ENDING
-    assert program.node("conv2d_3").args[9] == 2
-    assert program.node("conv2d_1").args[6] is program.node("add_6")  # a row of the schedule as bias
+    assert (stride, padding, groups) == (2, 1, 1) and args_of(conv)[10:] == ENDING
+    assert args_of(program.node("conv2d_3"))[9] == 2
+    assert args_of(program.node("conv2d_1"))[6] is program.node("add_6")  # a row of the schedule as bias
     linear = program.node("linear_5")
-    assert linear.args[7:] == ENDING
-    assert program.tensors[str(linear.args[5].target)].shape == (64,)  # type: ignore[union-attr]
+    assert args_of(linear)[7:] == ENDING
+    assert program.tensors[str(args_of(linear)[5].target)].shape == (64,)  # type: ignore[union-attr]
     round_trip(its, program)
 
 
 def test_static_ranges_have_no_row() -> None:
     program = apply("lower-int8", quantized(parts(), activations=STATIC))
     for node in find(program, "tfqc.qlinear"):
-        assert node.args[3] is None
-        assert program.tensors[str(node.args[1].target)].shape == (1,)  # type: ignore[union-attr]
+        assert args_of(node)[3] is None
+        assert program.tensors[str(args_of(node)[1].target)].shape == (1,)  # type: ignore[union-attr]
 
 
 def test_per_token() -> None:
@@ -59,9 +58,10 @@ def test_per_token() -> None:
     tokens = find(program, "tfqc.quantize_tokens")
     assert len(tokens) == 6 and not find(program, "quantize_dynamic")
     linear = program.node("linear_5")
-    assert [(n.args[0], n.args[1]) for n in linear.args[:3]] == [(linear.args[0].args[0], i) for i in range(3)]  # type: ignore[union-attr]  # fmt: skip
-    assert linear.args[3] is None
-    assert name_of(program.node("conv2d_1").args[0]) == "tfqc.quantize.default"
+    source = args_of(args_of(linear)[0])[0]
+    assert [args_of(n) for n in args_of(linear)[:3]] == [(source, i) for i in range(3)]
+    assert args_of(linear)[3] is None
+    assert name_of(args_of(program.node("conv2d_1"))[0]) == "tfqc.quantize.default"
     round_trip(its, program)
 
 

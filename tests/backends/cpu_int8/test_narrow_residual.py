@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import find, first
+from tests.helpers import args_of, find, first, name_of
 from tests.lowered import PER_TOKEN, STEPS, apply, before, parts, round_trip
 from tests.subjects import Subjects
-from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
@@ -29,7 +28,7 @@ def test_between_kernels() -> None:
     assert found["silu_1"] is torch.float32  # torch adds a number to it
     assert found["plain"] is found["x_nhwc"] is found["unsqueeze_3"] is torch.float32
     assert found["layer_norm"] is torch.uint8
-    assert program.node("add_2").args[-4:] == (None, None, None, "bf16")
+    assert args_of(program.node("add_2"))[-4:] == (None, None, None, "bf16")
     for timesteps in ([STEPS[0]], [STEPS[2], STEPS[0], STEPS[1]]):
         call = its.call(timesteps)
         want, got = first(old(**call)), first(program(**call))
@@ -57,9 +56,9 @@ def test_tokens_are_quantized_in_floats() -> None:
     program = apply("narrow-residual", before("narrow-residual", its, activations=PER_TOKEN))
     found = dtypes(program)
     nodes = find(program, "quantize_tokens")
-    assert torch.bfloat16 in {found[n.args[0].name] for n in nodes}  # type: ignore[union-attr]
+    assert torch.bfloat16 in {found[args_of(n)[0].name] for n in nodes}  # type: ignore[union-attr]
     for node in find(program, "tfqc.qlinear"):
-        assert [found[n.name] for n in node.args[:3]] == [torch.uint8, torch.float32, torch.int32]  # type: ignore[union-attr]
+        assert [found[n.name] for n in args_of(node)[:3]] == [torch.uint8, torch.float32, torch.int32]  # type: ignore[union-attr]
     round_trip(its, program)
 
 

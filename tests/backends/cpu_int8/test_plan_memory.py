@@ -8,7 +8,7 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find
 from tests.lowered import EXACT, apply, before, example, parts, round_trip
 from tests.subjects import Subjects, of_example
 from tfqc.errors import PipelineError
@@ -48,7 +48,7 @@ def check(program: Program) -> int:
         for old, new in itertools.pairwise(sorted(names, key=lambda n: rows[n].first)):
             assert rows[old].last == rows[new].first  # not read later than by what overwrites it
             node = nodes[new]
-            residual = node.args[RESIDUAL[str(node.target)]]
+            residual = args_of(node)[RESIDUAL[str(node.target)]]
             assert isinstance(residual, fx.Node) and source(residual) is nodes[old]
             others = [source(n).name for n in node.all_input_nodes if n is not residual]
             assert old not in others
@@ -110,7 +110,7 @@ def test_a_residual_that_is_read_later() -> None:
 def test_nothing_else_changes() -> None:
     chain = before("plan-memory", of_example("twice", TWICE), activations="")
     for node in [n for n in chain.nodes() if "tfqc.plain" in str(n.target)]:
-        chain.replace(node, node.args[0])  # type: ignore[arg-type]
+        chain.replace(node, args_of(node)[0])  # type: ignore[arg-type]
     chain.prune()
     text = render(chain)
     planned = apply("plan-memory", chain)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find
 from tests.lowered import W8, apply, before, example, parts, round_trip
 from tests.subjects import of_example
 from tfqc.errors import PipelineError
@@ -23,9 +23,9 @@ def unpacked(program: Program) -> dict[str, tuple[object, ...]]:
     """Of each product: the names of tiles and sums, and what is known of them."""
     found = {}
     for node in [*find(program, "tfqc.qlinear"), *find(program, "tfqc.qconv")]:
-        weight = node.args[4]
+        weight = args_of(node)[4]
         assert weight.target is torch.ops.tfqc.unpack_tiles.default  # type: ignore[union-attr]
-        found[node.name] = tuple(a.target if hasattr(a, "target") else a for a in weight.args)  # type: ignore[union-attr]
+        found[node.name] = tuple(a.target if hasattr(a, "target") else a for a in args_of(weight))  # type: ignore[union-attr]
     return found
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tests.helpers import find
+from tests.helpers import args_of, find
 from tests.lowered import apply, before, parts, round_trip
 from tests.passes.test_split_low_rank import BRANCHES, RANK
 from tests.subjects import of_example
-from tfqc.analysis.rewrite import operands
 from tfqc.ir.render import render
 
 W4 = "calibrate-weights{bits=4 method=min-max}"
@@ -19,7 +18,7 @@ def test_every_branch() -> None:
     its = of_example("branches", BRANCHES)
     old = before("fuse-low-rank", its, TARGET, SPLIT, A8)
     program = apply("fuse-low-rank", old)
-    branches = {n.name: operands(n) for n in find(program, "tfqc.qlinear") if operands(n).get("up") is not None}
+    branches = {n.name: n.kwargs for n in find(program, "tfqc.qlinear") if n.kwargs.get("up") is not None}
     ups = {name: has["up"].target for name, has in branches.items()}
     assert sorted(ups.values()) == ["k.weight.up", "out.weight.up", "q.weight.up"]
     lows = {str(has["up"].target)[0]: has["low"] for has in branches.values()}
@@ -32,13 +31,13 @@ def test_a_product_that_others_read_keeps_its_sum() -> None:
     its = of_example("branches", BRANCHES)
     old = before("fuse-low-rank", its, TARGET, SPLIT, A8)
     add = next(n for n in find(old, "aten.add") if n.name.endswith("_whole"))
-    product = add.args[0]
+    product = args_of(add)[0]
     (reader, *_) = add.users
     twice = old.insert(reader, add.target, (add, product), name="twice")  # reads the product once more
     reader.replace_input_with(add, twice)
     program = apply("fuse-low-rank", old)
     assert program.node(add.name).target is add.target
-    assert sum(operands(n).get("up") is not None for n in find(program, "tfqc.qlinear")) == 2
+    assert sum(n.kwargs.get("up") is not None for n in find(program, "tfqc.qlinear")) == 2
 
 
 def test_sums_without_a_branch_stay() -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import find, first
+from tests.helpers import args_of, find, first, name_of
 from tests.lowered import PER_TOKEN, STEPS, W8, apply, before, example, parts, round_trip
 from tests.subjects import Subject, Subjects, of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.errors import PipelineError
 from tfqc.ir.program import BEGIN, TIME, Program
 from tfqc.ir.render import render
@@ -29,7 +28,7 @@ def dtypes(program: Program) -> dict[str, torch.dtype]:
 
 def casts(program: Program) -> dict[str, str]:
     """What each value that is cast is called afterwards."""
-    return {str(n.args[0]): n.name for n in find(program, "aten.to.dtype")}
+    return {str(args_of(n)[0]): n.name for n in find(program, "aten.to.dtype")}
 
 
 def distance(its: Subject, old: Program, new: Program) -> float:
@@ -52,9 +51,9 @@ def test_between_kernels() -> None:
     assert {found[name] for name in ("x", "plain")} == {torch.float32}
     assert found["layer_norm_q_codes"] is found["mul_3"] is torch.uint8
     for node in (n for n in program.nodes() if name_of(n) in ("tfqc.qlinear.default", "tfqc.qconv.default")):
-        codes, scale, _, _, _, weight_scale, bias = (str(a) for a in node.args[:7])
+        codes, scale, _, _, _, weight_scale, bias = (str(a) for a in args_of(node)[:7])
         assert [found[n] for n in (codes, scale, weight_scale, bias)] == [torch.uint8, *[torch.float32] * 3]
-        assert node.args[-1] == ("u4" if node.name in ("mul_3", "gelu_1") else "f16")
+        assert args_of(node)[-1] == ("u4" if node.name in ("mul_3", "gelu_1") else "f16")
     assert found["add_6"] is torch.float32  # the bias of a step
     round_trip(its, program)
 
@@ -69,8 +68,8 @@ def test_each_value_is_cast_once() -> None:
     assert len(find(program, "aten.to.dtype")) == len(values)
     found = dtypes(program)
     quantizer, weight = program.node(f"{grown}_q"), program.node(left)
-    assert [found[str(n)] for n in (quantizer.args[0], f"{grown}_dq", weight)] == [torch.float32] * 3
-    x, conv_weight, bias = program.node("conv2d_3").args[:3]
+    assert [found[str(n)] for n in (args_of(quantizer)[0], f"{grown}_dq", weight)] == [torch.float32] * 3
+    x, conv_weight, bias = args_of(program.node("conv2d_3"))[:3]
     assert [str(x), str(conv_weight), bias.target] == [f"{grown}_dq_f16", f"{left}_f16", "grow.bias.f16"]  # type: ignore[union-attr]
 
 
@@ -114,7 +113,7 @@ def test_constants_are_stored_once() -> None:
 def test_sizes_are_those_of_the_value_itself() -> None:
     program = apply("half-precision", meets(of_example("every-half", EVERY)))
     (size,) = find(program, "aten.sym_size")
-    assert size.args[0] is program.node("x") and "x" in casts(program)
+    assert args_of(size)[0] is program.node("x") and "x" in casts(program)
 
 
 def test_types_that_the_model_asks_for() -> None:
@@ -122,10 +121,10 @@ def test_types_that_the_model_asks_for() -> None:
     program = apply("half-precision", meets(of_example("every-half", EVERY)))
     found = dtypes(program)
     (mask,) = find(program, "aten.gt")
-    (asked,) = [n for n in find(program, "aten.to.dtype") if n.args[0] is mask]
-    assert asked.args[1] is torch.float16 and found[asked.name] is torch.float16 and found[mask.name] is torch.bool
+    (asked,) = [n for n in find(program, "aten.to.dtype") if args_of(n)[0] is mask]
+    assert args_of(asked)[1] is torch.float16 and found[asked.name] is torch.float16 and found[mask.name] is torch.bool
     (softmax,) = find(program, "aten.softmax")
-    assert found[str(softmax.args[0])] is torch.float16 and found[softmax.name] is torch.float32
+    assert found[str(args_of(softmax)[0])] is torch.float16 and found[softmax.name] is torch.float32
     assert [n.name for n in softmax.users] == [casts(program)["softmax"]]
     assert found[casts(program)["arange"]] is torch.float16
 
@@ -142,7 +141,7 @@ def test_values_that_kernels_read_as_they_are() -> None:
     its = parts()
     program = apply("half-precision", meets(its, activations=""))
     found = dtypes(program)
-    assert {found[str(n.args[0])] for n in find(program, "tfqc.q")} == {torch.float16}
+    assert {found[str(args_of(n)[0])] for n in find(program, "tfqc.q")} == {torch.float16}
     round_trip(its, program)
 
 
@@ -150,9 +149,9 @@ def test_tokens_are_quantized_from_f16() -> None:
     its = parts()
     program = apply("half-precision", meets(its, activations=PER_TOKEN))
     found = dtypes(program)
-    assert {found[str(n.args[0])] for n in find(program, "quantize_tokens")} == {torch.float16}
+    assert {found[str(args_of(n)[0])] for n in find(program, "quantize_tokens")} == {torch.float16}
     for node in find(program, "tfqc.qlinear"):
-        assert [found[str(n)] for n in node.args[:3]] == [torch.uint8, torch.float32, torch.int32]
+        assert [found[str(n)] for n in args_of(node)[:3]] == [torch.uint8, torch.float32, torch.int32]
     round_trip(its, program)
 
 

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import find
+from tests.helpers import args_of, find, name_of
 from tests.lowered import W8, apply, before, example, parts, quantized, round_trip
 from tests.models import odd_names
 from tests.subjects import Subject, Subjects, of_example
-from tfqc.analysis.rewrite import name_of
 from tfqc.analysis.weighted import WEIGHTED
 from tfqc.backends.cuda_int4.tensor_cores import is_step_row, why_not_tensor_cores
 from tfqc.errors import PipelineError
@@ -51,16 +50,16 @@ def test_every_product(activations: str, out: str) -> None:
     assert (len(find(program, "tfqc.qconv")), len(find(program, "tfqc.qlinear"))) == (4, 8)
     assert reasons(program) == {GROUPS}
     conv = program.node("conv2d_2")
-    codes, scale, zero, row, weight, weight_scale, bias, stride, padding, groups = conv.args[:10]
+    codes, scale, zero, row, weight, weight_scale, bias, stride, padding, groups = args_of(conv)[:10]
     assert [str(n) for n in (codes, row)] == ["reshape_q_codes", "row"]
-    assert codes.args == (program.node("reshape"), "none", row, scale, zero, out)  # type: ignore[union-attr]
+    assert args_of(codes) == (program.node("reshape"), "none", row, scale, zero, out)  # type: ignore[union-attr]
     assert [n.target for n in (scale, zero, weight, weight_scale, bias)] == [  # type: ignore[union-attr]
         "act.reshape.scale", "act.reshape.zero_point", "shrink.weight.codes", "shrink.weight.scale.flat", "shrink.bias"
     ]  # fmt: skip
-    assert (stride, padding, groups) == (2, 1, 1) and conv.args[10:] == ENDING
+    assert (stride, padding, groups) == (2, 1, 1) and args_of(conv)[10:] == ENDING
     linear = program.node("linear_5")
-    assert linear.args[7:] == ENDING
-    assert program.tensors[str(linear.args[5].target)].shape == (64,)  # type: ignore[union-attr]
+    assert args_of(linear)[7:] == ENDING
+    assert program.tensors[str(args_of(linear)[5].target)].shape == (64,)  # type: ignore[union-attr]
     image, pixels = program.node("conv2d"), program.node("conv2d_4")
     assert window_of(program, image) == (6, 6) and window_of(program, pixels) is None
     round_trip(its, program)
@@ -68,7 +67,7 @@ def test_every_product(activations: str, out: str) -> None:
 
 def test_a_row_of_the_schedule_may_be_the_bias() -> None:
     program = lowered(parts())
-    bias = program.node("conv2d_1").args[6]
+    bias = args_of(program.node("conv2d_1"))[6]
     assert bias is program.node("add_6") and is_step_row(program, bias)
 
 
@@ -82,16 +81,16 @@ def test_weights_become_bytes() -> None:
 
 def test_what_several_read_is_quantized_once() -> None:
     program = lowered(parts())
-    (codes,) = [n for n in find(program, "tfqc.map") if str(n.args[0]) == "transpose"]
+    (codes,) = [n for n in find(program, "tfqc.map") if str(args_of(n)[0]) == "transpose"]
     assert [n.name for n in codes.users] == ["linear_1", "linear_2", "linear_3"]
-    assert not [n for n in find(program, "tfqc.quantize") if str(n.args[0]) != "upsample_nearest2d"]
+    assert not [n for n in find(program, "tfqc.quantize") if str(args_of(n)[0]) != "upsample_nearest2d"]
 
 
 def test_static_ranges_have_no_row() -> None:
     program = lowered(parts(), activations=STATIC)
     for node in find(program, "tfqc.qlinear"):
-        assert node.args[3] is None and node.args[0].args[2] is None  # type: ignore[union-attr]
-        assert program.tensors[str(node.args[1].target)].shape == (1,)  # type: ignore[union-attr]
+        assert args_of(node)[3] is None and args_of(args_of(node)[0])[2] is None  # type: ignore[union-attr]
+        assert program.tensors[str(args_of(node)[1].target)].shape == (1,)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -100,15 +99,15 @@ def test_per_token(bits: int) -> None:
     program = lowered(its, activations=f"calibrate-activations{{mode=per-token bits={bits}}}")
     tokens = find(program, "tfqc.quantize_tokens")
     assert len(tokens) == 6 and not find(program, "quantize_dynamic")
-    assert {n.args[1:] for n in tokens} == {() if bits == 8 else (4,)}
+    assert {args_of(n)[1:] for n in tokens} == {() if bits == 8 else (4,)}
     for node in find(program, "tfqc.qlinear"):
-        source = node.args[0].args[0]  # type: ignore[union-attr]
-        assert [(n.args[0], n.args[1]) for n in node.args[:3]] == [(source, i) for i in range(3)]  # type: ignore[union-attr]
-        assert node.args[3] is None and source in tokens
-    three = [program.node(f"linear_{i}").args[0].args[0] for i in (1, 2, 3)]  # type: ignore[union-attr]
+        source = args_of(args_of(node)[0])[0]  # type: ignore[union-attr]
+        assert [(args_of(n)[0], args_of(n)[1]) for n in args_of(node)[:3]] == [(source, i) for i in range(3)]  # type: ignore[union-attr]
+        assert args_of(node)[3] is None and source in tokens
+    three = [args_of(args_of(program.node(f"linear_{i}"))[0])[0] for i in (1, 2, 3)]  # type: ignore[union-attr]
     assert len(set(three)) == 1
-    codes = program.node("conv2d_1").args[0]
-    assert name_of(codes) == "tfqc.map.default" and codes.args[5] == f"u{bits}"  # type: ignore[union-attr]
+    codes = args_of(program.node("conv2d_1"))[0]
+    assert name_of(codes) == "tfqc.map.default" and args_of(codes)[5] == f"u{bits}"  # type: ignore[union-attr]
     round_trip(its, program)
 
 
@@ -117,7 +116,7 @@ def test_values_are_read_as_they_are() -> None:
     its = parts()
     program = lowered(its, activations="")
     assert len(find(program, "tfqc.q")) == 12 and not find(program, "tfqc.map")
-    assert program.node("linear_1").args[:4] == (program.node("transpose"), None, None, None)
+    assert args_of(program.node("linear_1"))[:4] == (program.node("transpose"), None, None, None)
     assert reasons(program) == {GROUPS}
     round_trip(its, program)
 
@@ -145,7 +144,11 @@ OF_GROUPS = "its weight has a scale for each {} columns: kernels take 128, of li
 def test_groups_of_columns() -> None:
     its = of_example("wide-int4", WIDE)
     program = lowered(its, "calibrate-weights{bits=4 method=min-max group=128}")
-    scales = {str(n): program.tensors[str(n.args[5].target)].shape for n in find(program, "tfqc.q") if len(n.args) > 10}  # type: ignore[union-attr]
+    scales = {
+        str(n): program.tensors[str(args_of(n)[5].target)].shape
+        for n in find(program, "tfqc.q")
+        if len(args_of(n)) > 10
+    }  # type: ignore[union-attr]
     assert scales == {"conv2d": (160,), "conv2d_1": (160, 2), "linear_1": (160, 2)}
     assert reasons(program) == {OF_GROUPS.format(128)}  # the 3 x 3 of 160 channels: there is no kernel with both
     round_trip(its, program)
@@ -240,7 +243,7 @@ def test_a_bias_of_each_entry(name: str, subject: Subjects) -> None:
     assert reasons(old) == {"its bias is computed at run time"}
     program = apply("lower-int4", old)
     left = find(program, "conv2d_rows")
-    assert len(left) == 8 and not any(is_step_row(program, n.args[2]) for n in left)
+    assert len(left) == 8 and not any(is_step_row(program, args_of(n)[2]) for n in left)
 
 
 def test_the_report() -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from tfqc.ir.edit import Rewriter
 from tfqc.ir.ops import register
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.tables import Row, row_kind
@@ -57,12 +58,12 @@ class SwapSilu(Pass):
         silus = silus[: self.limit]
         rows = dict(program.table(Swapped))
         for function, node in silus:
-            (x,) = node.all_input_nodes
+            edit, (x,) = Rewriter(program, function), node.all_input_nodes
             if self.own:
-                node.target, node.args = torch.ops.tfqc_example.gate.default, (x, x)
+                edit.become(node, torch.ops.tfqc_example.gate.default, x, by=x)
                 rows[node.name] = Swapped("silu")
                 continue
-            gate = program.insert(node, aten.sigmoid.default, (x,), function=function)
-            program.replace(node, program.insert(node, aten.mul.Tensor, (x, gate), function=function))
+            gate = edit.insert(node, aten.sigmoid.default, x)
+            edit.replace(node, edit.insert(node, aten.mul.Tensor, x, gate))
         program.set_table(Swapped, rows)
         ctx.report.append(f"{len(silus)} SiLUs swapped")

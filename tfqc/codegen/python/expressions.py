@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 from torch import fx
 
 from tfqc.codegen.python.fused import is_fused_dequantize
-from tfqc.ir.ops import op_name
+from tfqc.ir.calls import written
+from tfqc.ir.match import is_call
+from tfqc.ir.ops import op_name, signature
+from tfqc.ir.views import Dequantize
 from tfqc.runtime import kernel_ops, ops
 
 # What is made of nothing is made where the inputs are, wherever the model was captured; `bodies.body` defines it.
@@ -23,21 +27,24 @@ DEVICE = "device_of_inputs"
 
 Stored = Callable[[fx.Node], str | None]
 
-_FUNCTIONS = {
-    "aten.linear.default": "F.linear", "aten.conv2d.default": "F.conv2d", "aten.silu.default": "F.silu",
-    "aten.gelu.default": "F.gelu", "aten.layer_norm.default": "F.layer_norm", "aten.cat.default": "torch.cat",
-    "aten.scaled_dot_product_attention.default": "F.scaled_dot_product_attention", "aten.stack.default": "torch.stack",
-    "aten.sin.default": "torch.sin", "aten.cos.default": "torch.cos", "aten.exp.default": "torch.exp",
+aten = torch.ops.aten
+_FUNCTIONS: dict[Any, str] = {
+    aten.linear.default: "F.linear", aten.conv2d.default: "F.conv2d", aten.silu.default: "F.silu",
+    aten.gelu.default: "F.gelu", aten.layer_norm.default: "F.layer_norm", aten.group_norm.default: "F.group_norm",
+    aten.scaled_dot_product_attention.default: "F.scaled_dot_product_attention", aten.cat.default: "torch.cat",
+    aten.stack.default: "torch.stack", aten.sin.default: "torch.sin", aten.cos.default: "torch.cos",
+    aten.exp.default: "torch.exp",
 }  # fmt: skip
-_METHODS = {
-    "aten.reshape.default": "reshape", "aten.view.default": "view", "aten.permute.default": "permute",
-    "aten.transpose.int": "transpose", "aten.unsqueeze.default": "unsqueeze", "aten.expand.default": "expand",
-    "aten.chunk.default": "chunk", "aten.to.dtype": "to", "aten.flatten.using_ints": "flatten",
+_METHODS: dict[Any, str] = {
+    aten.reshape.default: "reshape", aten.view.default: "view", aten.permute.default: "permute",
+    aten.transpose.int: "transpose", aten.unsqueeze.default: "unsqueeze", aten.expand.default: "expand",
+    aten.chunk.default: "chunk", aten.to.dtype: "to", aten.flatten.using_ints: "flatten",
 }  # fmt: skip
-_INFIX = {
-    "aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/", "operator.add": "+",
-    "operator.mul": "*", "operator.sub": "-", "operator.floordiv": "//",
+_INFIX: dict[Any, str] = {
+    aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/", operator.add: "+",
+    operator.mul: "*", operator.sub: "-", operator.floordiv: "//",
 }  # fmt: skip
+_NOT_OF_TORCH = {"cudnn_enable", "cudnn_enabled"}  # operands of ATen that functions of torch do not have
 
 
 # What the generated functions call: a value of such a name would hide it from them.
@@ -54,31 +61,34 @@ def expression(node: fx.Node, stored: Stored) -> str:
     """The right-hand side of a node's line."""
     if node.op == "output":
         return value(node.args[0], stored)
-    name = op_name(node.target)
     if is_fused_dequantize(node):
-        assert isinstance(node.args[0], fx.Node)
-        return f"fake_quantize({arguments(node.args[0], stored)})"
-    if name == "operator.getitem":
-        return f"{value(node.args[0], stored)}[{value(node.args[1], stored)}]"
-    if name == "aten.sym_size.int":
-        return f"{value(node.args[0], stored)}.shape[{value(node.args[1], stored)}]"
-    if name in _INFIX and len(node.args) == 2 and not node.kwargs:
-        return f"{value(node.args[0], stored)} {_INFIX[name]} {value(node.args[1], stored)}"
-    if name == "aten.group_norm.default" and not node.kwargs:
-        # The last argument, cudnn_enabled, is no argument of F.group_norm.
-        return f"F.group_norm({', '.join(value(a, stored) for a in node.args[:5])})"
-    if name == "aten.layer_norm.default" and not node.kwargs:
-        return f"F.layer_norm({', '.join(value(a, stored) for a in node.args[:5])})"
-    if name in _METHODS and not node.kwargs:
-        return f"{value(node.args[0], stored)}.{_METHODS[name]}({', '.join(value(a, stored) for a in node.args[1:])})"
+        return f"fake_quantize({arguments(Dequantize(node).codes, stored)})"
+    args, kwargs = written(node)
+    if is_call(node, operator.getitem):
+        return f"{value(args[0], stored)}[{value(args[1], stored)}]"
+    if is_call(node, aten.sym_size.int):
+        return f"{value(args[0], stored)}.shape[{value(args[1], stored)}]"
+    if is_call(node, *_INFIX) and len(args) == 2 and not kwargs:
+        return f"{value(args[0], stored)} {_INFIX[node.target]} {value(args[1], stored)}"
+    if is_call(node, *_METHODS) and not kwargs:
+        return f"{value(args[0], stored)}.{_METHODS[node.target]}({', '.join(value(a, stored) for a in args[1:])})"
+    name = op_name(node.target)
     if name.startswith("tfqc."):
         return f"{name.split('.')[1]}({arguments(node, stored)})"
-    return f"{_FUNCTIONS.get(name, name)}({arguments(node, stored)})"
+    if is_call(node, *_FUNCTIONS) and _NOT_OF_TORCH.isdisjoint(kwargs):
+        name = _FUNCTIONS[node.target]
+    return f"{name}({arguments(node, stored)})"
 
 
-def arguments(node: fx.Node, stored: Stored) -> str:
-    named = [f"{key}={value(item, stored)}" for key, item in node.kwargs.items()]
-    return ", ".join([*(value(a, stored) for a in node.args), *named])
+def arguments(node: fx.Node, stored: Stored, by_name: bool = False) -> str:
+    """Operands of a call, without those that are as usual; all but the first by their names, if so wanted."""
+    args, kwargs = written(node)
+    if by_name and args:
+        names = [operand.name for operand in signature(node.target)]
+        kwargs = dict(zip(names[1:], args[1:], strict=False)) | kwargs
+        args = args[:1]
+    named = [f"{key}={value(item, stored)}" for key, item in kwargs.items()]
+    return ", ".join([*(value(a, stored) for a in args), *named])
 
 
 def value(item: Any, stored: Stored) -> str:

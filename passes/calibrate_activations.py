@@ -13,6 +13,7 @@ from tfqc.calibration.ranges import observe_ranges
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.grid import Grid
 from tfqc.quant.parameters import has_rows, quantizer_of, set_input_quantizer
@@ -32,7 +33,7 @@ class CalibrateActivations(Pass):
     name: ClassVar[str] = "calibrate-activations"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
@@ -53,7 +54,7 @@ class CalibrateActivations(Pass):
 
     def contract(self) -> Contract:
         """The block has to be known where it alone is quantized."""
-        return dataclasses.replace(super().contract(), requires=frozenset({"tib"} if self.scope == "tib" else ()))
+        return dataclasses.replace(super().contract(), requires=frozenset({Tib} if self.scope == "tib" else ()))
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add scales and zero points to the tensors, rows to `quantizer`, and to `rows` for per-step ones."""

@@ -11,6 +11,7 @@ from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import BindingTime, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 
 
@@ -25,7 +26,7 @@ class DiscoverTib(Pass):
     name: ClassVar[str] = "discover-tib"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[str]] = frozenset({"binding", "tib"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({BindingTime, Tib})
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide the tables `binding` and `tib`."""

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.analysis.outline import add_outlined
 from tfqc.ir.program import TIME, Input, Program, Role, Stage
-from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule
+from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule, Tib
+from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass, close
 from tfqc.temporal.fold import fold_affine, fold_bias
 from tfqc.temporal.reads import RowIndices, become_request_read, become_table_read, detach, switch, widen
@@ -33,9 +34,9 @@ class FoldCache(Pass):
     name: ClassVar[str] = "fold-cache"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib", "maintenance"})
-    provides: ClassVar[frozenset[str]] = frozenset({"rows", "schedule", "binding"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"tib", "quantizer", "rows", "disturbance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib, Maintenance})
+    provides: ClassVar[frozenset[Fact]] = frozenset({RowSource, Schedule, BindingTime})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({Tib, Quantizer})
     reaches: ClassVar[Stage] = Stage.FOLDED
     numerics: ClassVar[Numerics] = close(1e-5)
     data: ClassVar[frozenset[str]] = frozenset({"schedule"})

@@ -11,6 +11,7 @@ from tfqc.analysis.binding import binding_times, needing_other_sizes, symbols_kn
 from tfqc.analysis.outline import add_outlined
 from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage
 from tfqc.ir.rows import RowSource
+from tfqc.ir.tables import Fact
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
 
@@ -25,7 +26,7 @@ class HoistRequest(Pass):
     name: ClassVar[str] = "hoist-request"
     needs: ClassVar[Stage] = Stage.FOLDED
     below: ClassVar[Stage | None] = Stage.LOWERED
-    provides: ClassVar[frozenset[str]] = frozenset({"rows"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({RowSource})
     numerics: ClassVar[Numerics] = EXACT
 
     def run(self, program: Program, ctx: Context) -> None:

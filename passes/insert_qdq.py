@@ -11,7 +11,8 @@ from torch import fx
 from tfqc.analysis.weighted import LEFT_IN_FLOAT, WEIGHTED
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
-from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.ir.rows import BindingTime, Quantizer, RowSource, Tib
+from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 from tfqc.runtime.packing import pack_int4
 
@@ -29,8 +30,8 @@ class InsertQdq(Pass):
     name: ClassVar[str] = "insert-qdq"
     needs: ClassVar[Stage] = Stage.FOLDED
     below: ClassVar[Stage | None] = Stage.LOWERED
-    requires: ClassVar[frozenset[str]] = frozenset({"quantizer"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "rows", "schedule", "disturbance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({BindingTime, Tib})
     reaches: ClassVar[Stage] = Stage.LOWERED
     numerics: ClassVar[Numerics] = LOSSY
 

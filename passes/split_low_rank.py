@@ -12,7 +12,8 @@ from tfqc.analysis.binding import binding_times
 from tfqc.analysis.rewrite import name_of
 from tfqc.analysis.weighted import weight_of
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Tib
+from tfqc.ir.rows import BindingTime, Maintenance, Tib
+from tfqc.ir.tables import Fact, Row
 from tfqc.passing import Context, Numerics, Pass, close
 
 
@@ -27,8 +28,8 @@ class SplitLowRank(Pass):
     name: ClassVar[str] = "split-low-rank"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.CALIBRATED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "disturbance", "maintenance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({BindingTime, Tib, Maintenance})
     numerics: ClassVar[Numerics] = close(1e-5)
 
     rank: int = 32

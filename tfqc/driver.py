@@ -169,7 +169,7 @@ def _rehearse(passes: Pipeline, program: Program, context: Context, target: Targ
 
 
 def _quantizes(passes: Pipeline) -> bool:
-    return any(Quantizer.table in item.contract().provides for item in passes.passes)
+    return any(Quantizer in item.contract().provides for item in passes.passes)
 
 
 def _refuse(backend: Backend, program: Program, target: Target, require_real: bool) -> list[str]:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tfqc.errors import PassError, TfqcError
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.tables import Fact, row_class
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
 from tfqc.passing.instrument import Instrument, VerifyEach
 from tfqc.passing.known import find_pass
-from tfqc.passing.order import check_calibration, check_order, kept_tables, tables_of
+from tfqc.passing.order import check_calibration, check_order, kept_tables, provided_tables, tables_of
 from tfqc.passing.spec import build, parse_specs, to_yaml
 from tfqc.progress import Silent
 
@@ -47,7 +48,7 @@ class Pipeline:
     def check(
         self,
         stage: Stage = Stage.CAPTURED,
-        tables: Iterable[str] = (),
+        tables: Iterable[Fact] = (),
         ctx: Context | None = None,
         weights: bool = True,
     ) -> Stage:
@@ -165,17 +166,20 @@ def _run_one(
 
 
 def _settle(program: Program, before: Program, item: Pass) -> None:
-    """Hold a pass to what it declares: drop tables that it does not preserve, move the stage."""
+    """Hold a pass to what it declares: drop derived tables that it does not preserve, move the stage."""
     contract = item.contract()
-    kept, provides = kept_tables(contract, before.tables), {p for p in contract.provides if "." not in p}
+    kept = {kind.table: kind for kind in kept_tables(contract, map(row_class, before.tables))}
+    provides = {kind.table for kind in provided_tables(contract)}
     tables = set(program.tables)
     if absent := sorted(provides - tables):
         raise PassError(f"{item.name} declares that it provides the table {absent[0]!r}, and did not.")
-    if absent := sorted(kept - tables):
+    if absent := sorted(kept.keys() - tables):
+        if kept[absent[0]].durable:
+            raise PassError(f"{item.name} removed the table {absent[0]!r}, which is durable.")
         raise PassError(f"{item.name} declares that it preserves the table {absent[0]!r}, and removed it.")
     if extra := sorted(tables - set(before.tables) - provides):
         raise PassError(f"{item.name} made the table {extra[0]!r} without declaring it in `provides`.")
-    for table in tables - kept - provides:
+    for table in tables - kept.keys() - provides:
         del program.tables[table]
     program.stage = max(before.stage, contract.reaches)
     program.prune()

@@ -11,6 +11,7 @@ from tfqc.analysis.rewrite import name_of, operands, stores
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Memory
+from tfqc.ir.tables import Fact
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
 # What kernels write beside the operations that say how they store their result.
@@ -26,7 +27,7 @@ class PlanMemory(Pass):
 
     name: ClassVar[str] = "plan-memory"
     needs: ClassVar[Stage] = Stage.LOWERED
-    provides: ClassVar[frozenset[str]] = frozenset({"memory"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Memory})
     numerics: ClassVar[Numerics] = EXACT
 
     def run(self, program: Program, ctx: Context) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from tfqc.ir.ops import register
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.tables import Row, row_kind
+from tfqc.ir.rows import Quantizer
+from tfqc.ir.tables import Fact, Row, row_kind
 from tfqc.passing import Context, Numerics, Pass, close
 
 aten = torch.ops.aten
@@ -40,8 +41,8 @@ class SwapSilu(Pass):
 
     name: ClassVar[str] = "swap-silu"
     needs: ClassVar[Stage] = Stage.NORMALIZED
-    preserves: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows", "schedule"})
-    provides: ClassVar[frozenset[str]] = frozenset({"tfqc-example-swapped"})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({Quantizer})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Swapped})
     numerics: ClassVar[Numerics] = close(1e-6)
 
     limit: int | None = None

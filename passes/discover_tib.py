@@ -48,9 +48,7 @@ class DiscoverTib(Pass):
         program.set_table(BindingTime, binding_table(program))
         program.set_table(Tib, {name: tib[name] for name in order})
         steps = sum(Role.REQUEST not in roles[n.name] for n in features)
-        ctx.report.append(
-            f"{len(features)} temporal features: {steps} known at compile time, {len(features) - steps} per request"
-        )
+        ctx.remark("features", features=len(features), compile_time=steps, per_request=len(features) - steps)
 
 
 def temporal_features(program: Program, roles: dict[str, frozenset[Role]]) -> list[fx.Node]:

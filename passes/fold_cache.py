@@ -64,7 +64,7 @@ class FoldCache(Pass):
         program.drop_unread_parameters()
         program.set_table(BindingTime, binding_table(program))
         after = sum(n.op == "call_function" for n in program.step.nodes)
-        ctx.report.append(f"fold: {before} operations a step became {after}")
+        ctx.remark("folded", before=before, after=after)
 
     def _fold(self, program: Program, maintenance: dict[str, Maintenance]) -> None:
         """Move features into the operations that read them; afterwards rows are what those operations take."""

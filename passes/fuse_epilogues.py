@@ -39,7 +39,7 @@ class FuseEpilogues(Pass):
                 fused += node is not None
         program.prune()
         if fused:
-            ctx.report.append(f"fused into products: {fused} activations, gates and additions")
+            ctx.remark("fused", count=fused)
 
 
 def _take_next(program: Program, product: fx.Node, gates: bool) -> fx.Node | None:

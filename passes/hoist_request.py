@@ -49,7 +49,7 @@ class HoistRequest(Pass):
             sources[node.name] = RowSource("begin", output)
         program.drop_unread_parameters()
         moved = sum(n.op == "call_function" for n in program.functions[BEGIN].nodes)
-        ctx.report.append(f"hoist: {moved} operations run once per image, giving {len(values)} values")
+        ctx.remark("hoisted", operations=moved, values=len(values))
 
 
 def _with_parameters(graph: fx.Graph, values: list[fx.Node]) -> fx.Graph:

@@ -58,7 +58,7 @@ class InsertQdq(Pass):
         del program.tables[Quantizer.table]  # the graph says it now; what the table kept alive may go
         program.prune()
         if left:
-            ctx.report.append("left in floating point: " + ", ".join(f"{n} {k}" for k, n in sorted(left.items())))
+            ctx.remark("left-in-float", **left)
 
 
 def _quantize_input(

@@ -94,10 +94,7 @@ class ReconstructTib(Pass):
         for _ in bar:
             pass
         better = after < before
-        ctx.report.append(
-            f"TIAR: loss {before:.4g} with nearest rounding, {after:.4g} reconstructed"
-            + ("" if better else "; nearest rounding kept")
-        )
+        ctx.remark("reconstructed" if better else "not-reconstructed", nearest=before, reconstructed=after)
         program.tables.setdefault(Quantizer.table, {})
         for node in tib_weighted(program):
             name = weight_name[node.name]

@@ -66,7 +66,7 @@ class SelectMaintenance(Pass):
         for row in chosen.values():
             for strategy in set(row.strategy):
                 counts[strategy] = counts.get(strategy, 0) + 1
-        ctx.report.append("maintenance: " + ", ".join(f"{s} for {n} features" for s, n in sorted(counts.items())))
+        ctx.remark("maintenance", **counts)
 
     def _choose(self, program: Program, features: list[str]) -> dict[str, Maintenance]:
         disturbance = program.table(Disturbance)

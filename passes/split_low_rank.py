@@ -59,7 +59,7 @@ class SplitLowRank(Pass):
                 split += len(nodes)
         program.prune()
         if split:
-            ctx.report.append(f"split off rank {self.rank}: {split} linears")
+            ctx.remark("split-off", rank=self.rank, linears=split)
 
     def _split(self, program: Program, x: fx.Node, nodes: list[fx.Node], weights: list[Tensor]) -> None:
         matmul = torch.ops.aten.matmul.default

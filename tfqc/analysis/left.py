@@ -12,18 +12,15 @@ from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import TIME, Program
 
 
-def left_in_floating_point(program: Program) -> list[str]:
-    """One sentence for each product with a stored weight that is in no form that is quantized."""
-    lines: list[str] = []
+def left_in_floating_point(program: Program) -> list[tuple[fx.Node, str]]:
+    """Each product with a stored weight that is in no form that is quantized, and the weight's name."""
+    found: list[tuple[fx.Node, str]] = []
     for function in program.functions:
         for node in program.nodes(function) if function != TIME else ():
             name = op_name(node.target) if node.op == "call_function" else ""
             if name in PRODUCTS and name not in WEIGHTED and (weights := _weights(program, node)):
-                lines.append(
-                    f"{program.at(node)}: {name} multiplies by @{weights[0]} in floating point: only linear layers and "
-                    "convolutions of images and sequences are quantized"
-                )
-    return lines
+                found.append((node, weights[0]))
+    return found
 
 
 def check_quantized(program: Program) -> None:

@@ -117,15 +117,7 @@ def _data(contract: Contract, ctx: Context | None, weights: bool) -> str:
     """What a pass needs from outside and does not get; empty if nothing."""
     if "weights" in contract.data and not weights:
         return "needs the weights, and the program has none (it is on the meta device): capture the model with them"
-    if ctx is None:
-        return ""
-    if contract.data & {"schedule", "sampler"} and ctx.schedule is None:
-        return "needs a schedule: give one (schedule=...)"
-    if "calibration" in contract.data and ctx.calibration is None:
-        return "needs a calibration: give one (calibration=...)"
-    if "sampler" in contract.data and ctx.schedule is not None and "_class_name" not in ctx.schedule.sampler:
-        return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
-    return ""
+    return "" if ctx is None else ctx.lacks(contract.data)
 
 
 def _table(fact: Fact) -> type[Row]:

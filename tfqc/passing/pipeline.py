@@ -100,6 +100,7 @@ class Pipeline:
                     raise
         finally:
             for instrument in reversed(instruments):
+                instrument.said(ctx.remarks)
                 instrument.finish(program)
         return program
 
@@ -114,7 +115,7 @@ class Pipeline:
         """
         copy = program.clone()
         copy.tensors = {name: tensor.to("meta") for name, tensor in copy.tensors.items()}
-        return self.run(copy, replace(ctx, rehearsal=True, report=[], progress=Silent()), [])
+        return self.run(copy, replace(ctx, rehearsal=True, remarks=[], progress=Silent()), [])
 
     def _fail(
         self,
@@ -156,7 +157,8 @@ def _run_one(
     versions = {name: _version(tensor) for name, tensor in before.tensors.items()}
     for instrument in instruments:
         instrument.before(program, item, number)
-    item.run(program, ctx)
+    with ctx.running(item.name, number):
+        item.run(program, ctx)
     for name, tensor in before.tensors.items():
         if _version(tensor) != versions[name]:
             raise PassError(f"{item.name} changed tensor @{name} in place: passes replace tensors, others hold them.")

@@ -36,7 +36,7 @@ class NarrowResidual(Pass):
             if name_of(node) in _CARRIES:
                 retype(program, node)
         if narrowed:
-            ctx.report.append(f"stored in bf16: {narrowed} values")
+            ctx.remark("stored", form="bf16", count=narrowed)
 
 
 def _all_take_it(value: fx.Node) -> bool:

@@ -56,7 +56,7 @@ class PlanMemory(Pass):
         program.set_table(Memory, rows)
         if rows:
             shared = len(rows) - len(set(buffer.values()))
-            ctx.report.append(f"memory: {len(rows)} values, {shared} of them in place of what they add to")
+            ctx.remark("memory", values=len(rows), shared=shared)
 
 
 def _overwritten(program: Program, node: fx.Node, owner: dict[fx.Node, fx.Node]) -> fx.Node | None:

@@ -36,4 +36,4 @@ class FuseLowRank(Pass):
             fused += 1
         program.prune()
         if fused:
-            ctx.report.append(f"branches of low rank in products: {fused}")
+            ctx.remark("low-rank-fused", count=fused)

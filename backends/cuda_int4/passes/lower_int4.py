@@ -43,7 +43,7 @@ class LowerInt4(Pass):
             lowered += 1
         program.prune()
         if lowered:
-            ctx.report.append(f"lowered to tensor cores: {lowered} linears and convolutions")
+            ctx.remark("lowered", to="tensor cores", count=lowered)
 
 
 def _input(program: Program, read: fx.Node) -> tuple[Any, ...]:

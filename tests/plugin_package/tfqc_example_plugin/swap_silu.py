@@ -12,6 +12,7 @@ from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer
 from tfqc.ir.tables import Fact, Row, row_kind
 from tfqc.passing import Context, Numerics, Pass, close
+from tfqc.passing.remarks import remark_kind
 
 aten = torch.ops.aten
 
@@ -19,6 +20,8 @@ _LIBRARY = torch.library.Library("tfqc_example", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor by) -> Tensor")
 _LIBRARY.impl("gate", lambda x, by: x * torch.sigmoid(by), "CompositeImplicitAutograd")
 register(torch.ops.tfqc_example.gate.default)
+
+SWAPPED = remark_kind("tfqc-example-swapped", "{count} {count:|SiLU|SiLUs} swapped")
 
 
 @row_kind
@@ -66,4 +69,4 @@ class SwapSilu(Pass):
             gate = program.insert(node, aten.sigmoid.default, (x,), function=function)
             program.replace(node, program.insert(node, aten.mul.Tensor, (x, gate), function=function))
         program.set_table(Swapped, rows)
-        ctx.report.append(f"{len(silus)} SiLUs swapped")
+        ctx.remark(SWAPPED, count=len(silus))

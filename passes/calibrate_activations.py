@@ -56,6 +56,12 @@ class CalibrateActivations(Pass):
         """The block has to be known where it alone is quantized."""
         return dataclasses.replace(super().contract(), requires=frozenset({Tib} if self.scope == "tib" else ()))
 
+    def draws_on(self, program: Program) -> frozenset[str]:
+        """Per token, linears need nothing: only convolutions are looked at."""
+        calls = (n for n in program.step.nodes if n.op == "call_function")
+        dynamic = self.mode == "per-token" and not any(op_name(n.target).startswith("aten.conv") for n in calls)
+        return frozenset() if dynamic else super().draws_on(program)
+
     def run(self, program: Program, ctx: Context) -> None:
         """Add scales and zero points to the tensors, rows to `quantizer`, and to `rows` for per-step ones."""
         rows = program.tables.setdefault(Quantizer.table, {})

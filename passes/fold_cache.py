@@ -51,10 +51,10 @@ class FoldCache(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step, outline @time, add tables."""
-        assert ctx.schedule is not None
+        schedule = ctx.need_schedule()
         before = sum(n.op == "call_function" for n in program.step.nodes)
         maintenance = dict(program.table(Maintenance))
-        program.set_table(Schedule, {"schedule": Schedule(ctx.schedule.timesteps, self.policy, ctx.schedule.sampler)})
+        program.set_table(Schedule, {"schedule": Schedule(schedule.timesteps, self.policy, schedule.sampler)})
         program.tables.setdefault(RowSource.table, {})
         self._fold(program, maintenance)
         values = self._values(program, maintenance)

@@ -58,8 +58,7 @@ class MeasureDisturbance(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide `disturbance` and `trajectory` (empty unless asked for)."""
-        assert ctx.schedule is not None
-        timesteps = ctx.schedule.timesteps
+        timesteps = ctx.need_schedule().timesteps
         run = tib_run(program, ctx)
         if ctx.rehearsal:
             self._rehearse(program, run.names, timesteps)

@@ -108,7 +108,7 @@ def compile(
     tensors = start.tensors.values() if start is not None else spec.model.parameters() if spec is not None else ()
     if any(t.is_meta for t in tensors):
         raise TfqcError("The model has no weights (it lies on the meta device), so it cannot be calibrated.")
-    passes.check(start.stage if start else Stage.CAPTURED, tables_of(start) if start else (), context)
+    passes.check(start.stage if start else Stage.CAPTURED, tables_of(start) if start else (), context, program=start)
     if start is None:
         assert spec is not None
         context.progress.say(f"capturing {spec.name}")

@@ -83,6 +83,10 @@ class Pass:
         """What it may do to the outputs of this program; `numerics` unless a pass knows better."""
         return self.numerics
 
+    def draws_on(self, program: Program) -> frozenset[str]:
+        """What it needs from outside for this program; `data` of its contract unless a pass knows better."""
+        return self.contract().data
+
     def contract(self) -> Contract:
         """What it needs and gives with these options; the class attributes unless a pass knows better."""
         return Contract(

@@ -16,7 +16,12 @@ from tfqc.passing.known import sound_passes
 
 
 def check_order(
-    passes: Sequence[Pass], stage: Stage, tables: Iterable[Fact], ctx: Context | None, weights: bool
+    passes: Sequence[Pass],
+    stage: Stage,
+    tables: Iterable[Fact],
+    ctx: Context | None,
+    weights: bool,
+    program: Program | None = None,
 ) -> Stage:
     """See `Pipeline.check`."""
     have = set(tables)
@@ -35,7 +40,7 @@ def check_order(
             raise PipelineError(f"{label} works below stage {its.below} but the program is {stage} there: {advice}.")
         if absent := sorted(its.requires - have, key=fact_name):
             raise PipelineError(f"{label} {_lack(absent[0], have, gave, dropped)}.")
-        if lacking := _data(its, ctx, weights):
+        if lacking := _lacking(its.data if program is None else item.draws_on(program), ctx, weights):
             raise PipelineError(f"{label} {lacking}.")
         lasting, anew = kept_tables(its, map(_table, have)), provided_tables(its)
         kept = {f for f in have if _table(f) in lasting and (f in anew or _table(f) not in anew)} | its.provides
@@ -74,7 +79,7 @@ def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) ->
         CalibrationError: an input that is missing, or of another shape.
     """
     data = ctx.calibration
-    if data is None or not any("calibration" in item.contract().data for item in passes):
+    if data is None or not any("calibration" in item.draws_on(program) for item in passes):
         return
     given = {**data.cond, **data.shared}
     taken = [".".join(item.path) for item in program.input(Role.REQUEST)]
@@ -113,11 +118,11 @@ def _lack(wanted: Fact, have: set[Fact], gave: dict[Fact, str], dropped: dict[Fa
     return f"needs the table {table.table!r}, {lost}: {advice}"
 
 
-def _data(contract: Contract, ctx: Context | None, weights: bool) -> str:
+def _lacking(data: frozenset[str], ctx: Context | None, weights: bool) -> str:
     """What a pass needs from outside and does not get; empty if nothing."""
-    if "weights" in contract.data and not weights:
+    if "weights" in data and not weights:
         return "needs the weights, and the program has none (it is on the meta device): capture the model with them"
-    return "" if ctx is None else ctx.lacks(contract.data)
+    return "" if ctx is None else ctx.lacks(data)
 
 
 def _table(fact: Fact) -> type[Row]:

@@ -51,6 +51,7 @@ class Pipeline:
         tables: Iterable[Fact] = (),
         ctx: Context | None = None,
         weights: bool = True,
+        program: Program | None = None,
     ) -> Stage:
         """Refuse what cannot work, before anything runs: an order, or options that ask for what is not there.
 
@@ -58,6 +59,7 @@ class Pipeline:
             stage, tables: of the program that it is to run on (`tables_of` tells the columns of tables, too).
             ctx: with the data that passes may need; without it nothing is known about them.
             weights: whether the program has them.
+            program: the one that it is to run on, where that is known: some need less than others.
 
         Returns:
             The stage that a program of `stage` has in the end.
@@ -65,7 +67,7 @@ class Pipeline:
         Raises:
             PipelineError: one sentence that says what is missing and which pass provides it.
         """
-        return check_order(self.passes, stage, tables, ctx, weights)
+        return check_order(self.passes, stage, tables, ctx, weights, program)
 
     def run(
         self,
@@ -84,7 +86,7 @@ class Pipeline:
         """
         ctx = ctx or Context()
         instruments = [VerifyEach()] if instruments is None else instruments
-        self.check(program.stage, tables_of(program), ctx, program.has_weights or ctx.rehearsal)
+        self.check(program.stage, tables_of(program), ctx, program.has_weights or ctx.rehearsal, program)
         check_calibration(self.passes, program, ctx)
         for instrument in instruments:
             instrument.start(program, self)

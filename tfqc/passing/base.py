@@ -84,7 +84,8 @@ class Pass:
         return self.numerics
 
     def draws_on(self, program: Program) -> frozenset[str]:
-        """What it needs from outside for this program; `data` of its contract unless a pass knows better."""
+        """What it needs from outside for this program, as it is before a pipeline; what its contract says unless a pass
+        knows better."""
         return self.contract().data
 
     def contract(self) -> Contract:

@@ -15,6 +15,8 @@ from tfqc.calibration.ranges import observe_ranges
 from tfqc.ir.match import is_call
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
+from tfqc.ir.tables import Fact
+from tfqc.ir.views import Conv
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.grid import Grid
 from tfqc.quant.parameters import has_rows, quantizer_of, set_input_quantizer
@@ -34,7 +36,7 @@ class CalibrateActivations(Pass):
     name: ClassVar[str] = "calibrate-activations"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
@@ -55,7 +57,12 @@ class CalibrateActivations(Pass):
 
     def contract(self) -> Contract:
         """The block has to be known where it alone is quantized."""
-        return dataclasses.replace(super().contract(), requires=frozenset({"tib"} if self.scope == "tib" else ()))
+        return dataclasses.replace(super().contract(), requires=frozenset({Tib} if self.scope == "tib" else ()))
+
+    def draws_on(self, program: Program) -> frozenset[str]:
+        """Per token, linears need nothing: only convolutions are looked at."""
+        dynamic = self.mode == "per-token" and not any(Conv.of(n) for n in program.step.nodes)
+        return frozenset() if dynamic else super().draws_on(program)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add scales and zero points to the tensors, rows to `quantizer`, and to `rows` for per-step ones."""

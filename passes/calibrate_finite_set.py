@@ -13,7 +13,8 @@ from tfqc.analysis.weighted import runs_quantized, tib_weighted
 from tfqc.calibration.ranges import observe_ranges
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.ir.rows import Quantizer, RowSource, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.grid import Grid, range_to_qparams
 from tfqc.quant.parameters import has_rows, set_input_quantizer
@@ -31,8 +32,8 @@ class CalibrateFiniteSet(Pass):
     name: ClassVar[str] = "calibrate-finite-set"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource})
     data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     bits: int = 8

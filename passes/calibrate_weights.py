@@ -14,6 +14,7 @@ from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.grid import Grid, QuantizedWeight, quantize_weight, without_values
 from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
@@ -32,7 +33,7 @@ class CalibrateWeights(Pass):
     name: ClassVar[str] = "calibrate-weights"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
 
     bits: int = 8
@@ -52,7 +53,7 @@ class CalibrateWeights(Pass):
 
     def contract(self) -> Contract:
         """The block has to be known where it alone is quantized."""
-        return replace(super().contract(), requires=frozenset({"tib"} if self.scope == "tib" else ()))
+        return replace(super().contract(), requires=frozenset({Tib} if self.scope == "tib" else ()))
 
     def run(self, program: Program, ctx: Context) -> None:
         """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""

@@ -11,6 +11,7 @@ from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import BindingTime, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 
 
@@ -25,7 +26,7 @@ class DiscoverTib(Pass):
     name: ClassVar[str] = "discover-tib"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[str]] = frozenset({"binding", "tib"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({BindingTime, Tib})
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide the tables `binding` and `tib`."""
@@ -47,9 +48,7 @@ class DiscoverTib(Pass):
         program.set_table(BindingTime, binding_table(program))
         program.set_table(Tib, {name: tib[name] for name in order})
         steps = sum(Role.REQUEST not in roles[n.name] for n in features)
-        ctx.report.append(
-            f"{len(features)} temporal features: {steps} known at compile time, {len(features) - steps} per request"
-        )
+        ctx.remark("features", features=len(features), compile_time=steps, per_request=len(features) - steps)
 
 
 def temporal_features(program: Program, roles: dict[str, frozenset[Role]]) -> list[fx.Node]:

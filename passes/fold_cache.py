@@ -11,7 +11,8 @@ from tfqc.analysis.binding import binding_table, binding_times
 from tfqc.analysis.outline import add_outlined
 from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import TIME, Input, Program, Role, Stage
-from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule
+from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule, Tib
+from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass, close
 from tfqc.temporal.fold import fold_affine, fold_bias
 from tfqc.temporal.reads import RowIndices, become_request_read, become_table_read, detach, switch, widen
@@ -34,9 +35,9 @@ class FoldCache(Pass):
     name: ClassVar[str] = "fold-cache"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib", "maintenance"})
-    provides: ClassVar[frozenset[str]] = frozenset({"rows", "schedule", "binding"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"tib", "quantizer", "rows", "disturbance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib, Maintenance})
+    provides: ClassVar[frozenset[Fact]] = frozenset({RowSource, Schedule, BindingTime})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({Tib, Quantizer})
     reaches: ClassVar[Stage] = Stage.FOLDED
     numerics: ClassVar[Numerics] = close(1e-5)
     data: ClassVar[frozenset[str]] = frozenset({"schedule"})
@@ -51,10 +52,10 @@ class FoldCache(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step, outline @time, add tables."""
-        assert ctx.schedule is not None
+        schedule = ctx.need_schedule()
         before = sum(n.op == "call_function" for n in program.step.nodes)
         maintenance = dict(program.table(Maintenance))
-        program.set_table(Schedule, {"schedule": Schedule(ctx.schedule.timesteps, self.policy, ctx.schedule.sampler)})
+        program.set_table(Schedule, {"schedule": Schedule(schedule.timesteps, self.policy, schedule.sampler)})
         program.tables.setdefault(RowSource.table, {})
         self._fold(program, maintenance)
         values = self._values(program, maintenance)
@@ -64,7 +65,7 @@ class FoldCache(Pass):
         program.drop_unread_parameters()
         program.set_table(BindingTime, binding_table(program))
         after = sum(n.op == "call_function" for n in program.step.nodes)
-        ctx.report.append(f"fold: {before} operations a step became {after}")
+        ctx.remark("folded", before=before, after=after)
 
     def _fold(self, program: Program, maintenance: dict[str, Maintenance]) -> None:
         """Move features into the operations that read them; afterwards rows are what those operations take."""

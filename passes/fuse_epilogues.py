@@ -42,7 +42,7 @@ class FuseEpilogues(Pass):
                 fused += product is not None
         program.prune()
         if fused:
-            ctx.report.append(f"fused into products: {fused} activations, gates and additions")
+            ctx.remark("fused", count=fused)
 
 
 def _take_next(edit: Rewriter, product: Product, gates: bool) -> Product | None:

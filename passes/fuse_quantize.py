@@ -37,7 +37,7 @@ class FuseQuantize(Pass):
         fused = sum(_fuse(edit, q) for q in quantizers if not self.rows or _is_read_as_rows(program, q))
         program.prune()
         if quantizers:
-            ctx.report.append(f"quantized where it is computed: {fused} of {len(quantizers)} values")
+            ctx.remark("quantized-at-source", fused=fused, values=len(quantizers))
 
 
 def is_quantizer(node: Map) -> bool:

@@ -11,6 +11,7 @@ from tfqc.analysis.binding import binding_times, needing_other_sizes, symbols_kn
 from tfqc.analysis.outline import add_outlined
 from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage
 from tfqc.ir.rows import RowSource
+from tfqc.ir.tables import Fact
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
 
@@ -25,7 +26,7 @@ class HoistRequest(Pass):
     name: ClassVar[str] = "hoist-request"
     needs: ClassVar[Stage] = Stage.FOLDED
     below: ClassVar[Stage | None] = Stage.LOWERED
-    provides: ClassVar[frozenset[str]] = frozenset({"rows"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({RowSource})
     numerics: ClassVar[Numerics] = EXACT
 
     def run(self, program: Program, ctx: Context) -> None:
@@ -48,7 +49,7 @@ class HoistRequest(Pass):
             sources[node.name] = RowSource("begin", output)
         program.drop_unread_parameters()
         moved = sum(n.op == "call_function" for n in program.functions[BEGIN].nodes)
-        ctx.report.append(f"hoist: {moved} operations run once per image, giving {len(values)} values")
+        ctx.remark("hoisted", operations=moved, values=len(values))
 
 
 def _with_parameters(graph: fx.Graph, values: list[fx.Node]) -> fx.Graph:

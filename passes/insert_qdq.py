@@ -13,7 +13,8 @@ from tfqc.ir.edit import Rewriter
 from tfqc.ir.match import is_call
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
-from tfqc.ir.rows import Quantizer, RowSource
+from tfqc.ir.rows import BindingTime, Quantizer, RowSource, Tib
+from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 from tfqc.runtime.packing import pack_int4
 
@@ -37,8 +38,8 @@ class InsertQdq(Pass):
     name: ClassVar[str] = "insert-qdq"
     needs: ClassVar[Stage] = Stage.FOLDED
     below: ClassVar[Stage | None] = Stage.LOWERED
-    requires: ClassVar[frozenset[str]] = frozenset({"quantizer"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "rows", "schedule", "disturbance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({BindingTime, Tib})
     reaches: ClassVar[Stage] = Stage.LOWERED
     numerics: ClassVar[Numerics] = LOSSY
 
@@ -64,7 +65,7 @@ class InsertQdq(Pass):
         del program.tables[Quantizer.table]  # the graph says it now; what the table kept alive may go
         program.prune()
         if left:
-            ctx.report.append("left in floating point: " + ", ".join(f"{n} {k}" for k, n in sorted(left.items())))
+            ctx.remark("left-in-float", **left)
 
 
 def _quantize_input(

@@ -9,7 +9,8 @@ import torch
 
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Disturbance, Trajectory
+from tfqc.ir.rows import Disturbance, Tib, Trajectory
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.temporal.deviation import tib_trajectory_deviation
 from tfqc.temporal.disturbance import symptoms
@@ -28,8 +29,8 @@ class MeasureDisturbance(Pass):
     name: ClassVar[str] = "measure-disturbance"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    provides: ClassVar[frozenset[str]] = frozenset({"disturbance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Disturbance, Trajectory})
     data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     weights: int = 8
@@ -51,14 +52,13 @@ class MeasureDisturbance(Pass):
     def contract(self) -> Contract:
         """A column for each strategy; images are sampled for the trajectory alone."""
         its = super().contract()
-        columns = {f"{Disturbance.table}.{strategy}" for strategy in self.strategies}
+        columns = {Disturbance.column(strategy) for strategy in self.strategies}
         sampled = {"sampler", "calibration"} if self.trajectory else set[str]()
         return replace(its, provides=its.provides | columns, data=its.data | sampled)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide `disturbance` and `trajectory` (empty unless asked for)."""
-        assert ctx.schedule is not None
-        timesteps = ctx.schedule.timesteps
+        timesteps = ctx.need_schedule().timesteps
         run = tib_run(program, ctx)
         if ctx.rehearsal:
             self._rehearse(program, run.names, timesteps)

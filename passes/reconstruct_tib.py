@@ -12,7 +12,8 @@ from torch import Tensor
 from tfqc.analysis.weighted import tib_weighted, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Quantizer
+from tfqc.ir.rows import Quantizer, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 from tfqc.quant.adaround import SoftRounding, reconstruct
 from tfqc.quant.grid import Grid, QuantizedWeight, quantize_weight, without_values
@@ -32,8 +33,8 @@ class ReconstructTib(Pass):
     name: ClassVar[str] = "reconstruct-tib"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
     data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     bits: int = 4
@@ -93,10 +94,7 @@ class ReconstructTib(Pass):
         for _ in bar:
             pass
         better = after < before
-        ctx.report.append(
-            f"TIAR: loss {before:.4g} with nearest rounding, {after:.4g} reconstructed"
-            + ("" if better else "; nearest rounding kept")
-        )
+        ctx.remark("reconstructed" if better else "not-reconstructed", nearest=before, reconstructed=after)
         program.tables.setdefault(Quantizer.table, {})
         for node in tib_weighted(program):
             name = weight_name[node.name]

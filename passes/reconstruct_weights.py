@@ -14,6 +14,7 @@ from tfqc.calibration.moments import has_moments, observe_moments
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 from tfqc.quant.gptq import gptq
 from tfqc.quant.grid import Grid, quantize_weight, without_values
@@ -34,8 +35,8 @@ class ReconstructWeights(Pass):
     name: ClassVar[str] = "reconstruct-weights"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizer"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
     bits: int = 4

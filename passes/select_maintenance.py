@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Disturbance, Maintenance, Tib
+from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.temporal.strategies import STRATEGIES
 
@@ -25,8 +26,8 @@ class SelectMaintenance(Pass):
     name: ClassVar[str] = "select-maintenance"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    provides: ClassVar[frozenset[str]] = frozenset({"maintenance"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Maintenance})
     reaches: ClassVar[Stage] = Stage.ANALYZED
 
     strategy: Literal["auto", "tib", "cache4", "cache8", "table", "fold"] = "fold"
@@ -50,8 +51,8 @@ class SelectMaintenance(Pass):
         its = super().contract()
         if self.strategy != "auto":
             return its
-        measured = {f"{Disturbance.table}.{candidate}" for candidate in self.candidates}
-        return replace(its, requires=its.requires | {Disturbance.table} | measured)
+        measured = {Disturbance.column(candidate) for candidate in self.candidates}
+        return replace(its, requires=its.requires | {Disturbance} | measured)
 
     def run(self, program: Program, ctx: Context) -> None:
         """Provide `maintenance`."""
@@ -65,7 +66,7 @@ class SelectMaintenance(Pass):
         for row in chosen.values():
             for strategy in set(row.strategy):
                 counts[strategy] = counts.get(strategy, 0) + 1
-        ctx.report.append("maintenance: " + ", ".join(f"{s} for {n} features" for s, n in sorted(counts.items())))
+        ctx.remark("maintenance", **counts)
 
     def _choose(self, program: Program, features: list[str]) -> dict[str, Maintenance]:
         disturbance = program.table(Disturbance)

@@ -12,7 +12,8 @@ from tfqc.analysis.binding import binding_times
 from tfqc.analysis.weighted import weight_of
 from tfqc.ir.edit import Rewriter
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Tib
+from tfqc.ir.rows import BindingTime, Maintenance, Tib
+from tfqc.ir.tables import Fact, Row
 from tfqc.ir.views import Linear
 from tfqc.passing import Context, Numerics, Pass, close
 
@@ -28,8 +29,8 @@ class SplitLowRank(Pass):
     name: ClassVar[str] = "split-low-rank"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.CALIBRATED
-    requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "disturbance", "maintenance", "trajectory"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({BindingTime, Tib, Maintenance})
     numerics: ClassVar[Numerics] = close(1e-5)
 
     rank: int = 32
@@ -57,7 +58,7 @@ class SplitLowRank(Pass):
                 split += len(nodes)
         program.prune()
         if split:
-            ctx.report.append(f"split off rank {self.rank}: {split} linears")
+            ctx.remark("split-off", rank=self.rank, linears=split)
 
     def _split(self, edit: Rewriter, x: fx.Node, nodes: list[fx.Node], weights: list[Tensor]) -> None:
         program, matmul = edit.program, torch.ops.aten.matmul.default

@@ -137,7 +137,7 @@ def test_an_installed_plugin_works_and_a_broken_one_beside_it_does_no_harm(sites
     assert "broken-pass" not in said["sound"]
     assert said["operations"] == ["aten.sigmoid.default", "aten.silu.default"]
     assert 0 <= said["error"] <= 1e-6
-    assert said["report"] == ["1 SiLUs swapped"]
+    assert said["report"] == ["1 SiLU swapped"]
     assert said["refused"]
     assert all(line.endswith("the device has no SiLU") for line in said["refused"])
     assert said["still refused"] == []

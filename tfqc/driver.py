@@ -18,12 +18,13 @@ from tfqc.codegen.artifact import Artifact, check_files
 from tfqc.codegen.backend import Backend
 from tfqc.codegen.known import find_backend
 from tfqc.codegen.left import MadeBy
-from tfqc.codegen.support import compromised, grouped, refused
+from tfqc.codegen.support import compromised, grouped, refused, remarks_on
 from tfqc.codegen.target import Target
 from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
 from tfqc.frontend.inputs import DynamicDims, inputs_of
 from tfqc.instruments import Instrument, VerifyEach
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer
 from tfqc.models.find import find_model, from_diffusers
@@ -31,6 +32,7 @@ from tfqc.models.spec import ModelSpec
 from tfqc.passing.context import Context
 from tfqc.passing.order import tables_of
 from tfqc.passing.pipeline import Pipeline
+from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress, Silent
 from tfqc.runtime import VERSION, Stepper
 from tfqc.sampling.data import Calibration
@@ -99,15 +101,15 @@ def compile(
         workdir=None if workdir is None else Path(workdir),
         progress=progress or Silent(),
     )
-    context.report += backend.remarks(target.options)
+    context.remarks += backend.remarks(target.options)
     if spec is not None and spec.conditions_are_random and not isinstance(calibration, Calibration):
-        context.report.append("calibrated on random conditions: give your own for quality that counts")
+        context.remarks.append(Remark("compile", "random-conditions"))
     # Everything that can be refused is refused before the model is captured.
     start = model if isinstance(model, Program) else None
     tensors = start.tensors.values() if start is not None else spec.model.parameters() if spec is not None else ()
     if any(t.is_meta for t in tensors):
         raise TfqcError("The model has no weights (it lies on the meta device), so it cannot be calibrated.")
-    passes.check(start.stage if start else Stage.CAPTURED, tables_of(start) if start else (), context)
+    passes.check(start.stage if start else Stage.CAPTURED, tables_of(start) if start else (), context, program=start)
     if start is None:
         assert spec is not None
         context.progress.say(f"capturing {spec.name}")
@@ -122,10 +124,13 @@ def compile(
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()
-    passes.run(program, context, [*([VerifyEach()] if instruments is None else instruments), made])
+    instruments = [*([VerifyEach()] if instruments is None else instruments), made]
+    passes.run(program, context, instruments)
     if _quantizes(passes):
         check_quantized(program)
-    context.report += _refuse(backend, program, target, require_real, made) + left_in_floating_point(program)
+    context.remarks += _refuse(backend, program, target, require_real, made) + _left(program)
+    for instrument in instruments:
+        instrument.said(context.remarks)
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
@@ -172,20 +177,32 @@ def _rehearse(passes: Pipeline, program: Program, context: Context, target: Targ
 
 
 def _quantizes(passes: Pipeline) -> bool:
-    return any(Quantizer.table in item.contract().provides for item in passes.passes)
+    return any(Quantizer in item.contract().provides for item in passes.passes)
 
 
-def _refuse(backend: Backend, program: Program, target: Target, require_real: bool, made: MadeBy) -> list[str]:
-    """Refuse what the backend does not run; what it runs in another way is returned as lines of the report."""
+def _refuse(backend: Backend, program: Program, target: Target, require_real: bool, made: MadeBy) -> list[Remark]:
+    """Refuse what the backend does not run; what it runs in another way is returned as remarks."""
     if found := refused(backend, program, target.options):
         found = [(node, f"{because}; {made.of(node)}") for node, because in found]
         lines = grouped(program, found)
         raise TfqcError(f"{target.name} does not run {len(found)} operations of {program.model}.", *lines)
     found = compromised(backend, program, target.options)
-    lines = grouped(program, found)
     if found and require_real:
+        lines = grouped(program, found)
         raise TfqcError(f"{target.name} has no kernel for {len(found)} operations of {program.model}.", *lines)
-    return lines
+    return remarks_on(program, found, target.name)
+
+
+def _left(program: Program) -> list[Remark]:
+    return [
+        Remark(
+            "compile",
+            "float-product",
+            node.name,
+            {"at": program.at(node), "operation": op_name(node.target), "weight": weight, "why": why},
+        )
+        for node, weight, why in left_in_floating_point(program)
+    ]
 
 
 def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:
@@ -241,7 +258,8 @@ def _facts(program: Program, target: Target, passes: Pipeline, context: Context)
         else {"timesteps": list(schedule.timesteps), "sampler": dict(schedule.sampler)},
         "calibration": {"images": len(data), "seed": data.seed, "guidance": data.guidance} if data and used else None,
         "seed": context.seed,
-        "report": context.report,
+        "report": list(context.report),
+        "remarks": [remark.to_json() for remark in context.remarks],
         "versions": {
             "tfqc": __version__,
             "python": platform.python_version(),

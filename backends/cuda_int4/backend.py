@@ -19,6 +19,7 @@ from tfqc.codegen.recipes import quantization_pipeline
 from tfqc.codegen.support import YES, Support
 from tfqc.ir.program import Program
 from tfqc.passing import Pass
+from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress
 from tfqc.runtime.kernel_ops import GROUP
 
@@ -72,11 +73,13 @@ class CudaInt4Backend(Backend):
         rows = [(arch, *(_INSTRUCTIONS[body_for(arch, mode), mode] for mode in get_args(Mode))) for arch in ARCHS]
         return tabulate(rows, headers=("arch", *get_args(Mode)))
 
-    def remarks(self, options: CudaInt4Options) -> list[str]:
+    def remarks(self, options: CudaInt4Options) -> list[Remark]:
         """What multiplies, which not every chip does in the bits of the mode."""
-        archs = ARCHS if options.arch == "fat" else (options.arch,)
+        mode, archs = options.mode, ARCHS if options.arch == "fat" else (options.arch,)
+        said = {arch: _INSTRUCTIONS[body_for(arch, mode), mode] for arch in archs}
         return [
-            f"{options.mode} on {arch}: {_INSTRUCTIONS[body_for(arch, options.mode), options.mode]}" for arch in archs
+            Remark(self.name, "instruction", numbers={"mode": mode, "arch": arch, "instruction": instruction})
+            for arch, instruction in said.items()
         ]
 
     def supports(self, program: Program, node: fx.Node, options: CudaInt4Options) -> Support:

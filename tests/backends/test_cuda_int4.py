@@ -129,7 +129,7 @@ def test_pipelines_have_what_the_options_say() -> None:
 
 def test_what_multiplies_is_said_before_anything_is_compiled() -> None:
     said = {arch: Target.parse(f"cuda-int4{{arch={arch}}}") for arch in ("sm_86", "sm_90a", "fat")}
-    found = {arch: target.backend.remarks(target.options) for arch, target in said.items()}
+    found = {arch: list(map(str, target.backend.remarks(target.options))) for arch, target in said.items()}
     assert found["sm_86"] == ["w4a4 on sm_86: m16n8k64 u4 x s4"]
     assert found["sm_90a"] == ["w4a4 on sm_90a: m16n8k32 u8 x s8, both of 16 times the codes"]
     assert len(found["fat"]) == 5 and set(found["sm_86"] + found["sm_90a"]) < set(found["fat"])

@@ -77,8 +77,8 @@ def test_dumps_and_printed_ir(tfqc: Tfqc, tmp_path: Path) -> None:
     options = ("--dump-ir", tmp_path / "ir", "--print-ir-after", "change")
     done = tfqc("compile", TINY, *FEW, "--out", tmp_path / "out", *options)
     names = {p.name for p in (tmp_path / "ir").iterdir()}
-    assert {"00-capture.ir", "pipeline.txt", "timing.json", ".written.json"} < names
-    assert done.out.count("// after #") == len(names) - 4
+    assert {"00-capture.ir", "pipeline.txt", "remarks.json", "timing.json", ".written.json"} < names
+    assert done.out.count("// after #") == len(names) - 5
 
 
 def test_a_failure_leaves_a_reproducer_and_what_was_there(tfqc: Tfqc, tmp_path: Path, exploding: None) -> None:

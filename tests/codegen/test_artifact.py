@@ -114,6 +114,8 @@ def test_no_manifest_of_ours(text: str, tmp_path: Path) -> None:
         {"version": True}, {"version": 2.0}, {"version": float("nan")}, {"version": 0}, {"version": 10**400},
         {"runtime": "1"}, {"runtime": -1}, {"backend": 3}, {"backend": ["fake-quant"]},
         {"inputs": 3}, {"inputs": [{"path": "sample"}]}, {"report": "all well"}, {"report": [{}]},
+        {"remarks": ["all well"]}, {"remarks": [{}]},
+        {"remarks": [{"pass_name": "p", "kind": "k", "numbers": {"a": []}}]},
         {"schedule": []}, {"schedule": {}}, {"schedule": {"timesteps": [float("nan")], "sampler": {}}},
         {"schedule": {"timesteps": ["1"], "sampler": {}}}, {"calibration": {"images": "many"}}, {"versions": ["1"]},
         {"model": {"a": 1}}, {"more": json.loads(DEEP)},

@@ -53,7 +53,7 @@ def test_dumps_are_numbered_and_only_written_for_changes(tmp_path: Path) -> None
         program=program,
     )
     assert sorted(f.name for f in tmp_path.iterdir()) == [
-        ".written.json", "00-capture.ir", "02-first.ir", "04-last.ir", "pipeline.txt",
+        ".written.json", "00-capture.ir", "02-first.ir", "04-last.ir", "pipeline.txt", "remarks.json",
     ]  # fmt: skip
     assert (tmp_path / "00-capture.ir").read_text() == before
     assert (tmp_path / "04-last.ir").read_text() == render(program)
@@ -74,7 +74,7 @@ def test_a_later_dump_replaces_an_earlier_one_and_keeps_its_reproducer(tmp_path:
     program.stage = Stage.NORMALIZED  # for the name of the first file; the verifier is not asked
     Pipeline((scale(2.0),)).run(program, instruments=[DumpIR(tmp_path)])
     assert sorted(f.name for f in tmp_path.iterdir()) == [
-        ".written.json", "00-input.ir", "01-scale.ir", "pipeline.txt", "reproducer",
+        ".written.json", "00-input.ir", "01-scale.ir", "pipeline.txt", "remarks.json", "reproducer",
     ]  # fmt: skip
 
 

@@ -50,7 +50,9 @@ def test_the_report(name: str, subject: Subjects) -> None:
     quantizers = [n for n in find(program, "tfqc.map") if args_of(n)[1] == "none"]
     its.run("fuse-quantize", ctx, program)
     left = [n for n in find(program, "tfqc.map") if args_of(n)[1] == "none"]
-    assert ctx.report == [f"quantized where it is computed: {len(quantizers) - len(left)} of {len(quantizers)} values"]
+    assert list(ctx.report) == [
+        f"quantized where it is computed: {len(quantizers) - len(left)} of {len(quantizers)} values"
+    ]
     assert 0 < len(left) < len(quantizers)
     assert all(len(args_of(n)[0].users) > 1 or name_of(args_of(n)[0]) == "tfqc.channels_last.default" for n in left)  # type: ignore[union-attr]  # fmt: skip
     round_trip(its, program)

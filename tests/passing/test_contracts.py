@@ -20,6 +20,7 @@ from tfqc.instruments import VerifyEach
 from tfqc.ir.program import Program
 from tfqc.passing import Context
 from tfqc.passing.known import pass_names
+from tfqc.passing.order import tables_of
 from tfqc.passing.pipeline import Pipeline
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
@@ -50,7 +51,7 @@ def agrees(pipeline: Pipeline, context: str, program: Program | None = None) -> 
     with tempfile.TemporaryDirectory() as workdir:
         ctx = Context(**CONTEXTS[context], workdir=Path(workdir))
         try:
-            pipeline.check(program.stage, program.tables, ctx, program.has_weights)
+            pipeline.check(program.stage, tables_of(program), ctx, program.has_weights)
         except PipelineError as error:
             assert SENTENCE.match(str(error)), error
             with pytest.raises(PipelineError, match=re.escape(str(error))):

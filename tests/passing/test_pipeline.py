@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from tests.passing.test_spec import OPTIONS, Options
 from tests.tiny import INPUTS, Explode, make_pass, scale_output, tiny
-from tfqc import registry
 from tfqc.errors import PassError, PipelineError, SpecError, VerifyError
 from tfqc.instruments import Instrument
 from tfqc.ir.program import Program, Stage
@@ -51,8 +50,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise SpecError(f"{name} does not load")
             return classes[name]
 
-        monkeypatch.setattr(registry, "pass_names", lambda: [*broken, *classes])
-        monkeypatch.setattr(registry, "find_pass", find)
+        monkeypatch.setattr("tfqc.passing.known.pass_names", lambda: [*broken, *classes])
+        monkeypatch.setattr("tfqc.passing.known.find_pass", find)
         monkeypatch.setattr("tfqc.passing.pipeline.find_pass", find)
 
     return know
@@ -65,9 +64,9 @@ def refused(pipeline: Pipeline, *arguments: Any) -> str:
 
 
 NORMALIZE = make_pass("normalize", reaches=Stage.NORMALIZED)
-DISCOVER = make_pass("discover", add_tib, needs=Stage.NORMALIZED, provides=frozenset({"tib"}))
-SELECT = make_pass("select", needs=Stage.NORMALIZED, requires=frozenset({"tib"}), reaches=Stage.ANALYZED)
-FOLD = make_pass("fold", needs=Stage.ANALYZED, preserves=frozenset({"binding"}), reaches=Stage.FOLDED)
+DISCOVER = make_pass("discover", add_tib, needs=Stage.NORMALIZED, provides=frozenset({Tib}))
+SELECT = make_pass("select", needs=Stage.NORMALIZED, requires=frozenset({Tib}), reaches=Stage.ANALYZED)
+FOLD = make_pass("fold", needs=Stage.ANALYZED, preserves=frozenset({BindingTime}), reaches=Stage.FOLDED)
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -111,8 +110,8 @@ def test_a_missing_table_names_the_pass_that_provides_it(known: Callable[..., No
     assert refused(Pipeline((NORMALIZE, SELECT))) == (
         "#2 select needs the table 'tib', which is not there: put discover before it."
     )
-    late = make_pass("late", requires=frozenset({"tib"}))
-    assert refused(Pipeline((FOLD, late)), Stage.ANALYZED, ["tib"]) == (
+    late = make_pass("late", requires=frozenset({Tib}))
+    assert refused(Pipeline((FOLD, late)), Stage.ANALYZED, [Tib]) == (
         "#2 late needs the table 'tib', which #1 fold drops: put discover between them."
     )
     known(NORMALIZE)
@@ -212,7 +211,7 @@ def test_tables_that_are_not_preserved_are_dropped_and_dead_nodes_pruned() -> No
         silu = program.node("silu")
         silu.replace_all_uses_with(silu.all_input_nodes[0])
 
-    Pipeline((make_pass("cut", cut, preserves=frozenset({"binding"})),)).run(program)
+    Pipeline((make_pass("cut", cut, preserves=frozenset({BindingTime})),)).run(program)
     assert program.tables == {"binding": {}}  # the row went with its node
     assert "silu" not in {n.name for n in program.nodes()}
 
@@ -220,7 +219,7 @@ def test_tables_that_are_not_preserved_are_dropped_and_dead_nodes_pruned() -> No
 def test_a_table_that_a_pass_provides_survives_though_not_preserved() -> None:
     program = tiny()
     add_tib(program, Context())
-    pipeline = Pipeline((make_pass("again", add_tib, preserves=frozenset[str](), provides=frozenset({"tib"})),))
+    pipeline = Pipeline((make_pass("again", add_tib, preserves=frozenset[Any](), provides=frozenset({Tib})),))
     assert set(pipeline.run(program).tables) == {"tib"}
 
 
@@ -236,10 +235,10 @@ def _write_in_place(program: Program, ctx: Context) -> None:
     ("run", "declared", "message"),
     [
         (add_binding, {}, "p made the table 'binding' without declaring it in `provides`."),
-        (add_binding, {"preserves": frozenset[str]()}, "p made the table 'binding' without declaring it"),
-        (add_tib, {"provides": frozenset({"binding"})}, "p declares that it provides the table 'binding'"),
+        (add_binding, {"preserves": frozenset[Any]()}, "p made the table 'binding' without declaring it"),
+        (add_tib, {"provides": frozenset({BindingTime})}, "p declares that it provides the table 'binding'"),
         (_drop_tib, {}, "p declares that it preserves the table 'tib', and removed it."),
-        (_drop_tib, {"preserves": frozenset({"tib"})}, "p declares that it preserves the table 'tib'"),
+        (_drop_tib, {"preserves": frozenset({Tib})}, "p declares that it preserves the table 'tib'"),
         (_write_in_place, {}, "p changed tensor @conv_in.bias in place"),
     ],
 )  # fmt: skip
@@ -256,7 +255,7 @@ def test_a_pass_is_held_to_what_it_declares(run: Run, declared: dict[str, Any], 
 def test_a_pass_may_drop_a_table_that_it_does_not_preserve() -> None:
     program = tiny()
     add_tib(program, Context())
-    Pipeline((make_pass("p", _drop_tib, preserves=frozenset[str]()),)).run(program)
+    Pipeline((make_pass("p", _drop_tib, preserves=frozenset[Any]()),)).run(program)
     assert program.tables == {}
 
 

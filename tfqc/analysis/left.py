@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from torch import fx
 
 from tfqc.analysis.weighted import WEIGHTED, left_weights
 from tfqc.errors import TfqcError
@@ -19,11 +20,10 @@ _SIGNS = (
 )  # fmt: skip
 
 
-def left_in_floating_point(program: Program) -> list[str]:
-    """One sentence for each operation with a stored weight that is not quantized, and why."""
+def left_in_floating_point(program: Program) -> list[tuple[fx.Node, str, str]]:
+    """Each operation with a stored weight that is not quantized, the weight's name, and why."""
     return [
-        f"{program.at(node)}: {op_name(node.target)} reads @{weights[0]} in floating point: "
-        f"{WEIGHTED[node.target].why_not}"
+        (node, weights[0], WEIGHTED[node.target].why_not)
         for function in program.functions
         for node in (program.nodes(function) if function != TIME else ())
         if (weights := left_weights(program, node))

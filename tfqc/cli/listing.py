@@ -81,6 +81,8 @@ def _entry(entry: Entry, find: Any, describe: Any) -> dict[str, Any]:
 
 
 def _pass(name: str, cls: type[Pass], entry: Entry) -> dict[str, Any]:
+    from tfqc.ir.tables import fact_name
+
     return {
         "name": name,
         "owner": _owner(entry),
@@ -88,8 +90,8 @@ def _pass(name: str, cls: type[Pass], entry: Entry) -> dict[str, Any]:
         "needs": str(cls.needs),
         "below": None if cls.below is None else str(cls.below),
         "reaches": str(cls.reaches) if cls.reaches > cls.needs else None,
-        "requires": sorted(cls.requires),
-        "provides": sorted(cls.provides),
+        "requires": sorted(map(fact_name, cls.requires)),
+        "provides": sorted(map(fact_name, cls.provides)),
         "numerics": cls.numerics.kind + (f" ({cls.numerics.tolerance:g})" if cls.numerics.tolerance else ""),
         "data": sorted(cls.data),
         "options": _options(cls),

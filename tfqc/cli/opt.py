@@ -68,7 +68,7 @@ def opt(
         "out": None if out is None else str(out),
         "stage": str(result.stage),
         "tables": sorted(result.tables),
-        "report": context.report,
+        "report": list(context.report),
         "passes": timings,
         **({"ir": render(result)} if out is None else {}),
     }

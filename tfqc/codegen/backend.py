@@ -18,6 +18,7 @@ from tfqc.codegen.support import Support
 from tfqc.errors import TfqcError
 from tfqc.ir.program import Program
 from tfqc.passing.base import Pass
+from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress
 
 
@@ -42,7 +43,7 @@ class Backend(ABC):
         """What `tfqc backends NAME` shows below the options: what each of them means on which hardware."""
         return ""
 
-    def remarks(self, options: Any) -> list[str]:
+    def remarks(self, options: Any) -> list[Remark]:
         """What users should know of a target before it is compiled for; the report begins with it."""
         return []
 

@@ -80,6 +80,16 @@ class CalibrationFacts(_Strict):
     guidance: FiniteFloat
 
 
+class RemarkFacts(_Strict):
+    """A line of the report as data: see `tfqc.passing.remarks.Remark`."""
+
+    pass_name: str
+    kind: str
+    node: str = ""
+    numbers: dict[str, int | FiniteFloat | str] = {}
+    number: _Count = 0
+
+
 class Manifest(Listing):
     """A manifest of this version. What a backend adds for itself is kept as it is (JSON).
 
@@ -97,6 +107,7 @@ class Manifest(Listing):
     calibration: CalibrationFacts | None = None
     seed: int = 0
     report: list[str] = []
+    remarks: list[RemarkFacts] = []
     versions: dict[str, str] = {}
 
 

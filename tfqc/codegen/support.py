@@ -10,6 +10,7 @@ from torch import fx
 
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
+from tfqc.passing.remarks import Remark
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,24 @@ def refusals(backend: Claims, program: Program, options: Any) -> list[str]:
 
 def grouped(program: Program, answers: Answers) -> list[str]:
     """One sentence for all nodes of one operation and reason: `12 x aten.mul.Tensor (a.0, a.1, ... 10 more): why`."""
+    return list(map(str, remarks_on(program, answers, "")))
+
+
+def remarks_on(program: Program, answers: Answers, backend: str) -> list[Remark]:
+    """What `grouped` says as remarks; each names the first of its nodes."""
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for node, because in answers:
         groups.setdefault((op_name(node.target), because), []).append(node)
-    lines: list[str] = []
+    found: list[Remark] = []
     for (operation, because), nodes in groups.items():
+        first, facts = nodes[0].name, {"operation": operation, "because": because, "count": len(nodes)}
         if len(nodes) == 1:
-            lines.append(f"{program.at(nodes[0])}: {because}")
+            found.append(Remark(backend, "another-way", first, {**facts, "at": program.at(nodes[0])}))
             continue
         places = dict.fromkeys(_place(program, node) for node in nodes)
         shown = [*places][:2] + ([f"... {len(places) - 2} more"] if len(places) > 2 else [])
-        lines.append(f"{len(nodes)} x {operation} ({', '.join(shown)}): {because}")
-    return lines
+        found.append(Remark(backend, "another-way-each", first, {**facts, "places": ", ".join(shown)}))
+    return found
 
 
 def _place(program: Program, node: fx.Node) -> str:

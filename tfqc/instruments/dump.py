@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,10 +14,11 @@ from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render
 from tfqc.passing.base import Pass
 from tfqc.passing.instrument import Instrument, Passes
+from tfqc.passing.remarks import Remark
 
 
 class DumpIR(Instrument):
-    """Writes `00-capture.ir`, `NN-<pass>.ir` for each pass that changed the program, and `pipeline.txt`.
+    """Writes `00-capture.ir`, `NN-<pass>.ir` for each pass that changed the program, `pipeline.txt`, `remarks.json`.
 
     The dumps and timings of an earlier run are removed. (`.written.json` says which they are.)
 
@@ -36,6 +39,9 @@ class DumpIR(Instrument):
         text = render(program)
         if text != render(previous):
             write(self.directory, f"{number:02d}-{item.name}.ir", text)
+
+    def said(self, remarks: Sequence[Remark]) -> None:
+        write(self.directory, "remarks.json", json.dumps([r.to_json() for r in remarks], indent=1) + "\n")
 
 
 class PrintIR(Instrument):

@@ -1,4 +1,8 @@
-"""The core's own side tables: what the passes that ship with tfqc say about nodes to each other."""
+"""The core's own side tables: what the passes that ship with tfqc say about nodes to each other.
+
+Durable are what the program means (where parameters get their rows, for which schedule) and what was measured before
+anything was quantized. The others are derived from the program as it is.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +60,7 @@ class Disturbance(Row):
     """
 
     table: ClassVar[str] = "disturbance"
+    durable: ClassVar[bool] = True
     timesteps: tuple[float, ...]
     cosine: Mapping[str, tuple[float, ...]]
     relative_l2: Mapping[str, tuple[float, ...]]
@@ -74,6 +79,7 @@ class Trajectory(Row):
 
     table: ClassVar[str] = "trajectory"
     of_node: ClassVar[bool] = False
+    durable: ClassVar[bool] = True
     cosine: tuple[float, ...]
 
 
@@ -142,6 +148,7 @@ class RowSource(Row):
 
     table: ClassVar[str] = "rows"
     of_node: ClassVar[bool] = False
+    durable: ClassVar[bool] = True
     kind: str
     output: int = -1
     encoding: str = "fp"
@@ -161,6 +168,7 @@ class Schedule(Row):
 
     table: ClassVar[str] = "schedule"
     of_node: ClassVar[bool] = False
+    durable: ClassVar[bool] = True
     timesteps: tuple[float, ...]
     policy: str = "recompute"
     sampler: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -1,7 +1,7 @@
 """Side tables: what analyses and calibration know about values, as JSON-able rows keyed by name.
 
 A row class declares the table that it belongs to. Tensors never live in rows: a row names them, the program holds
-them. Tables that a pass does not preserve are dropped by the pass manager.
+them. Tables are derived, dropped by the pass manager unless a pass preserves them, or durable.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ class Row:
     """Base of side-table rows: a frozen dataclass of JSON values.
 
     `inline` rows are printed on their node's line, others in a section of their own. `of_node` rows are keyed by a
-    node and disappear with it; others are keyed by anything (a tensor, a schedule).
+    node and disappear with it; others are keyed by anything (a tensor, a schedule). A `durable` table stays through
+    every pass, whatever passes know of it; one that is not is true of the program that it was derived from, so a pass
+    that rewrites has to say that it preserves it.
     """
 
     table: ClassVar[str]
     inline: ClassVar[bool] = False
     of_node: ClassVar[bool] = True
+    durable: ClassVar[bool] = False
 
     def tensors(self) -> tuple[str, ...]:
         """Names of tensors that this row keeps alive although no node reads them yet."""
@@ -36,10 +39,31 @@ class Row:
         """What the row has of several things that it may have, where passes need some of them."""
         return ()
 
+    @classmethod
+    def column(cls, name: str) -> Column:
+        """One of `columns`, for passes that need or make it."""
+        return Column(cls, name)
+
     def to_json(self) -> Any:
         """The row as JSON: an object, or the bare value when there is one field."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return next(iter(values.values())) if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class Column:
+    """What all rows of a table have of several things: `Disturbance.column("cache4")`."""
+
+    row: type[Row]
+    name: str
+
+
+Fact = type[Row] | Column
+
+
+def fact_name(fact: Fact) -> str:
+    """A table or a column, as messages and listings name it: `disturbance`, `disturbance.cache4`."""
+    return f"{fact.row.table}.{fact.name}" if isinstance(fact, Column) else fact.table
 
 
 Table = dict[str, Row]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.tables import Fact, Row
 from tfqc.passing.context import Context
 from tfqc.passing.spec import to_text
 
-ALL_TABLES = frozenset({"*"})
+ALL_TABLES = frozenset({Row})
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ def close(tolerance: float) -> Numerics:
 class Contract:
     """What a pass with certain options needs and gives; the fields are those of `Pass`.
 
-    `requires` and `provides` name tables, and columns of tables where a pass needs some of them: `disturbance.cache4`.
+    `requires` and `provides` hold row classes, and columns of them: `Disturbance.column("cache4")`.
     """
 
     needs: Stage
     below: Stage | None
-    requires: frozenset[str]
-    provides: frozenset[str]
-    preserves: frozenset[str]
+    requires: frozenset[Fact]
+    provides: frozenset[Fact]
+    preserves: frozenset[type[Row]]
     reaches: Stage
     data: frozenset[str]
 
@@ -56,8 +57,8 @@ class Pass:
         name: kebab-case, the name in pipelines.
         needs: the stage that the program must have reached.
         below: the stage that it must not have reached yet (a pass on whole models cannot run on folded ones).
-        requires, provides: names of side tables. A table is never a pass: any pass may provide it.
-        preserves: tables that stay valid; `ALL_TABLES` for a pass that only adds.
+        requires, provides: row classes of side tables. A table is never a pass: any pass may provide it.
+        preserves: derived tables that stay valid; `ALL_TABLES` for a pass that only adds. Durable ones always stay.
         reaches: the stage that the program has afterwards, if higher.
         numerics: what it may do to outputs; the numerics instrument checks it.
         data: what it needs from outside: `schedule`; `sampler`, a schedule that can sample; `calibration`; `weights`,
@@ -67,9 +68,9 @@ class Pass:
     name: ClassVar[str]
     needs: ClassVar[Stage] = Stage.CAPTURED
     below: ClassVar[Stage | None] = None
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    preserves: ClassVar[frozenset[str]] = ALL_TABLES
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    preserves: ClassVar[frozenset[type[Row]]] = ALL_TABLES
     reaches: ClassVar[Stage] = Stage.CAPTURED
     numerics: ClassVar[Numerics] = EXACT
     data: ClassVar[frozenset[str]] = frozenset()
@@ -81,6 +82,11 @@ class Pass:
     def moves(self, program: Program) -> Numerics:
         """What it may do to the outputs of this program; `numerics` unless a pass knows better."""
         return self.numerics
+
+    def draws_on(self, program: Program) -> frozenset[str]:
+        """What it needs from outside for this program, as it is before a pipeline; what its contract says unless a pass
+        knows better."""
+        return self.contract().data
 
     def contract(self) -> Contract:
         """What it needs and gives with these options; the class attributes unless a pass knows better."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tfqc.errors import PassError
+from tfqc.passing.remarks import Number, Remark
 from tfqc.progress import Progress, Silent
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
@@ -14,7 +18,8 @@ from tfqc.sampling.schedule import SamplingSchedule
 class Context:
     """What passes may use beside the program.
 
-    `report` collects lines that a pass wants the user to read (what was left in floating point, what was chosen).
+    `remarks` collects what passes want the user to read (what was left in floating point, what was chosen), `report` is
+    that in sentences. `pass_name` and `pass_number` are of the pass that runs; the pipeline sets them.
     `rehearsal`: passes measure and train nothing; they write parameters of the right shapes, whose values mean nothing
     (`Pipeline.rehearse`).
     """
@@ -24,5 +29,57 @@ class Context:
     seed: int = 0
     workdir: Path | None = None
     progress: Progress = field(default_factory=Silent)
-    report: list[str] = field(default_factory=list[str])
+    remarks: list[Remark] = field(default_factory=list[Remark])
     rehearsal: bool = False
+    pass_name: str = ""
+    pass_number: int = 0
+
+    def need_schedule(self) -> SamplingSchedule:
+        """The schedule, which passes have that declare `schedule` or `sampler` in `data`."""
+        if self.schedule is None:
+            raise self._lacking("schedule")
+        return self.schedule
+
+    def need_calibration(self) -> Calibration:
+        """The calibration data, which passes have that declare `calibration` in `data`."""
+        if self.calibration is None:
+            raise self._lacking("calibration")
+        return self.calibration
+
+    def lacks(self, data: Set[str]) -> str:
+        """What is not here of what a pass needs from outside (`Pass.data`): the end of a sentence; empty if nothing."""
+        if data & {"schedule", "sampler"} and self.schedule is None:
+            return "needs a schedule: give one (schedule=...)"
+        if "calibration" in data and self.calibration is None:
+            return "needs a calibration: give one (calibration=...)"
+        if "sampler" in data and self.schedule is not None and "_class_name" not in self.schedule.sampler:
+            return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
+        return ""
+
+    def _lacking(self, data: str) -> PassError:
+        return PassError(f"{self.pass_name or 'What was called'} {self.lacks({data})}.")
+
+    def remark(self, kind: str, node: str = "", /, **numbers: Number) -> None:
+        """Say something, in the name of the pass that runs. `tfqc.passing.remarks` has the kinds.
+
+        Raises:
+            PassError: the kind is not known (with a suggestion), or its sentence wants other numbers.
+        """
+        said = Remark(self.pass_name, kind, node, numbers, self.pass_number)
+        str(said)
+        self.remarks.append(said)
+
+    @property
+    def report(self) -> tuple[str, ...]:
+        """The remarks as sentences."""
+        return tuple(map(str, self.remarks))
+
+    @contextmanager
+    def running(self, name: str, number: int) -> Generator[None]:
+        """While a pass runs, what is said is its own."""
+        outer = self.pass_name, self.pass_number
+        self.pass_name, self.pass_number = name, number
+        try:
+            yield
+        finally:
+            self.pass_name, self.pass_number = outer

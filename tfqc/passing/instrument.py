@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from tfqc.ir.program import Program
 from tfqc.ir.verify import verify
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
+from tfqc.passing.remarks import Remark
 
 
 class Passes(Protocol):
@@ -36,6 +38,9 @@ class Instrument:
     ) -> list[str]:
         """After a pass failed; `program` is as it was before it. Returns notes for the error."""
         return []
+
+    def said(self, remarks: Sequence[Remark]) -> None:
+        """Everything that has been said so far: when the run ends, and again by who has something to add."""
 
     def finish(self, program: Program) -> None:
         """After the last pass that ran, whether it failed or not."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tfqc.errors import CalibrationError, PipelineError, suggest
 from tfqc.ir.program import Program, Role, Stage
+from tfqc.ir.tables import Column, Fact, Row, fact_name, row_class
 from tfqc.ir.types import Dim
 from tfqc.passing.base import ALL_TABLES, Contract, Pass
 from tfqc.passing.context import Context
@@ -15,13 +16,18 @@ from tfqc.passing.known import sound_passes
 
 
 def check_order(
-    passes: Sequence[Pass], stage: Stage, tables: Iterable[str], ctx: Context | None, weights: bool
+    passes: Sequence[Pass],
+    stage: Stage,
+    tables: Iterable[Fact],
+    ctx: Context | None,
+    weights: bool,
+    program: Program | None = None,
 ) -> Stage:
     """See `Pipeline.check`."""
     have = set(tables)
     raised: dict[Stage, str] = {}  # stage -> the pass that reached it
-    gave: dict[str, str] = {}  # table -> the pass that provided it
-    dropped: dict[str, str] = {}  # table -> the pass that dropped it
+    gave: dict[Fact, str] = {}  # table -> the pass that provided it
+    dropped: dict[Fact, str] = {}  # table -> the pass that dropped it
     for number, item in enumerate(passes, 1):
         label, its = f"#{number} {item.name}", item.contract()
         if stage < its.needs:
@@ -32,13 +38,12 @@ def check_order(
         if its.below is not None and stage >= its.below:
             advice = f"put it before {raised[stage]}" if stage in raised else "start from an earlier program"
             raise PipelineError(f"{label} works below stage {its.below} but the program is {stage} there: {advice}.")
-        if absent := sorted(its.requires - have):
+        if absent := sorted(its.requires - have, key=fact_name):
             raise PipelineError(f"{label} {_lack(absent[0], have, gave, dropped)}.")
-        if lacking := _data(its, ctx, weights):
+        if lacking := _lacking(its.data if program is None else item.draws_on(program), ctx, weights):
             raise PipelineError(f"{label} {lacking}.")
-        kept = {t for t in have if _table(t) in kept_tables(its, map(_table, have))}
-        anew = {t for t in its.provides if "." not in t}
-        kept = {t for t in kept if t in anew or _table(t) not in anew} | its.provides
+        lasting, anew = kept_tables(its, map(_table, have)), provided_tables(its)
+        kept = {f for f in have if _table(f) in lasting and (f in anew or _table(f) not in anew)} | its.provides
         dropped |= dict.fromkeys(have - kept, label)
         gave |= dict.fromkeys(anew, label)
         have = kept
@@ -48,17 +53,22 @@ def check_order(
     return stage
 
 
-def kept_tables(contract: Contract, tables: Iterable[str]) -> set[str]:
-    """Those of the tables that a pass leaves valid."""
-    return set(tables) if contract.preserves == ALL_TABLES else set(tables) & contract.preserves
+def kept_tables(contract: Contract, tables: Iterable[type[Row]]) -> set[type[Row]]:
+    """Those of the tables that a pass leaves valid: what it preserves, and durable ones."""
+    return {t for t in tables if t.durable or t in contract.preserves or contract.preserves == ALL_TABLES}
 
 
-def tables_of(program: Program) -> set[str]:
+def provided_tables(contract: Contract) -> set[type[Row]]:
+    """The tables, without columns, that a pass makes anew."""
+    return {fact for fact in contract.provides if not isinstance(fact, Column)}
+
+
+def tables_of(program: Program) -> set[Fact]:
     """A program's tables, and the columns that all of their rows have."""
-    found = set(program.tables)
+    found: set[Fact] = set()
     for name, rows in program.tables.items():
-        columns = [set(row.columns()) for row in rows.values()]
-        found |= {f"{name}.{column}" for column in (set.intersection(*columns) if columns else ())}
+        kind, columns = row_class(name), [set(row.columns()) for row in rows.values()]
+        found |= {kind, *(kind.column(c) for c in (set.intersection(*columns) if columns else ()))}
     return found
 
 
@@ -69,7 +79,7 @@ def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) ->
         CalibrationError: an input that is missing, or of another shape.
     """
     data = ctx.calibration
-    if data is None or not any("calibration" in item.contract().data for item in passes):
+    if data is None or not any("calibration" in item.draws_on(program) for item in passes):
         return
     given = {**data.cond, **data.shared}
     taken = [".".join(item.path) for item in program.input(Role.REQUEST)]
@@ -97,43 +107,34 @@ def _check_shape(name: str, given: Tensor, shape: tuple[Dim, ...], rows: bool) -
         raise CalibrationError(f"Calibration: {name} is {got}, and the model takes {wanted}.")
 
 
-def _lack(wanted: str, have: set[str], gave: dict[str, str], dropped: dict[str, str]) -> str:
-    table, _, column = wanted.partition(".")
-    if column and table in have:
-        there = ", ".join(sorted(t.partition(".")[2] for t in have if t.startswith(f"{table}.")))
+def _lack(wanted: Fact, have: set[Fact], gave: dict[Fact, str], dropped: dict[Fact, str]) -> str:
+    table = _table(wanted)
+    if isinstance(wanted, Column) and table in have:
+        there = ", ".join(sorted(f.name for f in have if isinstance(f, Column) and f.row is table))
         advice = f"let {gave[table]} provide it" if table in gave else _providing(table, "before it")
-        return f"needs {column!r} in the table {table!r}, which has {there or 'nothing'} there: {advice}"
+        return f"needs {wanted.name!r} in the table {table.table!r}, which has {there or 'nothing'} there: {advice}"
     lost = f"which {dropped[table]} drops" if table in dropped else "which is not there"
-    return (
-        f"needs the table {table!r}, {lost}: {_providing(table, 'between them' if table in dropped else 'before it')}"
-    )
+    advice = _providing(table, "between them" if table in dropped else "before it")
+    return f"needs the table {table.table!r}, {lost}: {advice}"
 
 
-def _data(contract: Contract, ctx: Context | None, weights: bool) -> str:
+def _lacking(data: frozenset[str], ctx: Context | None, weights: bool) -> str:
     """What a pass needs from outside and does not get; empty if nothing."""
-    if "weights" in contract.data and not weights:
+    if "weights" in data and not weights:
         return "needs the weights, and the program has none (it is on the meta device): capture the model with them"
-    if ctx is None:
-        return ""
-    if contract.data & {"schedule", "sampler"} and ctx.schedule is None:
-        return "needs a schedule: give one (schedule=...)"
-    if "calibration" in contract.data and ctx.calibration is None:
-        return "needs a calibration: give one (calibration=...)"
-    if "sampler" in contract.data and ctx.schedule is not None and "_class_name" not in ctx.schedule.sampler:
-        return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
-    return ""
+    return "" if ctx is None else ctx.lacks(data)
 
 
-def _table(name: str) -> str:
+def _table(fact: Fact) -> type[Row]:
     """The table of a column; a table itself."""
-    return name.partition(".")[0]
+    return fact.row if isinstance(fact, Column) else fact
 
 
 def _reaching(stage: Stage) -> str:
     return _names_of(lambda cls: cls.reaches == stage) or f"a pass that reaches {stage}"
 
 
-def _providing(table: str, place: str) -> str:
+def _providing(table: type[Row], place: str) -> str:
     names = _names_of(lambda cls: table in cls.provides)
     return f"put {names} {place}" if names else "no known pass provides it"
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tfqc.errors import PassError, TfqcError
 from tfqc.ir.program import Program, Stage
+from tfqc.ir.tables import Fact, row_class
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
 from tfqc.passing.instrument import Instrument, VerifyEach
 from tfqc.passing.known import find_pass
-from tfqc.passing.order import check_calibration, check_order, kept_tables, tables_of
+from tfqc.passing.order import check_calibration, check_order, kept_tables, provided_tables, tables_of
 from tfqc.passing.spec import build, parse_specs, to_yaml
 from tfqc.progress import Silent
 
@@ -47,9 +48,10 @@ class Pipeline:
     def check(
         self,
         stage: Stage = Stage.CAPTURED,
-        tables: Iterable[str] = (),
+        tables: Iterable[Fact] = (),
         ctx: Context | None = None,
         weights: bool = True,
+        program: Program | None = None,
     ) -> Stage:
         """Refuse what cannot work, before anything runs: an order, or options that ask for what is not there.
 
@@ -57,6 +59,7 @@ class Pipeline:
             stage, tables: of the program that it is to run on (`tables_of` tells the columns of tables, too).
             ctx: with the data that passes may need; without it nothing is known about them.
             weights: whether the program has them.
+            program: the one that it is to run on, where that is known: some need less than others.
 
         Returns:
             The stage that a program of `stage` has in the end.
@@ -64,7 +67,7 @@ class Pipeline:
         Raises:
             PipelineError: one sentence that says what is missing and which pass provides it.
         """
-        return check_order(self.passes, stage, tables, ctx, weights)
+        return check_order(self.passes, stage, tables, ctx, weights, program)
 
     def run(
         self,
@@ -83,7 +86,7 @@ class Pipeline:
         """
         ctx = ctx or Context()
         instruments = [VerifyEach()] if instruments is None else instruments
-        self.check(program.stage, tables_of(program), ctx, program.has_weights or ctx.rehearsal)
+        self.check(program.stage, tables_of(program), ctx, program.has_weights or ctx.rehearsal, program)
         check_calibration(self.passes, program, ctx)
         for instrument in instruments:
             instrument.start(program, self)
@@ -99,6 +102,7 @@ class Pipeline:
                     raise
         finally:
             for instrument in reversed(instruments):
+                instrument.said(ctx.remarks)
                 instrument.finish(program)
         return program
 
@@ -113,7 +117,7 @@ class Pipeline:
         """
         copy = program.clone()
         copy.tensors = {name: tensor.to("meta") for name, tensor in copy.tensors.items()}
-        return self.run(copy, replace(ctx, rehearsal=True, report=[], progress=Silent()), instruments)
+        return self.run(copy, replace(ctx, rehearsal=True, remarks=[], progress=Silent()), instruments)
 
     def _fail(
         self,
@@ -155,7 +159,8 @@ def _run_one(
     versions = {name: _version(tensor) for name, tensor in before.tensors.items()}
     for instrument in instruments:
         instrument.before(program, item, number)
-    item.run(program, ctx)
+    with ctx.running(item.name, number):
+        item.run(program, ctx)
     for name, tensor in before.tensors.items():
         if _version(tensor) != versions[name]:
             raise PassError(f"{item.name} changed tensor @{name} in place: passes replace tensors, others hold them.")
@@ -165,17 +170,20 @@ def _run_one(
 
 
 def _settle(program: Program, before: Program, item: Pass) -> None:
-    """Hold a pass to what it declares: drop tables that it does not preserve, move the stage."""
+    """Hold a pass to what it declares: drop derived tables that it does not preserve, move the stage."""
     contract = item.contract()
-    kept, provides = kept_tables(contract, before.tables), {p for p in contract.provides if "." not in p}
+    kept = {kind.table: kind for kind in kept_tables(contract, map(row_class, before.tables))}
+    provides = {kind.table for kind in provided_tables(contract)}
     tables = set(program.tables)
     if absent := sorted(provides - tables):
         raise PassError(f"{item.name} declares that it provides the table {absent[0]!r}, and did not.")
-    if absent := sorted(kept - tables):
+    if absent := sorted(kept.keys() - tables):
+        if kept[absent[0]].durable:
+            raise PassError(f"{item.name} removed the table {absent[0]!r}, which is durable.")
         raise PassError(f"{item.name} declares that it preserves the table {absent[0]!r}, and removed it.")
     if extra := sorted(tables - set(before.tables) - provides):
         raise PassError(f"{item.name} made the table {extra[0]!r} without declaring it in `provides`.")
-    for table in tables - kept - provides:
+    for table in tables - kept.keys() - provides:
         del program.tables[table]
     program.stage = max(before.stage, contract.reaches)
     program.prune()

@@ -69,5 +69,5 @@ class WatchDisturbance(Instrument):
         self.found: FeatureErrors | None = None
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
-        if Disturbance.table in item.contract().provides:
+        if Disturbance in item.contract().provides:
             self.found = feature_errors(program)

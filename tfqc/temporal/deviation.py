@@ -23,18 +23,17 @@ def tib_trajectory_deviation(program: Program, ctx: Context, bits: tuple[int, in
     """cos(x_t, x̂_t) before each step and of the final x_0, T + 1 values, mean over `images` calibration images.
 
     Raises:
-        CalibrationError: no calibration data, or features that depend on request inputs (they would have to be
+        PassError: no calibration data, or no schedule.
+        CalibrationError: features that depend on request inputs (they would have to be
             disturbed for each image apart).
     """
-    if ctx.calibration is None or ctx.schedule is None:
-        raise CalibrationError("The trajectory's deviation is measured on calibration images, and there are none.")
+    data = _first(ctx.need_calibration(), images)
     run = tib_run(program, ctx)
     with torch.no_grad():
         exact = run()
     if next(iter(exact.values())).shape[1] > 1:
         raise CalibrationError("The trajectory's deviation is not measured where features depend on the request.")
     wrong = disturbed(program, run, "tib", exact, bits)
-    data = _first(ctx.calibration, images)
     exact_path = _path(program, ctx, data, {})
     wrong_path = _path(program, ctx, data, {name: value[:, 0] for name, value in wrong.items()})
     pairs = zip(exact_path, wrong_path, strict=True)
@@ -52,13 +51,13 @@ def _first(data: Calibration, images: int) -> Calibration:
 
 def _path(program: Program, ctx: Context, data: Calibration, features: dict[str, Tensor]) -> list[Tensor]:
     """Latents before each step and at the end, with the given features [T, ...] in the place of computed ones."""
-    assert ctx.schedule is not None
+    schedule = ctx.need_schedule()
     run = Simulation(program, program.step)
     paths = {".".join(i.path): i.name for i in program.input(Role.REQUEST)}
     noisy, time = (program.input(role)[0].name for role in (Role.SAMPLE, Role.TIME))
-    position = {t: i for i, t in enumerate(ctx.schedule.timesteps)}
+    position = {t: i for i, t in enumerate(schedule.timesteps)}
     what = "sampling with the TIB quantized" if features else "sampling in full precision"
-    bar = ctx.progress.track(range(len(ctx.schedule.scheduler().timesteps)), what)
+    bar = ctx.progress.track(range(len(schedule.scheduler().timesteps)), what)
     latents: list[Tensor] = []
 
     def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Tensor:
@@ -71,8 +70,8 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
 
     final = sample(
         denoiser,
-        ctx.schedule.scheduler(),
-        steps=ctx.schedule.sampler["_steps"],
+        schedule.scheduler(),
+        steps=schedule.sampler["_steps"],
         latents=data.latents,
         cond=data.cond,
         uncond=data.uncond,

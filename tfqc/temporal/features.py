@@ -47,15 +47,15 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
     """Outline the TIB, with the schedule's timesteps and (if features depend on them) a few calibration requests.
 
     Raises:
-        CalibrationError: no schedule, or features that depend on request inputs without calibration data.
+        PassError: no schedule.
+        CalibrationError: features that depend on request inputs without calibration data.
     """
-    if ctx.schedule is None:
-        raise CalibrationError("The temporal features cannot be computed without a schedule.")
+    timesteps = ctx.need_schedule().timesteps
     features = [n for n in program.step.nodes if program.table(Tib).get(n.name, Tib("")).part == "feature"]
     roles = {Role.TIME, Role.REQUEST}
     graph = outline(program, features, roles)
     read = {n.name for n in graph.nodes if n.op == "placeholder" and n.users}
-    t = timestep_tensor(program, ctx.schedule.timesteps)
+    t = timestep_tensor(program, timesteps)
     inputs: dict[str, Tensor] = {}
     wanted = [i for i in program.input(Role.REQUEST) if i.name in read]
     count = 1

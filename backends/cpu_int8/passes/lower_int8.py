@@ -34,4 +34,4 @@ class LowerInt8(Pass):
                 lowered += 1
         program.prune()
         if lowered:
-            ctx.report.append(f"lowered to int8: {lowered} linears and convolutions")
+            ctx.remark("lowered", to="int8", count=lowered)

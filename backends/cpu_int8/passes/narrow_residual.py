@@ -40,7 +40,7 @@ class NarrowResidual(Pass):
                 edit.update(node, out="bf16")
                 narrowed += 1
         if narrowed:
-            ctx.report.append(f"stored in bf16: {narrowed} values")
+            ctx.remark("stored", form="bf16", count=narrowed)
 
 
 def _all_take_it(value: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from tfqc.ir.match import is_call
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Memory
+from tfqc.ir.tables import Fact
 from tfqc.ir.views import Stores
 from tfqc.passing import EXACT, Context, Numerics, Pass
 
@@ -31,7 +32,7 @@ class PlanMemory(Pass):
 
     name: ClassVar[str] = "plan-memory"
     needs: ClassVar[Stage] = Stage.LOWERED
-    provides: ClassVar[frozenset[str]] = frozenset({"memory"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Memory})
     numerics: ClassVar[Numerics] = EXACT
 
     def run(self, program: Program, ctx: Context) -> None:
@@ -60,7 +61,7 @@ class PlanMemory(Pass):
         program.set_table(Memory, rows)
         if rows:
             shared = len(rows) - len(set(buffer.values()))
-            ctx.report.append(f"memory: {len(rows)} values, {shared} of them in place of what they add to")
+            ctx.remark("memory", values=len(rows), shared=shared)
 
 
 def _overwritten(program: Program, node: fx.Node, owner: dict[fx.Node, fx.Node]) -> fx.Node | None:

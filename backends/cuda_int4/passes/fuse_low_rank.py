@@ -28,7 +28,7 @@ class FuseLowRank(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step."""
         if fused := rewrite(program, [Rule(_SUM, _fuse)]):
-            ctx.report.append(f"branches of low rank in products: {fused}")
+            ctx.remark("low-rank-fused", count=fused)
 
 
 def _fuse(edit: Rewriter, node: fx.Node, product: fx.Node, branch: fx.Node) -> None:

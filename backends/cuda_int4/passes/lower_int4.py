@@ -40,7 +40,7 @@ class LowerInt4(Pass):
             lowered += 1
         program.prune()
         if lowered:
-            ctx.report.append(f"lowered to tensor cores: {lowered} linears and convolutions")
+            ctx.remark("lowered", to="tensor cores", count=lowered)
 
 
 def _codes(edit: Rewriter, read: fx.Node) -> Codes:

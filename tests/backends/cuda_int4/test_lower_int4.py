@@ -249,7 +249,7 @@ def test_a_bias_of_each_entry(name: str, subject: Subjects) -> None:
 def test_the_report() -> None:
     ctx = Context()
     program = Pipeline.parse("lower-int4").run(quantized(parts(), W4, A4), ctx)
-    assert ctx.report == ["lowered to tensor cores: 12 linears and convolutions"]
+    assert list(ctx.report) == ["lowered to tensor cores: 12 linears and convolutions"]
     again = Context()
     assert render(Pipeline.parse("lower-int4").run(program.clone(), again)) == render(program)
     assert not again.report

@@ -10,8 +10,10 @@ import torch
 from tfqc.ir.edit import Rewriter
 from tfqc.ir.ops import register
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.tables import Row, row_kind
+from tfqc.ir.rows import Quantizer
+from tfqc.ir.tables import Fact, Row, row_kind
 from tfqc.passing import Context, Numerics, Pass, close
+from tfqc.passing.remarks import remark_kind
 
 aten = torch.ops.aten
 
@@ -19,6 +21,8 @@ _LIBRARY = torch.library.Library("tfqc_example", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor by) -> Tensor")
 _LIBRARY.impl("gate", lambda x, by: x * torch.sigmoid(by), "CompositeImplicitAutograd")
 register(torch.ops.tfqc_example.gate.default)
+
+SWAPPED = remark_kind("tfqc-example-swapped", "{count} {count:|SiLU|SiLUs} swapped")
 
 
 @row_kind
@@ -41,8 +45,8 @@ class SwapSilu(Pass):
 
     name: ClassVar[str] = "swap-silu"
     needs: ClassVar[Stage] = Stage.NORMALIZED
-    preserves: ClassVar[frozenset[str]] = frozenset({"quantizer", "rows", "schedule"})
-    provides: ClassVar[frozenset[str]] = frozenset({"tfqc-example-swapped"})
+    preserves: ClassVar[frozenset[type[Row]]] = frozenset({Quantizer})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Swapped})
     numerics: ClassVar[Numerics] = close(1e-6)
 
     limit: int | None = None
@@ -66,4 +70,4 @@ class SwapSilu(Pass):
             gate = edit.insert(node, aten.sigmoid.default, x)
             edit.replace(node, edit.insert(node, aten.mul.Tensor, x, gate))
         program.set_table(Swapped, rows)
-        ctx.report.append(f"{len(silus)} SiLUs swapped")
+        ctx.remark(SWAPPED, count=len(silus))

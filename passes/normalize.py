@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from tfqc.frontend.canonical import canonical_rules
 from tfqc.ir.calls import canonical
 from tfqc.ir.edit import Rewriter, rewrite
 from tfqc.ir.infer import infer_type
-from tfqc.ir.match import is_call
+from tfqc.ir.match import is_call, item_of
 from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
@@ -106,8 +105,8 @@ def _is_alias(program: Program, node: Any) -> bool:
     """True for a view, and for what may return its operand itself."""
     if not is_call(node) or is_call(node, *_COPIES):
         return False
-    if is_call(node, operator.getitem):  # one of the views that `chunk` makes
-        return _is_alias(program, node.args[0])
+    if item := item_of(node):  # one of the views that `chunk` makes
+        return _is_alias(program, item[0])
     if is_call(node, *_CASTS):  # a copy for another type, or when asked for one
         return not node.kwargs["copy"] and program.type(node) == program.type(node.all_input_nodes[0])
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from tfqc.backends.cpu_int8.runtime.build import source_of
@@ -13,6 +14,7 @@ from tfqc.codegen.python.bodies import DOCS, body
 from tfqc.codegen.python.expressions import Stored, arguments, expression, value
 from tfqc.codegen.python.files import tensor_files
 from tfqc.codegen.python.module import ModuleWriter, engine_class, helpers, parameters
+from tfqc.ir.match import is_call, item_of
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
@@ -115,7 +117,7 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
             operands = f"{value(Upsample(node).input, stored)}, {upsampling(node)}"
         case "view" | "torch":
             scalar = program.tensor_type(node) is None and method == "torch"
-            if scalar or operation in ("operator.getitem", "aten.sym_size.int"):
+            if scalar or item_of(node) or is_call(node, torch.ops.aten.sym_size.int):
                 return expression(node, stored)
             callee = operation if operation.startswith(("aten.", "torch.")) else operation.split(".")[1]
             operands = f"{callee}, {arguments(node, stored)}"

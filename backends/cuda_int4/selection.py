@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -24,7 +23,7 @@ from tfqc.backends.cuda_int4.runtime.specialise import (
 )
 from tfqc.backends.cuda_int4.tensor_cores import is_step_row
 from tfqc.backends.cuda_int4.tiles import tile_for
-from tfqc.ir.match import is_call
+from tfqc.ir.match import item_of
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType, evaluate
 from tfqc.ir.views import Map, Product, QConv, QuantizeTokens, Stores
@@ -117,7 +116,7 @@ class Selection:
     def _mode(self, product: Product) -> Mode:
         if product.scale is None:
             return "w4a16"
-        if tokens := QuantizeTokens.of(_several(product.codes)):
+        if tokens := QuantizeTokens.of(_maker(product.codes)):
             return "w4a4" if tokens.bits == 4 else "w4a8"
         stored = Stores.of(product.codes)
         return "w4a4" if stored is not None and stored.out == "u4" else "w4a8"
@@ -142,6 +141,11 @@ class Selection:
         raise AssertionError
 
 
+def _maker(codes: fx.Node) -> fx.Node:
+    item = item_of(codes)
+    return item[0] if item else codes
+
+
 def is_image(node: fx.Node) -> bool:
     """True for a quantizer of images [B, C, H, W]: one that convolutions read."""
     return any(QConv.of(user) for user in node.users)
@@ -159,14 +163,9 @@ def _names(base: str) -> Iterator[str]:
         number += 1
 
 
-def _several(value: Any) -> Any:
-    """The operation with several results of which a value is one; None for any other value."""
-    return value.args[0] if is_call(value, operator.getitem) else None
-
-
 def _rows(scale: Any, row: Any) -> Rows:
     """Whether scales are one, the step's, or each token's."""
-    if _several(scale) is not None:
+    if item_of(scale):
         return "token"
     return "one" if row is None else "step"
 

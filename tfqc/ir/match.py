@@ -10,6 +10,7 @@ An operation that does not exist, or an operand that its schema has not, is an e
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
@@ -26,6 +27,11 @@ Target = Any  # an OpOverload, or one of Python's operators
 def is_call(value: Any, *targets: Target) -> bool:
     """True for a node that is a call of one of these operations; of any operation, if none is given."""
     return isinstance(value, fx.Node) and value.op == "call_function" and (not targets or value.target in targets)
+
+
+def item_of(value: Any) -> tuple[fx.Node, int] | None:
+    """The operation with several results of which a value is one, and which one; None for any other value."""
+    return tuple(value.args) if is_call(value, operator.getitem) else None  # type: ignore[return-value]
 
 
 def is_stored(value: Any) -> bool:

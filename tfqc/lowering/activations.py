@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
-from tfqc.ir.match import is_call, only_reader
+from tfqc.ir.match import is_call, item_of, only_reader
 from tfqc.ir.program import Program
 from tfqc.ir.views import Chunk, Gelu
 
@@ -28,7 +26,7 @@ def geglu_end(program: Program, node: fx.Node) -> fx.Node | None:
     type_ = program.tensor_type(chunk.x) if chunk else None
     if chunk is None or type_ is None or chunk.chunks != 2 or chunk.dim not in (-1, len(type_.shape) - 1):
         return None
-    halves = {n.args[1]: n for n in node.users if is_call(n, operator.getitem)}
+    halves = {item[1]: n for n in node.users if (item := item_of(n))}
     if len(node.users) != 2 or set(halves) != {0, 1}:
         return None
     gelu, end = only_reader(halves[1]), only_reader(halves[0])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tfqc.analysis.left import check_quantized, left_in_floating_point
-from tfqc.analysis.weighted import check_weights
+from tfqc.analysis.weighted import WEIGHTED, check_weights
 from tfqc.arguments import check_calibration_argument, check_others, read_pipeline, read_schedule, read_target
 from tfqc.codegen.artifact import Artifact, check_files
 from tfqc.codegen.backend import Backend
@@ -194,15 +194,12 @@ def _refuse(backend: Backend, program: Program, target: Target, require_real: bo
 
 
 def _left(program: Program) -> list[Remark]:
-    return [
-        Remark(
-            "compile",
-            "float-product",
-            node.name,
-            {"at": program.at(node), "operation": op_name(node.target), "weight": weight, "why": why},
-        )
-        for node, weight, why in left_in_floating_point(program)
-    ]
+    found: list[Remark] = []
+    for node, weight in left_in_floating_point(program):
+        its = WEIGHTED[node.target]
+        told = {"at": program.at(node), "operation": op_name(node.target), "does": its.does}
+        found.append(Remark("compile", "float-product", node.name, {**told, "weight": weight, "why": its.why_not}))
+    return found
 
 
 def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:

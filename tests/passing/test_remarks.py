@@ -33,8 +33,8 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
     ),
     "float-product": (
         (
-            {"at": "%a", "operation": "aten.bmm", "weight": "w", "why": "it has experts"},
-            "%a: aten.bmm reads @w in floating point: it has experts",
+            {"at": "%a", "operation": "aten.bmm", "does": "multiplies by", "weight": "w", "why": "it has experts"},
+            "%a: aten.bmm multiplies by @w in floating point: it has experts",
         ),
     ),
     "features": (

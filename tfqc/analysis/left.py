@@ -20,10 +20,10 @@ _SIGNS = (
 )  # fmt: skip
 
 
-def left_in_floating_point(program: Program) -> list[tuple[fx.Node, str, str]]:
-    """Each operation with a stored weight that is not quantized, the weight's name, and why."""
+def left_in_floating_point(program: Program) -> list[tuple[fx.Node, str]]:
+    """Each operation with a stored weight that is not quantized, and the weight's name."""
     return [
-        (node, weights[0], WEIGHTED[node.target].why_not)
+        (node, weights[0])
         for function in program.functions
         for node in (program.nodes(function) if function != TIME else ())
         if (weights := left_weights(program, node))

@@ -24,7 +24,7 @@ class Weighted:
 
     axis: the dimension of the weight that is the output channels. windows: how many of its last dimensions are windows
     of the input. groups: the operand that says how many. why_not: why it is left in floating point; empty if it is
-    quantized.
+    quantized. does: words for what it does with its weight.
     """
 
     input: str = "input"
@@ -34,6 +34,7 @@ class Weighted:
     windows: int = 0
     groups: str = ""
     why_not: str = ""
+    does: str = "multiplies by"
 
 
 def _conv(windows: int, **others: Any) -> Weighted:
@@ -42,6 +43,7 @@ def _conv(windows: int, **others: Any) -> Weighted:
 
 _TRANSPOSED = "the output channels of a transposed convolution are not the rows of its weight"
 _WORDS = "a padding in words is given in numbers by normalize, for convolutions of sequences and images"
+_LOOKUP = "a lookup multiplies nothing"
 _PRODUCT = "it is no linear layer of one stored matrix"
 _EXPERTS = "it multiplies by a matrix for each expert, and quantizers have one for each layer"
 _SUM = "it is a sum of products that is no linear layer"
@@ -59,7 +61,7 @@ WEIGHTED: dict[Any, Weighted] = {
     aten.conv_transpose2d.input: _conv(2, axis=1, why_not=_TRANSPOSED),
     aten.conv_transpose3d.input: _conv(3, axis=1, why_not=_TRANSPOSED),
     aten.convolution.default: Weighted(groups="groups", why_not="it is a convolution of any kind, transposed or not"),
-    aten.embedding.default: Weighted("indices", bias="", why_not="it looks rows up and multiplies nothing"),
+    aten.embedding.default: Weighted("indices", bias="", why_not=_LOOKUP, does="looks up rows of"),
     aten.mm.default: Weighted("self", "mat2", "", 1, why_not=_PRODUCT),
     aten.matmul.default: Weighted("self", "other", "", 1, why_not=_PRODUCT),
     aten.mv.default: Weighted("vec", "self", "", why_not=_PRODUCT),

@@ -22,7 +22,7 @@ _TEMPLATES: dict[str, str] = {
     "instruction": "{mode} on {arch}: {instruction}",
     "another-way": "{at}: {because}",
     "another-way-each": "{count} x {operation} ({places}): {because}",
-    "float-product": "{at}: {operation} reads @{weight} in floating point: {why}",
+    "float-product": "{at}: {operation} {does} @{weight} in floating point: {why}",
     # passes
     "features": "{features} temporal {features:|feature|features}: {compile_time} known at compile time, "
     "{per_request} per request",

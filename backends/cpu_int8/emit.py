@@ -14,6 +14,7 @@ from tfqc.codegen.python.bodies import DOCS, body
 from tfqc.codegen.python.expressions import Stored, arguments, expression, value
 from tfqc.codegen.python.files import tensor_files
 from tfqc.codegen.python.module import ModuleWriter, engine_class, helpers, parameters
+from tfqc.codegen.python.wrapping import signature
 from tfqc.ir.match import is_call, item_of
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
@@ -102,7 +103,7 @@ def _step(program: Program) -> Iterator[str]:
     graph = program.step
     k, w, t = helpers(graph, "kwt")
     stored = _stored(w, t)
-    yield f"def step({k}: Any, {w}: Any, {t}: Any, /, {parameters(graph)}) -> Any:"
+    yield from signature("step", [f"{k}: Any", f"{w}: Any", f"{t}: Any", "/", *parameters(graph)], "Any")
     yield f'    """{DOCS[STEP]}"""'
     yield from body(program, STEP, stored, lambda node: _line(program, node, k, stored), fused=False)
 
@@ -129,6 +130,6 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
 def _plain(program: Program, function: str) -> Iterator[str]:
     graph = program.functions[function]
     _, w, _ = helpers(graph, "kwt")
-    yield f"def {function}({w}: Any, /, {parameters(graph)}) -> Any:"
+    yield from signature(function, [f"{w}: Any", "/", *parameters(graph)], "Any")
     yield f'    """{DOCS[function]}"""'
     yield from body(program, function, _stored(w))

@@ -17,6 +17,7 @@ from tfqc.codegen.python.bodies import DOCS, body
 from tfqc.codegen.python.expressions import Stored, expression
 from tfqc.codegen.python.files import WEIGHTS, tensor_files
 from tfqc.codegen.python.module import ModuleWriter, engine_class, helpers, parameters
+from tfqc.codegen.python.wrapping import signature
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.types import TensorType
@@ -86,14 +87,14 @@ class _Writer:
             done = (is_step_row(self.program, node) and _only_biases(node)) or self.lines.is_done(node)
             return "" if done else stored(node)
 
-        yield f"def step({k}: Any, {w}: Any, /, {parameters(graph)}) -> Any:"
+        yield from signature("step", [f"{k}: Any", f"{w}: Any", "/", *parameters(graph)], "Any")
         yield f'    """{DOCS[STEP]}"""'
         yield from body(self.program, STEP, passed, lambda node: self.lines.write(node, k, stored))
 
     def _plain(self, function: str) -> Iterator[str]:
         graph = self.program.functions[function]
         _, w = helpers(graph, "kw")
-        yield f"def {function}({w}: Any, /, {parameters(graph)}) -> Any:"
+        yield from signature(function, [f"{w}: Any", "/", *parameters(graph)], "Any")
         yield f'    """{DOCS[function]}"""'
         yield from body(self.program, function, self._stored(w))
 

@@ -13,6 +13,7 @@ from tfqc.codegen.python.expressions import expression, variable
 from tfqc.codegen.python.files import TIME_WEIGHTS, WEIGHTS, tensor_files
 from tfqc.codegen.python.module import ModuleWriter
 from tfqc.codegen.python.names import harmless
+from tfqc.codegen.python.wrapping import signature
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.views import StoredWeight
@@ -66,7 +67,7 @@ def _init(program: Program, only_time: bool) -> Iterator[str]:
 def _function(program: Program, function: str) -> Iterator[str]:
     graph = program.functions[function]
     parameters = [variable(n) for n in graph.nodes if n.op == "placeholder"]
-    yield f"def {function}(self, {', '.join(f'{p}: Tensor' for p in parameters)}, **_: Tensor) -> Any:"
+    yield from signature(function, ["self", *(f"{p}: Tensor" for p in parameters), "**_: Tensor"], "Any")
     yield f'    """{DOCS[function]}"""'
     if function == TIME and any(n.op == "get_attr" for n in graph.nodes):
         yield "    if not self.time_is_loaded:"

@@ -10,6 +10,7 @@ from torch import fx
 from tfqc.codegen.python.expressions import DEVICE, Stored, expression, variable
 from tfqc.codegen.python.fused import is_fused_dequantize, is_fused_quantize
 from tfqc.codegen.python.names import harmless
+from tfqc.codegen.python.wrapping import wrapped
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 
 DOCS = {
@@ -51,7 +52,7 @@ def body(
             yield f"    # {harmless(module)}"
         free = [variable(n) for n in last.get(node, []) if has_line(n)]
         line = f"    {variable(node)} = {write(node) if write else expression(node, stored)}"
-        yield line + (f"; del {', '.join(free)}" if free else "")
+        yield from wrapped(line + (f"; del {', '.join(free)}" if free else ""))
 
 
 def _last_reads(graph: fx.Graph, fused: bool) -> dict[fx.Node, list[fx.Node]]:

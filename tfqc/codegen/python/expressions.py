@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import keyword
 import math
 import operator
@@ -102,6 +103,8 @@ def value(item: Any, stored: Stored) -> str:
             return f"({', '.join(value(i, stored) for i in item)}{',' if len(item) == 1 else ''})"
         case dict():
             return f"{{{', '.join(f'{k!r}: {value(v, stored)}' for k, v in item.items())}}}"
+        case str():
+            return json.dumps(item)
         case float() if not math.isfinite(item):
             return f'float("{item}")'
         case torch.device():

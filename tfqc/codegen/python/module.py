@@ -133,10 +133,9 @@ def helpers(graph: fx.Graph, letters: str) -> list[str]:
     return [next(n for i in count() if (n := letter + "_" * i) not in taken) for letter in letters]
 
 
-def parameters(graph: fx.Graph) -> str:
+def parameters(graph: fx.Graph) -> list[str]:
     """Of a function, by keyword."""
-    names = [f"{variable(n)}: Tensor" for n in graph.nodes if n.op == "placeholder"]
-    return ", ".join(["*", *names, "**_: Tensor"])
+    return ["*", *(f"{variable(n)}: Tensor" for n in graph.nodes if n.op == "placeholder"), "**_: Tensor"]
 
 
 def engine_class(program: Program, members: Sequence[str]) -> Iterator[str]:

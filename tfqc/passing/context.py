@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tfqc.progress import Progress, Silent
 from tfqc.sampling.data import Calibration
@@ -17,6 +18,8 @@ class Context:
     `report` collects lines that a pass wants the user to read (what was left in floating point, what was chosen).
     `rehearsal`: passes measure and train nothing; they write parameters of the right shapes, whose values mean nothing
     (`Pipeline.rehearse`).
+    `foreseen`, `observed`: what passes asked in the rehearsal to be observed, and what of it is there
+    (`tfqc.calibration.observe`). A rehearsal and its run share them.
     """
 
     schedule: SamplingSchedule | None = None
@@ -26,3 +29,5 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     report: list[str] = field(default_factory=list[str])
     rehearsal: bool = False
+    foreseen: dict[tuple[str, str, str], list[Any]] = field(default_factory=dict[tuple[str, str, str], list[Any]])
+    observed: dict[tuple[str, str, str], Any] = field(default_factory=dict[tuple[str, str, str], Any])

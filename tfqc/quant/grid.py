@@ -195,11 +195,15 @@ class RangeStats:
     The sample is uniform over everything seen: each value draws a random key and the `capacity` smallest keys
     stay. A strided sample would be cheaper, but strides that meet channel counts see a few channels only.
     Equal pieces in equal order give an equal sample: the generator is seeded and private.
+
+    Attributes:
+        lo, hi: f32 scalars, inf and -inf before anything is seen.
+        values, keys: the sample, f32, and the keys that it was drawn with, f64, smallest first.
     """
 
     def __init__(self, capacity: int = 0, seed: int = 0) -> None:
         self.lo, self.hi = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-        self.values, self._keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
+        self.values, self.keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
         self.capacity = capacity
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -214,12 +218,22 @@ class RangeStats:
         self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
         if self.capacity:
             keys = torch.rand(flat.numel(), dtype=torch.float64, generator=self._generator)
-            if self._keys.numel() == self.capacity:  # full: only smaller keys can enter, soon very few
-                entering = (keys < self._keys.max()).nonzero().flatten()
+            if self.keys.numel() == self.capacity:  # full: only smaller keys can enter, soon very few
+                entering = (keys < self.keys.max()).nonzero().flatten()
                 flat, keys = flat[entering.to(flat.device)], keys[entering]
-            values, keys = torch.cat([self.values, flat.float().cpu()]), torch.cat([self._keys, keys])
-            self._keys, kept = keys.topk(min(self.capacity, keys.numel()), largest=False)
-            self.values = values[kept]
+            self._keep(flat.float().cpu(), keys)
+
+    def merge(self, other: "RangeStats") -> None:
+        """Takes in what another has seen; their seeds differ."""
+        self.lo, self.hi = torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi)
+        if self.capacity:
+            self._keep(other.values, other.keys)
+
+    def _keep(self, values: Tensor, keys: Tensor) -> None:
+        """The values with the smallest keys, in their order, of those there are and these."""
+        values, keys = torch.cat([self.values, values]), torch.cat([self.keys, keys])
+        self.keys, kept = keys.topk(min(self.capacity, keys.numel()), largest=False)
+        self.values = values[kept]
 
 
 def activation_range(stats: RangeStats, grid: Grid, method: RangeMethod = "min-max") -> tuple[Tensor, Tensor]:

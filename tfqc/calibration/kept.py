@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tfqc.calibration.observers.base import Observer, State
 from tfqc.calibration.trajectories import tensors_hash
 from tfqc.errors import CalibrationError
@@ -39,11 +41,12 @@ class Kept:
                 tensors, metadata = read_tensors(path, CalibrationError)
             except CalibrationError:
                 continue
-            entries = metadata.get("entries", "[]")
-            if metadata.get("sha256") != _hash(tensors, entries):
+            text = metadata.get("observations", "")
+            if metadata.get("sha256") != _hash(tensors, text):
                 continue
-            activations = int(metadata["activations"])
-            for number, (value, key, facts) in enumerate(json.loads(entries)):
+            kept = json.loads(text)
+            activations = kept["activations"]
+            for number, (value, key, facts) in enumerate(kept["states"]):
                 if (observer := wanted.get((self._key, value, key))) is not None:
                     prefix = f"{number}."
                     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -56,11 +59,12 @@ class Kept:
         if sum(tensor.nbytes for state in states.values() for tensor in state.tensors.values()) > MOST:
             return
         tensors = {f"{i}.{n}": t for i, state in enumerate(states.values()) for n, t in state.tensors.items()}
-        entries = json.dumps([[value, key, state.facts] for (_, value, key), state in states.items()])
-        name = hashlib.sha256(entries.encode()).hexdigest()[:16]
-        metadata = {"entries": entries, "activations": str(activations), "sha256": _hash(tensors, entries)}
+        facts = [[value, key, state.facts] for (_, value, key), state in states.items()]
+        text = json.dumps({"activations": activations, "states": facts})
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        metadata = {"observations": text, "sha256": _hash(tensors, text)}
         write_tensors(self._directory / f"observed-{self._key}-{name}.safetensors", tensors, metadata)
 
 
-def _hash(tensors: Mapping[str, Any], entries: str) -> str:
-    return hashlib.sha256((tensors_hash(tensors.items()) + entries).encode()).hexdigest()
+def _hash(tensors: Mapping[str, Tensor], text: str) -> str:
+    return hashlib.sha256((tensors_hash(tensors.items()) + text).encode()).hexdigest()

@@ -11,7 +11,8 @@ import torch
 from tfqc.analysis.binding import binding_times, edge_nodes
 from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import runs_quantized
-from tfqc.calibration.ranges import observe_ranges
+from tfqc.calibration.observe import observe
+from tfqc.calibration.observers.ranges import Ranges
 from tfqc.ir.match import is_call
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
@@ -83,7 +84,8 @@ class CalibrateActivations(Pass):
             rows[node.name] = dataclasses.replace(row, input_bits=self.bits, input_how="per-token")
         static = [n for n in wanted if n not in dynamic]
         edges = edge_nodes(program) if self.edge_bits is not None else []
-        ranges = observe_ranges(program, static, ctx, self.method) if static else {}
+        observer = Ranges.for_method(self.method, len(ctx.need_schedule()))
+        ranges = observe(program, {v: (v, observer) for v in (n.all_input_nodes[0].name for n in static)}, ctx)
         for node in static:
             value = node.all_input_nodes[0]
             # What waits for nothing but the request runs once per image, where there are no steps.

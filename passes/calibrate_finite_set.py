@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tfqc.analysis.binding import binding_times
 from tfqc.analysis.weighted import runs_quantized, tib_weighted
-from tfqc.calibration.ranges import observe_ranges
+from tfqc.calibration.observe import observe
+from tfqc.calibration.observers.ranges import Ranges
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
@@ -65,7 +66,8 @@ class CalibrateFiniteSet(Pass):
                 for n in others
                 if not roles[n.name] <= {Role.REQUEST} and has_rows(program, n.all_input_nodes[0])
             }
-            for value, ranges in observe_ranges(program, others, ctx, "min-max").items():
+            read, observer = (n.all_input_nodes[0].name for n in others), Ranges(len(ctx.need_schedule()))
+            for value, ranges in observe(program, {v: (v, observer) for v in read}, ctx).items():
                 found[value] = ranges.qparams(grid, "min-max", value in stepped, self.intervals)
         program.tables.setdefault(Quantizer.table, {})
         program.tables.setdefault(RowSource.table, {})

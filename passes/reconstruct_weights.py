@@ -10,7 +10,8 @@ import torch
 from tfqc.analysis.binding import edge_nodes
 from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
-from tfqc.calibration.moments import has_moments, observe_moments
+from tfqc.calibration.observe import observe
+from tfqc.calibration.observers.moments import Moments, has_moments
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, Tib
@@ -63,12 +64,13 @@ class ReconstructWeights(Pass):
         nodes = [
             n
             for n in runs_quantized(program)
-            if n.name not in program.table(Tib) and has_moments(program, n) and not quantizer_of(program, n).codes
+            if n.name not in program.table(Tib) and has_moments(n) and not quantizer_of(program, n).codes
         ]
         nodes = [n for n in nodes if n not in left]
         nodes = [n for n in nodes if self.scope == "all" or is_linear(program, n)]
         edges = edge_nodes(program) if self.edge_bits is not None else []
-        moments = observe_moments(program, nodes, ctx, self.steps) if nodes and not ctx.rehearsal else {}
+        observers = {n: Moments.of(program, n, len(ctx.need_schedule()), self.steps) for n in nodes}
+        moments = observe(program, {n.name: (n.all_input_nodes[0].name, o) for n, o in observers.items()}, ctx)
         for node in ctx.progress.track(nodes, "reconstructing weights (GPTQ)", len(nodes)):
             name = weight_of(node)
             assert name is not None

@@ -12,11 +12,10 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from safetensors.torch import save_file
 
 from tests.subjects import Subject, Subjects, calibration
-from tfqc.calibration.trajectories import timestep_tensor, trajectories
+from tfqc.calibration.trajectories import Trajectories, timestep_tensor
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program
 from tfqc.passing import Context
-from tfqc.progress import Progress
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
 
@@ -44,7 +43,7 @@ def test_one_trajectory_for_each_image(subject: Subjects, tmp_path: Path, calls:
     its = subject("unet-sd")
     ctx = context(its, tmp_path, images=5)
     for _ in range(3):
-        batches = list(trajectories(its.program, ctx))
+        batches = list(Trajectories(its.program, ctx))
     assert calls == [2] * 8 + [1] * 4
     assert [b.samples.shape[:2] for b in batches] == [(4, 2), (4, 2), (4, 1)]
     assert len(list(tmp_path.iterdir())) == 3
@@ -53,59 +52,62 @@ def test_one_trajectory_for_each_image(subject: Subjects, tmp_path: Path, calls:
 
 
 def test_a_file_at_a_time(subject: Subjects, tmp_path: Path, calls: list[int]) -> None:
-    """Bounded memory: batches are read one after another."""
+    """Bounded memory: batches are read one after another; one that has gone is sampled again."""
     its = subject("unet2d")
-    batches = trajectories(its.program, context(its, tmp_path, images=6))
+    whole = list(Trajectories(its.program, context(its, tmp_path, images=6)))
+    batches = iter(Trajectories(its.program, context(its, tmp_path, images=6)))
     next(batches)
     for path in sorted(tmp_path.iterdir())[1:]:
         path.unlink()
-    with pytest.raises(FileNotFoundError):
-        next(batches)
+    calls.clear()
+    again = next(batches)
+    assert len(calls) == 4 and torch.equal(again.samples, whole[1].samples)
 
 
-def test_interrupted_and_resumed(subject: Subjects, tmp_path: Path, calls: list[int]) -> None:
+def test_interrupted_and_resumed(
+    subject: Subjects, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     its = subject("unet2d")
 
-    class Interrupted:
-        def track(self, items: Any, what: str, total: int | None = None) -> Any:
-            for number, item in enumerate(items):
-                if number == 7:  # in the second batch
-                    raise KeyboardInterrupt
-                yield item
+    stopped = iter(Trajectories(its.program, context(its, tmp_path, images=6)))
+    next(stopped)
+    plain, left = Program.__call__, iter(range(3))
 
-        def say(self, text: str) -> None: ...
+    def interrupted(self: Program, *args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is None:  # in the second batch
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
 
-    ctx = context(its, tmp_path, images=6)
-    progress: Progress = Interrupted()
-    ctx.progress = progress
-    with pytest.raises(KeyboardInterrupt):
-        list(trajectories(its.program, ctx))
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stopped)
     (kept,) = tmp_path.iterdir()
     stamp = kept.stat().st_mtime_ns
     calls.clear()
-    resumed = list(trajectories(its.program, context(its, tmp_path, images=6)))
+    resumed = list(Trajectories(its.program, context(its, tmp_path, images=6)))
     assert len(calls) == 8 and kept.stat().st_mtime_ns == stamp
-    fresh = list(trajectories(its.program, context(its, tmp_path / "fresh", images=6)))
+    fresh = list(Trajectories(its.program, context(its, tmp_path / "fresh", images=6)))
     assert all(torch.equal(a.samples, b.samples) for a, b in zip(resumed, fresh, strict=True))
 
 
 def test_other_data_other_trajectories(subject: Subjects, tmp_path: Path, calls: list[int]) -> None:
     its = subject("unet-sd")
-    list(trajectories(its.program, context(its, tmp_path)))
+    list(Trajectories(its.program, context(its, tmp_path)))
     other_weights = its.program
     other_weights.tensors["conv_in.bias"] = other_weights.tensors["conv_in.bias"] + 1
-    list(trajectories(other_weights, context(its, tmp_path)))
+    list(Trajectories(other_weights, context(its, tmp_path)))
     assert len(calls) == 2 * 8
     changed = context(its, tmp_path)
     assert changed.calibration is not None
     changed.calibration.cond["encoder_hidden_states"].mul_(2)  # type: ignore[attr-defined]
-    list(trajectories(its.program, changed))
-    list(trajectories(its.program, context(its, tmp_path, guidance=3.0)))
+    list(Trajectories(its.program, changed))
+    list(Trajectories(its.program, context(its, tmp_path, guidance=3.0)))
     assert len(calls) == 4 * 8
     its.program.tensors["unused"] = torch.ones(1)
     added = its.program
     added.tensors["act.x.scale"] = torch.ones(4)  # what a pass stores changes no trajectory
-    list(trajectories(added, context(its, tmp_path)))
+    list(Trajectories(added, context(its, tmp_path)))
     assert len(calls) == 4 * 8
 
 
@@ -121,7 +123,7 @@ def test_the_trajectory_is_the_samplers(subject: Subjects, tmp_path: Path) -> No
         for t in scheduler.timesteps:
             seen.append(scheduler.scale_model_input(x, t))
             x = scheduler.step(its.model(seen[-1], t).sample, t, x).prev_sample
-        batch = next(iter(trajectories(its.program, ctx)))
+        batch = next(iter(Trajectories(its.program, ctx)))
         first_visits = [list(map(float, scheduler.timesteps)).index(t) for t in ctx.schedule.timesteps]
         want = torch.stack([seen[i] for i in first_visits])
         assert torch.allclose(batch.samples, want, rtol=1e-3, atol=1e-4)
@@ -133,7 +135,7 @@ def test_guidance_doubles_the_batch(subject: Subjects, tmp_path: Path, calls: li
     uncond = {k: torch.zeros_like(v) for k, v in data.cond.items()}
     ctx = context(its, tmp_path)
     ctx.calibration = Calibration(data.latents, data.cond, uncond, batch_size=2)
-    batches = list(trajectories(its.program, ctx))
+    batches = list(Trajectories(its.program, ctx))
     assert calls == [4] * 4 + [2] * 4
     assert torch.equal(batches[0].request["encoder_hidden_states"][2:], data.cond["encoder_hidden_states"][:2])
     assert not batches[0].request["encoder_hidden_states"][:2].any()
@@ -143,7 +145,7 @@ def test_shared_inputs(subject: Subjects, tmp_path: Path) -> None:
     its = subject("flux")
     data = calibration(its)
     assert set(data.shared) == {"img_ids", "txt_ids"}
-    batches = list(trajectories(its.program, context(its, tmp_path)))
+    batches = list(Trajectories(its.program, context(its, tmp_path)))
     assert torch.equal(batches[0].request["img_ids"], data.shared["img_ids"])
     times = [inputs["timestep"] for _, inputs in batches[0].calls(its.program)]
     assert {t.dtype for t in times} == {torch.float32}
@@ -260,7 +262,7 @@ def test_every_byte_of_the_weights_counts(subject: Subjects, tmp_path: Path, cal
     program = its.program
     large = max(program.tensors, key=lambda name: program.tensors[name].numel())
     for position in (0, 1, program.tensors[large].numel() - 2):
-        list(trajectories(program, context(its, tmp_path)))
+        list(Trajectories(program, context(its, tmp_path)))
         program.tensors[large] = program.tensors[large].clone()
         program.tensors[large].view(-1)[position] += 1
     assert len(calls) == 3 * 8
@@ -269,14 +271,14 @@ def test_every_byte_of_the_weights_counts(subject: Subjects, tmp_path: Path, cal
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
 def test_a_damaged_file_is_sampled_anew(subject: Subjects, tmp_path: Path, calls: list[int], damage: str) -> None:
     its = subject("unet2d")
-    before = list(trajectories(its.program, context(its, tmp_path)))
+    before = list(Trajectories(its.program, context(its, tmp_path)))
     first, second = sorted(tmp_path.iterdir())
     data = bytearray(first.read_bytes())
     data[-100] ^= 1
     other = {"truncated": data[:-9], "flipped": data, "empty": b"", "other": second.read_bytes()[:-1] + b"x"}
     first.write_bytes(other[damage])
     calls.clear()
-    after = list(trajectories(its.program, context(its, tmp_path)))
+    after = list(Trajectories(its.program, context(its, tmp_path)))
     assert len(calls) == 4
     assert all(torch.equal(a.samples, b.samples) for a, b in zip(before, after, strict=True))
 
@@ -287,7 +289,7 @@ def test_without_a_directory_they_lie_in_the_users_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     its = subject("unet2d")
     for _ in range(2):
-        list(trajectories(its.program, context(its, None)))
+        list(Trajectories(its.program, context(its, None)))
     assert len(calls) == 8
     directory = tmp_path / "tfqc" / "trajectories"
     assert len(list(directory.iterdir())) == 2
@@ -295,5 +297,5 @@ def test_without_a_directory_they_lie_in_the_users_cache(
     for file in directory.iterdir():
         os.utime(file, (0, 0))
     monkeypatch.setenv("TFQC_CACHE_DAYS", "1")
-    list(trajectories(its.program, context(its, None, guidance=3.0)))
+    list(Trajectories(its.program, context(its, None, guidance=3.0)))
     assert len(list(directory.iterdir())) == 2  # the first two have gone

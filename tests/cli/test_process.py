@@ -59,5 +59,6 @@ def test_ctrl_c_during_calibration_keeps_what_was_finished(tmp_path: Path) -> No
     again = start("compile", TINY, *MANY, "--out", out)
     printed, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
-    assert f"sampling calibration images in full precision: {STEPS * (BATCHES - len(kept))} in" in said
+    assert f"found {len(kept)} of {BATCHES} batches of calibration trajectories" in said
+    assert f"sampling calibration images in full precision: {STEPS * BATCHES} in" in said
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler
 
 from tests.subjects import Subject, Subjects, assert_text_round_trip, calibration
 from tfqc.analysis.weighted import weighted_nodes
-from tfqc.calibration.trajectories import trajectories
+from tfqc.calibration.trajectories import Trajectories
+from tfqc.calibration.watch import Watch
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
@@ -40,7 +41,7 @@ def observed(program: Program, ctx: Context) -> dict[str, list[torch.Tensor]]:
         rows[step] = torch.cat([rows[step], value.flatten()])
 
     run = Simulation(program, program.step, observe=observe)
-    for batch in trajectories(program, ctx):
+    for batch in Trajectories(program, ctx):
         for step, call in batch.calls(program):  # noqa: B007
             run.call(call)
     return seen
@@ -127,8 +128,8 @@ def test_same_twice_and_no_more_calls(subject: Subjects, tmp_path: Path, monkeyp
     """T network calls for each batch of images, for any number of passes; and the same result again."""
     its = subject("unet-sd")
     calls: list[int] = []
-    plain = Program.__call__
-    monkeypatch.setattr(Program, "__call__", lambda self, *a, **k: calls.append(1) or plain(self, *a, **k))
+    plain = Watch.__call__
+    monkeypatch.setattr(Watch, "__call__", lambda self, **k: calls.append(1) or plain(self, **k))
     text = ("calibrate-finite-set{scope=all},select-maintenance,calibrate-activations,calibrate-weights,"
             "calibrate-activations{mode=per-step}")  # fmt: skip
     results = []

@@ -10,7 +10,7 @@ import torch
 from tests.helpers import args_of, evaluate_nodes, find, first
 from tests.passes.test_calibrate_activations import context
 from tests.subjects import Subjects, assert_text_round_trip
-from tfqc.calibration.trajectories import trajectories
+from tfqc.calibration.trajectories import Trajectories
 from tfqc.errors import PipelineError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME
@@ -144,7 +144,7 @@ def test_close_to_the_model_at_eight_bits(subject: Subjects, tmp_path: Path) -> 
         its = subject(name)
         ctx = context(its, tmp_path)
         program = its.run(CALIBRATED.format(w="bits=8", a="bits=8 mode=per-step") + ",insert-qdq", ctx)
-        batch = next(iter(trajectories(its.program, ctx)))
+        batch = next(iter(Trajectories(its.program, ctx)))
         for _, call in batch.calls(its.program):
             want, got = its.reference(call), first(program(**call))
             assert 0 < float((want - got).norm() / want.norm()) < 0.05, name

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from tests.helpers import args_of, first
 from tests.subjects import Subjects, assert_text_round_trip, calibration
 from tfqc.analysis.weighted import weight_of, weighted_nodes
-from tfqc.calibration.moments import observe_moments
+from tfqc.calibration.observe import observe
+from tfqc.calibration.observers.moments import Moments
 from tfqc.calibration.simulate import Simulation
-from tfqc.calibration.trajectories import trajectories
+from tfqc.calibration.trajectories import Trajectories
 from tfqc.errors import CalibrationError, PipelineError, SpecError
 from tfqc.frontend import capture
 from tfqc.ir.render import render
@@ -71,7 +72,8 @@ def test_moments_are_those_of_the_unfolded_inputs(subject: Subjects, tmp_path: P
     nodes = [n for n in weighted_nodes(program) if n.name not in program.table(Tib)]
     strided = next(n for n in nodes if "conv2d" in str(n.target) and [2, 2] in args_of(n))
     linear = next(n for n in nodes if "linear" in str(n.target))
-    moments = observe_moments(program, [strided, linear], ctx, steps=2)
+    wishes = {n.name: (n.all_input_nodes[0].name, Moments.of(program, n, 2, looks=2)) for n in (strided, linear)}
+    moments = observe(program, wishes, ctx)
     for node in (strided, linear):
         weight = program.tensors[weight_of(node) or ""]
         squares: list[torch.Tensor] = []
@@ -85,7 +87,7 @@ def test_moments_are_those_of_the_unfolded_inputs(subject: Subjects, tmp_path: P
 
         run = Simulation(program, program.step, observe=keep)
         with torch.no_grad():
-            for batch in trajectories(program, ctx):
+            for batch in Trajectories(program, ctx):
                 for _, inputs in batch.calls(program):
                     run.call(inputs)
         flat = weight.flatten(1).double()

@@ -61,6 +61,16 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
             "TIAR: loss 1.235 with nearest rounding, 0.5 reconstructed",
         ),
     ),
+    "observed": (
+        (
+            {"values": 1, "steps": 1, "images": 1, "mebibytes": 0.6},
+            "observed 1 value over 1 step of 1 image in one run, at most 1 MiB of activations and statistics",
+        ),
+        (
+            {"values": 73, "steps": 50, "images": 16, "mebibytes": 210.2},
+            "observed 73 values over 50 steps of 16 images in one run, at most 210 MiB of activations and statistics",
+        ),
+    ),
     "not-reconstructed": (
         (
             {"nearest": 1.0, "reconstructed": 2e-9},

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfqc.errors import CalibrationError
-from tfqc.quant.gptq import gptq
-from tfqc.quant.grid import Grid, quantize_weight
+from tfqc.quant.gptq import DAMPING, gptq
+from tfqc.quant.grid import Grid, dequantize, expand_groups, quantize, quantize_weight
 
 
 def layer(seed: int, outputs: int = 12, inputs: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,3 +62,22 @@ def test_nan_is_refused() -> None:
     weight, x = layer(5)
     with pytest.raises(CalibrationError, match="no finite second moments"):
         gptq(weight, x.T @ x * float("nan"), quantize_weight(weight, Grid(4, symmetric=True)))
+
+
+@pytest.mark.parametrize(("symmetric", "group", "inputs"), [(True, None, 40), (False, 16, 150), (True, 7, 300)])
+def test_it_is_what_the_paper_does(symmetric: bool, group: int | None, inputs: int) -> None:
+    """Column by column with the Cholesky factor of the inverse, in its own words."""
+    weight, x = layer(7, inputs=inputs)
+    h = (x.T @ x / len(x)).double()
+    nearest = quantize_weight(weight, Grid(4, symmetric), "mse", group)
+    scale, zero_point = (expand_groups(p, weight.shape, group) for p in (nearest.scale, nearest.zero_point))
+    damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h))
+    order = damped.diagonal().argsort(descending=True)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    rest, codes = weight.double(), torch.zeros(weight.shape, dtype=torch.int32)
+    for k, column in enumerate(order):
+        codes[:, column] = quantize(rest[:, column], scale[:, column], zero_point[:, column], nearest.grid)
+        rounded = dequantize(codes[:, column], scale[:, column], zero_point[:, column])
+        error = (rest[:, column] - rounded) / upper[k, k]
+        rest[:, order[k:]] -= error[:, None] * upper[k, k:]
+    assert torch.equal(gptq(weight, h, nearest).codes(), codes)

@@ -1,6 +1,6 @@
 """Full-precision trajectories of the calibration images: what the network is called with at every step.
 
-Each image is sampled once: T network calls, whatever the number of passes that read the data. Trajectories are kept on
+Each image is sampled once: T network calls, whatever the number of passes that observe them. Trajectories are kept on
 disk, a batch at a time, so memory does not grow with the number of images and an interrupted run goes on where it
 stopped.
 """
@@ -52,91 +52,114 @@ def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
     return t if not dtype.is_floating_point and bool((t != t.round()).any()) else t.to(dtype)
 
 
-def trajectories(program: Program, ctx: Context) -> Iterator[TrajectoryBatch]:
-    """Full-precision trajectories of the calibration images, batch by batch, sampled once and kept on disk: in the
-    context's working directory, or else in the user's cache.
+class Trajectories:
+    """The trajectories of the calibration images, batch by batch: in the context's working directory, or else in the
+    user's cache.
 
     Args:
         program: not quantized yet: it is what is sampled from.
 
+    Attributes:
+        key: identifies what is sampled: the model and its weights, the noise, the conditions, the schedule.
+        timesteps: of the schedule.
+        exact: whether the sampler calls the network with the very timesteps of the schedule.
+        calls: network calls that sampling a batch takes.
+
     Raises:
-        CalibrationError: no calibration data or schedule, or the model's output became NaN (at which step).
+        CalibrationError: no calibration data or schedule.
     """
-    calibration, schedule = ctx.calibration, ctx.schedule
-    if calibration is None or schedule is None:
-        raise CalibrationError("Trajectories need calibration data and a schedule.")
-    directory = ctx.workdir or private_directory("trajectories")
-    directory.mkdir(parents=True, exist_ok=True)
-    key = _key(program, calibration, schedule.to_json())
-    starts = range(0, len(calibration), calibration.batch_size)
-    paths = [directory / f"trajectory-{key}-{number:04d}.safetensors" for number in range(len(starts))]
-    missing = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
-    if missing:
-        steps = len(schedule.scheduler().timesteps)
-        ticks = ctx.progress.track(range(len(missing) * steps), "sampling calibration images in full precision")
-        next(ticks, None)
-        for start, path in missing:
-            _sample(program, ctx, start, path, lambda: next(ticks, None))
-        for _ in ticks:
-            pass
-        if ctx.workdir is None:
-            prune()
-    for start, path in zip(starts, paths, strict=True):
-        if (tensors := _read(path)) is None:
-            _sample(program, ctx, start, path, lambda: None)
-            tensors, _ = read_tensors(path, CalibrationError)
-        if ctx.workdir is None:
+
+    def __init__(self, program: Program, ctx: Context) -> None:
+        if ctx.calibration is None or ctx.schedule is None:
+            raise CalibrationError("Trajectories need calibration data and a schedule.")
+        self._program, self._calibration, self._schedule = program, ctx.calibration, ctx.schedule
+        self._cached = ctx.workdir is None  # others use it, too
+        self._directory = ctx.workdir or private_directory("trajectories")
+        self.key = _key(program, ctx.calibration, ctx.schedule.to_json())
+        self.timesteps = ctx.schedule.timesteps
+        visited = [float(t.float()) for t in self._schedule.scheduler().timesteps]  # as `sample` calls with them
+        self.calls, self.exact = len(visited), set(visited) >= set(self._schedule.timesteps)
+
+    def __len__(self) -> int:
+        return -(-len(self._calibration) // self._calibration.batch_size)
+
+    def __iter__(self) -> Iterator[TrajectoryBatch]:
+        """One after another; what is not there yet is sampled."""
+        for number in range(len(self)):
+            yield self.read(number) or self.sample(number)
+
+    def path(self, number: int) -> Path:
+        """Where a batch is kept."""
+        return self._directory / f"trajectory-{self.key}-{number:04d}.safetensors"
+
+    def read(self, number: int) -> TrajectoryBatch | None:
+        """A batch as it was written; None if it is not there, or broken."""
+        path = self.path(number)
+        try:
+            tensors, metadata = read_tensors(path, CalibrationError)
+        except CalibrationError:
+            return None
+        if metadata != {"sha256": tensors_hash(tensors.items())}:
+            return None
+        if self._cached:
             used_now(path)
         samples = tensors.pop("samples")
-        yield TrajectoryBatch(schedule.timesteps, samples, tensors)
+        return TrajectoryBatch(self._schedule.timesteps, samples, tensors)
 
+    def sample(
+        self, number: int, network: Callable[..., Any] | None = None, before: Callable[[int | None], Any] | None = None
+    ) -> TrajectoryBatch:
+        """Sample a batch and keep it.
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """A batch as it was written; None if the file is broken."""
-    path.stat()  # one that has gone since is an error of whoever removed it
-    try:
-        tensors, metadata = read_tensors(path, CalibrationError)
-    except CalibrationError:
-        return None
-    return tensors if metadata == {"sha256": _hash(tensors.items())} else None
+        Args:
+            network: called like the captured model; the program by default.
+            before: told before each network call which position of the schedule it is, None where it is none of them or
+                was called with before.
 
+        Raises:
+            CalibrationError: the model's output became NaN (at which step).
+        """
+        program, calibration, schedule = self._program, self._calibration, self._schedule
+        rows = slice(number * calibration.batch_size, (number + 1) * calibration.batch_size)
+        position = {t: step for step, t in enumerate(schedule.timesteps)}
+        seen: dict[float, Tensor] = {}
+        wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
+        request: dict[str, Tensor] = {}
 
-def _sample(program: Program, ctx: Context, start: int, path: Path, tick: Callable[[], Any]) -> None:
-    calibration, schedule = ctx.calibration, ctx.schedule
-    assert calibration is not None and schedule is not None
-    rows = slice(start, start + calibration.batch_size)
-    seen: dict[float, Tensor] = {}
-    wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
-    request: dict[str, Tensor] = {}
+        def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
+            if before is not None:
+                before(None if float(t) in seen else position.get(float(t)))
+            conditions |= calibration.shared
+            if lacking := [n for n in wanted if n not in conditions]:
+                raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
+            request.update({item.name: conditions[k] for k, item in wanted.items()})
+            seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
+            given = {item.path: conditions[k] for k, item in wanted.items()}
+            noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
+            result = (network or program)(**nested({noisy: x, time: t, **given}))
+            output = result[0] if isinstance(result, tuple) else result
+            if not bool(torch.isfinite(output).all()):
+                raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {float(t):g}.")
+            return output
 
-    def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
-        tick()
-        conditions |= calibration.shared
-        if lacking := [n for n in wanted if n not in conditions]:
-            raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
-        request.update({item.name: conditions[k] for k, item in wanted.items()})
-        seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
-        given = {item.path: conditions[k] for k, item in wanted.items()}
-        noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
-        result = program(**nested({noisy: x, time: t, **given}))
-        output = result[0] if isinstance(result, tuple) else result
-        if not bool(torch.isfinite(output).all()):
-            raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {float(t):g}.")
-        return output
-
-    sample(
-        denoiser,
-        schedule.scheduler(),
-        steps=schedule.sampler["_steps"],
-        latents=calibration.latents[rows],
-        cond={k: v[rows] for k, v in calibration.cond.items()},
-        uncond={k: v[rows] for k, v in calibration.uncond.items()} if calibration.uncond is not None else None,
-        guidance=calibration.guidance,
-        batch_size=calibration.batch_size,
-    )
-    visited = sorted(seen)
-    tensors = {"samples": torch.stack([seen[nearest(t, visited)] for t in schedule.timesteps]), **request}
-    write_tensors(path, tensors, {"sha256": _hash(tensors.items())})
+        sample(
+            denoiser,
+            schedule.scheduler(),
+            steps=schedule.sampler["_steps"],
+            latents=calibration.latents[rows],
+            cond={k: v[rows] for k, v in calibration.cond.items()},
+            uncond={k: v[rows] for k, v in calibration.uncond.items()} if calibration.uncond is not None else None,
+            guidance=calibration.guidance,
+            batch_size=calibration.batch_size,
+        )
+        visited = sorted(seen)
+        samples = torch.stack([seen[nearest(t, visited)] for t in schedule.timesteps])
+        tensors = {"samples": samples, **request}
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.path(number), tensors, {"sha256": tensors_hash(tensors.items())})
+        if self._cached and number == len(self) - 1:
+            prune()
+        return TrajectoryBatch(schedule.timesteps, samples, request)
 
 
 def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -162,11 +185,11 @@ def _key(program: Program, calibration: Calibration, schedule: str) -> str:
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
     weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
-    digest.update(_hash([("latents", calibration.latents), *own, *weights]).encode())
+    digest.update(tensors_hash([("latents", calibration.latents), *own, *weights]).encode())
     return digest.hexdigest()[:32]
 
 
-def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Of every byte, with names, dtypes and shapes, in the order of names: SHA-256, several tensors at once."""
     items = sorted(tensors, key=lambda item: item[0])
     digest = hashlib.sha256()

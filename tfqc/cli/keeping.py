@@ -9,9 +9,10 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PART = r"\.trajectory-[0-9a-f]+-\d+\.safetensors\.part\d+-[0-9a-f]{8}"
 _TRAJECTORY = r"trajectory-[0-9a-f]+-\d+\.safetensors"
-_OURS = rf"{_TRAJECTORY}|{_PART}"
+_WHOLE = rf"{_TRAJECTORY}|observed-[0-9a-f]+-[0-9a-f]+\.safetensors"
+_PART = rf"\.({_WHOLE})\.part\d+-[0-9a-f]{{8}}"
+_OURS = rf"{_WHOLE}|{_PART}"
 
 
 def beside(output: Path, suffix: str) -> Path:
@@ -23,7 +24,7 @@ def beside(output: Path, suffix: str) -> Path:
 
 @contextmanager
 def kept_work(directory: Path) -> Generator[Path]:
-    """Calibration trajectories live here; an exception gets a note that says what was kept.
+    """Calibration trajectories and what is observed on them live here; an exception gets a note of what was kept.
 
     Commands of the same output share it: the last of them to end removes it.
 

@@ -6,6 +6,7 @@ from collections.abc import Generator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tfqc.errors import PassError
 from tfqc.passing.remarks import Number, Remark
@@ -22,6 +23,8 @@ class Context:
     that in sentences. `pass_name` and `pass_number` are of the pass that runs; the pipeline sets them.
     `rehearsal`: passes measure and train nothing; they write parameters of the right shapes, whose values mean nothing
     (`Pipeline.rehearse`).
+    `foreseen`, `observed`: what passes asked in the rehearsal to be observed, and what of it is there
+    (`tfqc.calibration.observe`). A rehearsal and its run share them.
     """
 
     schedule: SamplingSchedule | None = None
@@ -31,6 +34,8 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     remarks: list[Remark] = field(default_factory=list[Remark])
     rehearsal: bool = False
+    foreseen: dict[tuple[str, str, str], list[Any]] = field(default_factory=dict[tuple[str, str, str], list[Any]])
+    observed: dict[tuple[str, str, str], Any] = field(default_factory=dict[tuple[str, str, str], Any])
     pass_name: str = ""
     pass_number: int = 0
 

@@ -27,6 +27,8 @@ _TEMPLATES: dict[str, str] = {
     "features": "{features} temporal {features:|feature|features}: {compile_time} known at compile time, "
     "{per_request} per request",
     "maintenance": "maintenance: {*:* for # |feature|features}",
+    "observed": "observed {values} {values:|value|values} over {steps} {steps:|step|steps} of {images} "
+    "{images:|image|images} in one run, at most {mebibytes:.0f} MiB of activations and statistics",
     "split-off": "split off rank {rank}: {linears} {linears:|linear|linears}",
     "reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed",
     "not-reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed; "

@@ -195,11 +195,15 @@ class RangeStats:
     The sample is uniform over everything seen: each value draws a random key and the `capacity` smallest keys
     stay. A strided sample would be cheaper, but strides that meet channel counts see a few channels only.
     Equal pieces in equal order give an equal sample: the generator is seeded and private.
+
+    Attributes:
+        lo, hi: f32 scalars, inf and -inf before anything is seen.
+        values, keys: the sample, f32, and the keys that it was drawn with, f64, smallest first.
     """
 
     def __init__(self, capacity: int = 0, seed: int = 0) -> None:
         self.lo, self.hi = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-        self.values, self._keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
+        self.values, self.keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
         self.capacity = capacity
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -214,12 +218,22 @@ class RangeStats:
         self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
         if self.capacity:
             keys = torch.rand(flat.numel(), dtype=torch.float64, generator=self._generator)
-            if self._keys.numel() == self.capacity:  # full: only smaller keys can enter, soon very few
-                entering = (keys < self._keys.max()).nonzero().flatten()
+            if self.keys.numel() == self.capacity:  # full: only smaller keys can enter, soon very few
+                entering = (keys < self.keys.max()).nonzero().flatten()
                 flat, keys = flat[entering.to(flat.device)], keys[entering]
-            values, keys = torch.cat([self.values, flat.float().cpu()]), torch.cat([self._keys, keys])
-            self._keys, kept = keys.topk(min(self.capacity, keys.numel()), largest=False)
-            self.values = values[kept]
+            self._keep(flat.float().cpu(), keys)
+
+    def merge(self, other: "RangeStats") -> None:
+        """Takes in what another has seen; their seeds differ."""
+        self.lo, self.hi = torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi)
+        if self.capacity:
+            self._keep(other.values, other.keys)
+
+    def _keep(self, values: Tensor, keys: Tensor) -> None:
+        """The values with the smallest keys, in their order, of those there are and these."""
+        values, keys = torch.cat([self.values, values]), torch.cat([self.keys, keys])
+        self.keys, kept = keys.topk(min(self.capacity, keys.numel()), largest=False)
+        self.values = values[kept]
 
 
 def activation_range(stats: RangeStats, grid: Grid, method: RangeMethod = "min-max") -> tuple[Tensor, Tensor]:
@@ -240,16 +254,18 @@ def _search_ranges(rows: Tensor, lo: Tensor, hi: Tensor, grid: Grid) -> tuple[Te
     size = max(1, _SEARCH_CHUNK // rows.shape[1])
     for begin in range(0, rows.shape[0], size):
         part = slice(begin, begin + size)
-        x, low, high = rows[part], lo[part, None], hi[part, None]
+        x, low, high = rows[part].float(), lo[part, None], hi[part, None]
+        error = torch.empty_like(x)
         # Errors relative to the range: |error|^2.4 of small weights underflows, and all ranges look perfect.
         unit = torch.maximum(low.abs(), high.abs()).clamp(min=_MIN_SCALE).reciprocal()
         least = torch.full_like(lo[part], torch.inf)
         for step in range(SHRINK_STEPS):
             kept = 1 - step * SHRINK_STEP
             scale, zero_point = range_to_qparams(low * kept, high * kept, grid)
-            error = fake_quantize(x, scale, zero_point, grid).sub_(x).mul_(unit)
-            error = error.abs_().pow_(ERROR_POWER).sum(1)
-            better = error < least  # strictly: ties keep the wider range
-            least = torch.where(better, error, least)
+            # `fake_quantize`, bit for bit, in one buffer.
+            torch.mul(x, scale.reciprocal(), out=error).clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
+            total = error.round_().mul_(scale).sub_(x).mul_(unit).abs_().pow_(ERROR_POWER).sum(1)
+            better = total < least  # strictly: ties keep the wider range
+            least = torch.where(better, total, least)
             share[part] = torch.where(better, kept, share[part])
     return lo * share, hi * share

@@ -1,0 +1,1 @@
+"""What is kept of values while a model runs, and how parts of it become one."""

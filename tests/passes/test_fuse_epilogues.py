@@ -53,7 +53,7 @@ def test_gates_are_left_where_kernels_have_none() -> None:
     program = apply("fuse-epilogues{gates=false}", old)
     assert epilogue(program, "linear_8") == ("none", None, None)
     assert [str(n) for n in args_of(program.node("mul_4"))] == ["linear_8", "unsqueeze_3"]
-    assert [str(n) for n in args_of(program.node("add_5"))] == ["mul_4", "add_4"]
+    assert [str(n) for n in args_of(program.node("add_5"))] == ["mul_4", "add_4", "1"]
     assert all(epilogue(program, n.name)[1] is None for n in products(program))
     # All else is as it is with gates.
     gated = apply("fuse-epilogues", old)

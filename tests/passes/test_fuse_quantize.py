@@ -31,7 +31,8 @@ def test_codes_where_they_are_computed() -> None:
     codes += ["conv2d_2", "upsample_nearest2d", "scaled_dot_product_attention", "transpose_4", "flatten_1"]
     assert {stored(program, name) for name in codes} == {torch.uint8}
     for name in ("layer_norm", "add_5", "conv2d_2", "scaled_dot_product_attention"):
-        row, scale, zero, out = args_of(program.node(name))[-4:]
+        ending = program.node(name).kwargs
+        row, scale, zero, out = (ending[k] for k in ("row", "out_scale", "out_zero_point", "out"))
         assert (str(row), out) == ("row", "u8")
         assert str(scale.target) == str(zero.target).replace("zero_point", "scale")  # type: ignore[union-attr]
     assert args_of(program.node("add_5"))[-3].target == "act.reshape.scale"  # type: ignore[union-attr]
@@ -102,7 +103,7 @@ def test_rows_alone() -> None:
     old = before("fuse-quantize", its, "cuda-int4", W4, A4)
     program = apply("fuse-quantize{rows=true}", old)
     assert {stored(program, name) for name in ("conv2d", "conv2d_2", "mul")} == {torch.uint8}
-    assert args_of(program.node("mul"))[7] == "geglu" and args_of(program.node("mul"))[-1] == "u4"
+    assert program.node("mul").kwargs["act"] == "geglu" and program.node("mul").kwargs["out"] == "u4"
     left = [str(args_of(n)[0]) for n in find(program, "tfqc.map")]
     assert left == ["add", "conv2d_1", "conv2d_3", "transpose", "reshape"]
     round_trip(its, program)

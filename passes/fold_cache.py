@@ -35,7 +35,7 @@ class FoldCache(Pass):
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[str]] = frozenset({"tib", "maintenance"})
     provides: ClassVar[frozenset[str]] = frozenset({"rows", "schedule", "binding"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"tib", "quantizer", "rows", "disturbance", "trajectory"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"tib", "plan", "quantizer", "rows", "disturbance", "trajectory"})
     reaches: ClassVar[Stage] = Stage.FOLDED
     numerics: ClassVar[Numerics] = close(1e-5)
     data: ClassVar[frozenset[str]] = frozenset({"schedule"})

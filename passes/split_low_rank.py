@@ -28,7 +28,9 @@ class SplitLowRank(Pass):
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.CALIBRATED
     requires: ClassVar[frozenset[str]] = frozenset({"tib"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "disturbance", "maintenance", "trajectory"})
+    preserves: ClassVar[frozenset[str]] = frozenset(
+        {"binding", "tib", "plan", "disturbance", "maintenance", "trajectory"}
+    )
     numerics: ClassVar[Numerics] = close(1e-5)
 
     rank: int = 32

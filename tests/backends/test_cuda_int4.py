@@ -119,9 +119,8 @@ def test_pipelines_have_what_the_options_say() -> None:
     target = Target.parse("cuda-int4{mode=w4a8 group=128 rank=32}")
     text = target.backend.pipeline(target.options, "fold")
     assert text.index("split-low-rank{rank=32}") < text.index("reconstruct-weights")
-    for name in ("reconstruct-weights", "calibrate-weights"):  # groups for linears, channels for what is left
-        shared = "bits=4 method=mse edge-bits=8"
-        assert f"{name}{{{shared} group=128 scope=linear}},{name}{{{shared}}}" in text
+    options = "weights=4 activations=8 mode=per-step method=mse group=128 group-scope=linear edges=8"
+    assert f"plan-quantization{{{options}}}" in text  # groups for linears, channels for what is left
     plain = Target.parse("cuda-int4{mode=w4a16}")
     text = plain.backend.pipeline(plain.options, "fold")
     assert not any(word in text for word in ("group", "low-rank", "calibrate-activations"))

@@ -16,7 +16,8 @@ class Context:
 
     `report` collects lines that a pass wants the user to read (what was left in floating point, what was chosen).
     `rehearsal`: passes measure and train nothing; they write parameters of the right shapes, whose values mean nothing
-    (`Pipeline.rehearse`).
+    (`Pipeline.rehearse`). `plan` is a plan for quantization, as a person wrote it (`tfqc.quant.plan_text`): what it
+    says comes before what options say.
     """
 
     schedule: SamplingSchedule | None = None
@@ -26,3 +27,4 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     report: list[str] = field(default_factory=list[str])
     rehearsal: bool = False
+    plan: str = ""

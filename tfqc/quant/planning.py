@@ -25,6 +25,7 @@ from tfqc.passing.spec import changed_options
 from tfqc.quant.formats import FLOAT, QuantSpec, integer
 from tfqc.quant.parameters import has_rows
 from tfqc.quant.plan import planned, set_planned
+from tfqc.quant.plan_text import bind_plan
 
 Scope = Literal["all", "tib", "linear"]
 PLANNER = "plan-quantization"
@@ -111,10 +112,11 @@ def plan(
     skips may be planned by the next.
 
     Raises:
+        SpecError: a line of `ctx.plan` is not for this program.
         PassError: `skip` names nothing; or options of another pass have nothing to say, since `plan-quantization` has
             planned all that they choose.
     """
-    program.tables.setdefault(Plan.table, {})
+    start_plan(program, ctx)
     left = skipped(program, skip)
     chosen = [n for n in nodes if _in_scope(program, n, scope)]
     chosen = [n for n in chosen if item.name == PLANNER or n not in left]
@@ -134,6 +136,17 @@ def plan(
             reasons = ["tib" if scope == "tib" else "", f"edges={bits}" if bits != options.bits else "", why]
             spec = replace(found, by=item.name, why=", ".join(filter(None, reasons)))
         set_planned(program, node, options.operand, (spec,))
+
+
+def start_plan(program: Program, ctx: Context) -> None:
+    """Make the table `plan`, of what a person wrote, if it is not there.
+
+    Raises:
+        SpecError: a line that is not for this program.
+    """
+    if Plan.table not in program.tables:
+        steps = None if ctx.schedule is None else len(ctx.schedule)
+        program.set_table(Plan, bind_plan(program, ctx.plan, steps) if ctx.plan else {})
 
 
 def _in_scope(program: Program, node: fx.Node, scope: Scope) -> bool:

@@ -138,7 +138,7 @@ REFUSED = {
     "conv_in weight -> int8": "a weight has a scale for each channel or group, not per=tensor",
     "conv_in weight -> int8{per=channel smooth=s}": "no pass divides an operand by smoothing factors",
     "conv_in weight -> int8{per=channel channels=0,1},int4{per=channel channels=1,3}": "no pass splits an operand",
-    "conv_in input -> int8{steps=0,2 symmetric=false},int4{steps=2,4 symmetric=false}": "no pass quantizes an operand otherwise",
+    "conv_in input -> int8{steps=0,2 symmetric=false},int4{steps=2,4 symmetric=false}": "no pass quantizes an operand",
     "conv_in input -> int8": "say symmetric=false",
     "conv_in input -> int8{per=channel symmetric=false}": "an input has one scale, or one for each",
     "conv_in input -> int8{per=token symmetric=false}": "per=token is for linears",

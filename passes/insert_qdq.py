@@ -33,7 +33,9 @@ class InsertQdq(Pass):
     needs: ClassVar[Stage] = Stage.FOLDED
     below: ClassVar[Stage | None] = Stage.LOWERED
     requires: ClassVar[frozenset[str]] = frozenset({"quantizer"})
-    preserves: ClassVar[frozenset[str]] = frozenset({"binding", "tib", "rows", "schedule", "disturbance", "trajectory"})
+    preserves: ClassVar[frozenset[str]] = frozenset(
+        {"binding", "tib", "plan", "rows", "schedule", "disturbance", "trajectory"}
+    )
     reaches: ClassVar[Stage] = Stage.LOWERED
     numerics: ClassVar[Numerics] = LOSSY
 

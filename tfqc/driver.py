@@ -139,6 +139,7 @@ def compile(
         check_quantized(program)
     context.report += _refuse(backend, program, target, require_real) + left_in_floating_point(program)
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
+    program.tables.pop(Plan.table, None)  # it has been carried out
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact

@@ -6,18 +6,31 @@ import torch
 from torch import fx
 
 from tfqc.analysis.rewrite import keeps_batch, name_of
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType
+
+_WEIGHT = "int8{per=channel} or int4{per=channel}"
 
 
 def why_not_integer(program: Program, node: fx.Node) -> str:
     """Why a linear or convolution of @step cannot become a product of 8-bit codes; empty if it can."""
+    return on_integers(program, node).because
+
+
+def on_integers(program: Program, node: fx.Node) -> Support:
+    """Whether a linear or convolution of @step can be a product of 8-bit codes, or runs in floating point."""
     read, weight = node.args[:2]
     if name_of(weight) not in ("tfqc.dequantize_weight.default", "tfqc.dequantize_weight_int4.default"):
-        return "its weight is in floating point"
+        return Support(True, "its weight is in floating point", "weight", _WEIGHT)
     assert isinstance(weight, fx.Node) and isinstance(read, fx.Node)
     # What lies in the model comes first: an input that is left because of it reads as another reason later on.
-    return _of_shape(program, node) or _of_weight(program, weight) or _of_input(program, read)
+    if why := _of_shape(program, node):
+        return Support(True, why)
+    if why := _of_weight(program, weight):
+        return Support(True, why, "weight", _WEIGHT)
+    why = _of_input(program, read)
+    return Support(True, why, "input", "int8{symmetric=false}") if why else YES
 
 
 def _of_input(program: Program, read: fx.Node) -> str:

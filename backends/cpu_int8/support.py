@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from tfqc.analysis.rewrite import name_of, operands, stores
 from tfqc.analysis.weighted import WEIGHTED
-from tfqc.backends.cpu_int8.integer import why_not_attention, why_not_integer
+from tfqc.backends.cpu_int8.integer import on_integers, why_not_attention
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import Program
 
@@ -16,18 +19,23 @@ _ROWS = {"bias", "gate", "weight"}  # arguments of kernels that may be rows of t
 READS = {"tfqc.table_read.default", "tfqc.request_read.default"}
 
 
-def why_not_real(program: Program, node: fx.Node) -> str:
-    """Why an operation of @step that works on tensors runs in torch; empty if kernels run it, or nothing has to."""
+def support_of(program: Program, node: fx.Node) -> Support:
+    """Whether kernels run an operation of @step that works on tensors, or torch; `YES` also if nothing has to."""
+    found = _on_kernels(program, node)
+    return replace(found, because=f"runs in torch: {found.because}") if found.because else YES
+
+
+def _on_kernels(program: Program, node: fx.Node) -> Support:
     name = name_of(node)
     if is_kernel(program, node) or is_view(node) or is_row(node) or program.tensor_type(node) is None:
-        return ""
+        return YES
     if name in WEIGHTED:
-        return why_not_integer(program, node)
+        return on_integers(program, node)
     if name == "aten.scaled_dot_product_attention.default":
-        return why_not_attention(program, node)
+        return Support(True, why_not_attention(program, node))
     if name == "tfqc.unpack_tiles.default" or name.startswith("tfqc.dequantize_weight"):
-        return ""
-    return f"there is no kernel for {name}"
+        return YES
+    return Support(True, f"there is no kernel for {name}")
 
 
 def is_kernel(program: Program, node: fx.Node) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from tfqc.analysis.rewrite import keeps_batch, name_of
 from tfqc.analysis.weighted import WEIGHTED
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.program import Program
 from tfqc.ir.rows import RowSource
 from tfqc.lowering.windows import window_of
@@ -19,30 +21,44 @@ _OTHER_PRODUCTS = {
     "aten.conv_transpose3d.input", "aten.convolution.default", "aten.mm.default", "aten.einsum.default",
     "aten.baddbmm.default", "aten.conv2d.padding", "aten.conv1d.padding", "aten.conv3d.padding",
 }  # fmt: skip
+_WEIGHT, _INPUT = "int4{per=channel}", "int4 or int8"
 LONGEST = 65_536  # codes of a row of the input: s32 holds any sum of so many products
 
 
 def why_not_tensor_cores(program: Program, node: fx.Node) -> str:
     """Why kernels do not run a linear or convolution of @step whose weight is quantized; empty if they do."""
-    read, weight = (_before_casts(n) for n in node.args[:2])
-    if name_of(weight) != "tfqc.dequantize_weight_int4.default":
-        stored = name_of(weight) == "tfqc.dequantize_weight.default"
-        return "its weight has more than 4 bits" if stored else "its weight is in floating point"
-    assert isinstance(weight, fx.Node) and isinstance(read, fx.Node)
-    why = _of_shape(program, node, weight) or _of_weight(program, node, weight)
-    return why or _of_bias(program, node) or _of_input(program, node, read)
+    return _on_tensor_cores(program, node).because
 
 
-def why_not_real(program: Program, node: fx.Node) -> str:
-    """Why a product with a stored weight is computed by torch; empty for what is no such product.
+def support_of(program: Program, node: fx.Node) -> Support:
+    """Whether kernels run a product with a stored weight, or torch; `YES` for what is no such product.
 
     Kernels' own products have other names than those of ATen; a branch of low rank is to be a product in f16.
     """
     name = name_of(node)
     if name in WEIGHTED:
-        return why_not_tensor_cores(program, node)
-    stored = name in _OTHER_PRODUCTS and any(_is_stored(n) for n in node.all_input_nodes)
-    return f"there is no kernel for {name}" if stored else ""
+        found = _on_tensor_cores(program, node)
+    else:
+        stored = name in _OTHER_PRODUCTS and any(_is_stored(n) for n in node.all_input_nodes)
+        found = Support(True, f"there is no kernel for {name}" if stored else "")
+    return replace(found, because=f"runs in torch: {found.because}") if found.because else YES
+
+
+def _on_tensor_cores(program: Program, node: fx.Node) -> Support:
+    read, weight = (_before_casts(n) for n in node.args[:2])
+    if name_of(weight) != "tfqc.dequantize_weight_int4.default":
+        stored = name_of(weight) == "tfqc.dequantize_weight.default"
+        why = "its weight has more than 4 bits" if stored else "its weight is in floating point"
+        return Support(True, why, "weight", _WEIGHT)
+    assert isinstance(weight, fx.Node) and isinstance(read, fx.Node)
+    if why := _of_shape(program, node, weight):
+        return Support(True, why)
+    if why := _of_weight(program, node, weight):
+        return Support(True, why, "weight", _WEIGHT)
+    if why := _of_bias(program, node):
+        return Support(True, why)
+    why = _of_input(program, node, read)
+    return Support(True, why, "input", _INPUT) if why else YES
 
 
 def _is_stored(value: fx.Node) -> bool:

@@ -140,4 +140,7 @@ def test_what_torch_runs_says_why(subject: Subjects, tmp_path: Path) -> None:
     program, _ = compile_for(subject("unet2d"), "cuda-int4", "fold", tmp_path)
     said = [because for _, because in compromised(target.backend, program, target.options)]
     assert len(said) == 2  # the first and the last layer
-    assert set(said) == {"runs in torch: its weight has more than 4 bits"}
+    assert set(said) == {
+        "runs in torch: its weight has more than 4 bits (planned as int8{per=channel range=mse} for edges=8, kernels "
+        "take int4{per=channel}: say edges=none)"
+    }

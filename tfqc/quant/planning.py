@@ -138,6 +138,14 @@ def plan(
         set_planned(program, node, options.operand, (spec,))
 
 
+def undoing(why: str) -> str:
+    """The option that would plan an operand as the others, where the reason `why` is one; empty if there is none."""
+    for option, instead in (("edges=", "edges=none"), ("skip", "no skip"), ("group-scope=", "group=none")):
+        if any(reason.startswith(option) for reason in why.split(", ")):
+            return f"say {instead}"
+    return ""
+
+
 def start_plan(program: Program, ctx: Context) -> None:
     """Make the table `plan`, of what a person wrote, if it is not there.
 

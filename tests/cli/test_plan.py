@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,19 @@ def test_a_wrong_plan_is_refused_before_anything_is_sampled(text: str, said: str
     assert said in " ".join(done.err.split())
     assert "sampling" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reproducer_has_the_plan(tfqc: Tfqc, tmp_path: Path) -> None:
+    program, file = tmp_path / "tiny.ir", tmp_path / "tiny.plan"
+    spec = tiny()
+    save_program(library.capture(spec.model, spec.example_inputs, name="tiny"), program)
+    file.write_text("nowhere weight -> float")
+    given = ("opt", program, "-p", "normalize,discover-tib,plan-quantization", "--plan", file)
+    failed = tfqc(*given, "-o", tmp_path / "out.ir")
+    assert "Line 1 of the plan" in failed.err
+    (command,) = (tmp_path / "out.ir.reproducer" / "command.txt").read_text().splitlines()
+    again = tfqc(*shlex.split(command)[1:])
+    assert "Line 1 of the plan: tiny has no linear or convolution nowhere" in " ".join(again.err.split())
 
 
 def test_a_pipeline_without_a_plan(tfqc: Tfqc, tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ PLANNER = "plan-quantization"
 # Options of passes by which they plan; `plan-quantization` has them where it is there.
 _CHOOSING = {"bits", "method", "mode", "group", "symmetric", "edge-bits", "scope", "skip", "intervals"}
 
+# By the beginning of a reason that `plan` gives.
+_UNDOING = {
+    "edges=": "say edges=none",
+    "skip": "leave skip out",
+    "weights=none": "give weights bits",
+    "activations=none": "give activations bits",
+}
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -139,10 +147,11 @@ def plan(
 
 
 def undoing(why: str) -> str:
-    """The option that would plan an operand as the others, where the reason `why` is one; empty if there is none."""
-    for option, instead in (("edges=", "edges=none"), ("skip", "no skip"), ("group-scope=", "group=none")):
-        if any(reason.startswith(option) for reason in why.split(", ")):
-            return f"say {instead}"
+    """What would plan an operand as the others, where the reason `why` is an option; empty if it is none."""
+    for reason in why.split(", "):
+        for option, advice in _UNDOING.items():
+            if reason.startswith(option):
+                return advice
     return ""
 
 

@@ -176,10 +176,14 @@ class Bench:
     def _shared(self, setting: str, text: str) -> tuple[tfqc.Program, str]:
         """The program after the passes that all strategies of a setting have in common, and the rest of a pipeline.
 
-        GPTQ does not touch the TIB, so it may run first, and once.
+        GPTQ does not touch the TIB, so it may run first, and once for all that plan the same.
         """
         passes = [str(p) for p in Pipeline.parse(text).passes]
-        common = [p for p in passes if p.split("{")[0] in ("normalize", "discover-tib", "reconstruct-weights")]
+        common = [
+            p
+            for p in passes
+            if p.split("{")[0] in ("normalize", "discover-tib", "plan-quantization", "reconstruct-weights")
+        ]
         key = ",".join(common)
         if key not in self.programs:
             program = capture(self.spec.model, self.spec.example_inputs, name=self.spec.name)

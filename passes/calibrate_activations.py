@@ -6,38 +6,34 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
-from tfqc.analysis.binding import binding_times, edge_nodes
-from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import runs_quantized
 from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.ranges import Ranges
-from tfqc.ir.match import is_call
-from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Quantizer, RowSource, Tib
+from tfqc.ir.program import Program, Stage
+from tfqc.ir.rows import Plan, Quantizer, RowSource, Tib
 from tfqc.ir.tables import Fact
 from tfqc.ir.views import Conv
 from tfqc.passing import Context, Contract, Pass
-from tfqc.quant.grid import Grid
-from tfqc.quant.parameters import has_rows, quantizer_of, set_input_quantizer
+from tfqc.quant.parameters import quantizer_of, set_input_quantizer
+from tfqc.quant.plan import fillable
+from tfqc.quant.planning import Inputs, plan
 
 
 @dataclass(frozen=True)
 class CalibrateActivations(Pass):
     """Quantize the inputs of linears and convolutions: static, one row for each step, or dynamic for each token.
 
-    Options: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
+    An input that another pass has calibrated already keeps its parameters. Options plan the inputs that nothing is
+    planned for: bits; mode; method of the range search; intervals (per step: how many rows the schedule shares, 0 = one
     for each step); edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only inside
-    the temporal information block); skip (modules left in floating point, as `tfqc.analysis.skipping` reads them). Per
-    token is for linears; convolutions have a row for each step there. An input that another pass has calibrated already
-    keeps its parameters.
+    the temporal information block); skip (modules left to other passes, as `tfqc.analysis.skipping` reads them). Per
+    token is for linears; convolutions have a row for each step there.
     """
 
     name: ClassVar[str] = "calibrate-activations"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource, Plan})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
@@ -66,33 +62,27 @@ class CalibrateActivations(Pass):
         return frozenset() if dynamic else super().draws_on(program)
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Add scales and zero points to the tensors, rows to `quantizer`, and to `rows` for per-step ones."""
+        """Add scales and zero points to the tensors, rows to `quantizer`, `plan`, and to `rows` for per-step ones."""
         rows = program.tables.setdefault(Quantizer.table, {})
         program.tables.setdefault(RowSource.table, {})
-        roles = binding_times(program)
-        left = skipped(program, self.skip)
-        wanted = [
-            node
-            for node in runs_quantized(program)
-            if not quantizer_of(program, node).input_bits
-            and (self.scope == "all" or node.name in program.table(Tib))
-            and node not in left
-        ]
-        dynamic = [n for n in wanted if self.mode == "per-token" and is_call(n, torch.ops.aten.linear.default)]
-        for node in dynamic:
-            row = quantizer_of(program, node)
-            rows[node.name] = dataclasses.replace(row, input_bits=self.bits, input_how="per-token")
-        static = [n for n in wanted if n not in dynamic]
-        edges = edge_nodes(program) if self.edge_bits is not None else []
-        observer = Ranges.for_method(self.method, len(ctx.need_schedule()))
+        nodes = [n for n in runs_quantized(program) if not quantizer_of(program, n).input_bits]
+        options = Inputs(self.bits, self.method, self.mode, self.intervals, self.edge_bits)
+        plan(program, ctx, self, options, nodes, scope=self.scope, skip=self.skip)
+        found = {n: spec for n in nodes if (spec := fillable(program, n, "input", self.name)) is not None}
+        for node, spec in found.items():
+            if spec.per == "token":
+                row = quantizer_of(program, node)
+                rows[node.name] = dataclasses.replace(row, input_bits=spec.format.bits, input_how="per-token")
+        static = [n for n, spec in found.items() if spec.per != "token"]
+        if not static:
+            return
+        searched = any(found[n].method == "mse" for n in static)
+        observer = Ranges.for_method("mse" if searched else "min-max", len(ctx.need_schedule()))
         ranges = observe(program, {v: (v, observer) for v in (n.all_input_nodes[0].name for n in static)}, ctx)
         for node in static:
-            value = node.all_input_nodes[0]
-            # What waits for nothing but the request runs once per image, where there are no steps.
-            waits = bool(roles[node.name] & {Role.SAMPLE, Role.TIME})
-            per_step = self.mode != "static" and waits and has_rows(program, value)
-            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
-            grid = Grid(bits, symmetric=False)
-            scale, zero_point = ranges[value.name].qparams(grid, self.method, per_step, self.intervals)
-            how = f"{'per-step' if per_step else 'static'} {self.method}"
-            set_input_quantizer(program, node, bits, scale, zero_point, how)
+            spec = found[node]
+            parameters = ranges[node.all_input_nodes[0].name].qparams(
+                spec.grid, spec.method, spec.per == "step", spec.intervals
+            )
+            how = f"{'per-step' if spec.per == 'step' else 'static'} {spec.range}"
+            set_input_quantizer(program, node, spec.format.bits, *parameters, how)

@@ -8,32 +8,34 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tfqc.analysis.binding import edge_nodes
-from tfqc.analysis.skipping import skipped
-from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
+from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Quantizer, Tib
+from tfqc.ir.rows import Plan, Quantizer, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
-from tfqc.quant.grid import Grid, QuantizedWeight, quantize_weight, without_values
+from tfqc.quant.formats import QuantSpec
+from tfqc.quant.grid import QuantizedWeight, quantize_weight, without_values
 from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
+from tfqc.quant.plan import fillable
+from tfqc.quant.planning import Weights, plan
 
 
 @dataclass(frozen=True)
 class CalibrateWeights(Pass):
     """Quantize weights per output channel or per group, with min-max or MSE ranges.
 
-    Options: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric;
-    edge-bits (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal
-    information block; `linear`: only linears and convolutions of 1 x 1); skip (modules left in floating point, as
-    `tfqc.analysis.skipping` reads them). A weight that another pass has quantized already keeps its codes.
+    A weight that another pass has quantized already keeps its codes. Options plan the weights that nothing is planned
+    for: bits; method of the range search; group (columns that share a scale, none = per channel); symmetric; edge-bits
+    (for the model's first and last layer; none = as the others); scope (`tib`: only inside the temporal information
+    block; `linear`: only linears and convolutions of 1 x 1); skip (modules left to other passes, as
+    `tfqc.analysis.skipping` reads them).
     """
 
     name: ClassVar[str] = "calibrate-weights"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, Plan})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
 
     bits: int = 8
@@ -56,27 +58,21 @@ class CalibrateWeights(Pass):
         return replace(super().contract(), requires=frozenset({Tib} if self.scope == "tib" else ()))
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
+        """Add codes, scales and zero points to the tensors, and rows to `quantizer` and `plan`."""
         program.tables.setdefault(Quantizer.table, {})
-        tib = program.table(Tib)
-        nodes = [n for n in runs_quantized(program) if self.scope != "tib" or n.name in tib]
-        nodes = [n for n in nodes if self.scope != "linear" or is_linear(program, n)]
-        edges = edge_nodes(program) if self.edge_bits is not None else []
-        left = skipped(program, self.skip)
+        nodes = [n for n in runs_quantized(program) if not quantizer_of(program, n).codes]
+        options = Weights(self.bits, self.method, self.group, symmetric=self.symmetric, edges=self.edge_bits)
+        plan(program, ctx, self, options, nodes, scope=self.scope, skip=self.skip)
         for node in ctx.progress.track(nodes, "quantizing weights", len(nodes)):
-            if quantizer_of(program, node).codes or node in left:
-                continue
-            weight = weight_of(node)
-            assert weight is not None
-            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
-            quantized = self._quantize(program.tensors[weight], bits, f"@{weight} of {program.at(node)}")
-            how = self.method + (f" group {self.group}" if self.group else "")
-            set_weight_quantizer(program, node, weight, quantized, how + ("" if self.symmetric else " asymmetric"))
+            spec, weight = fillable(program, node, "weight", self.name), weight_of(node)
+            if spec is not None and weight is not None:
+                quantized = _quantize(program.tensors[weight], spec, f"@{weight} of {program.at(node)}")
+                set_weight_quantizer(program, node, weight, quantized, spec.how)
 
-    def _quantize(self, weight: Tensor, bits: int, where: str) -> QuantizedWeight:
-        grid = Grid(bits, self.symmetric)
-        if weight.is_meta:
-            return without_values(weight, grid, self.group)
-        if not bool(torch.isfinite(weight).all()):
-            raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
-        return quantize_weight(weight, grid, self.method, self.group)
+
+def _quantize(weight: Tensor, spec: QuantSpec, where: str) -> QuantizedWeight:
+    if weight.is_meta:
+        return without_values(weight, spec.grid, spec.group or None)
+    if not bool(torch.isfinite(weight).all()):
+        raise CalibrationError(f"Weight {where} holds NaN or infinity: the model is broken there.")
+    return quantize_weight(weight, spec.grid, spec.method, spec.group or None)

@@ -9,13 +9,16 @@ import torch
 from torch import fx
 
 from tfqc.analysis.weighted import WEIGHTED, is_weighted
+from tfqc.errors import PassError
 from tfqc.ir.edit import Rewriter
 from tfqc.ir.match import is_call
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
-from tfqc.ir.rows import BindingTime, Quantizer, RowSource, Tib
+from tfqc.ir.rows import BindingTime, Plan, Quantizer, RowSource, Tib
 from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass
+from tfqc.quant.formats import specs_to_text
+from tfqc.quant.plan import planned
 from tfqc.runtime.packing import pack_int4
 
 aten, ours = torch.ops.aten, torch.ops.tfqc
@@ -47,6 +50,7 @@ class InsertQdq(Pass):
         """Rewrite @step and @begin."""
         row = next((n for n, s in program.table(RowSource).items() if s.kind == "row"), "")
         quantizers = program.table(Quantizer)
+        _check_filled(program, quantizers)
         left: dict[str, int] = {}
         packed: dict[str, str] = {}  # of codes that are packed: the name under which they are
         for function in [f for f in program.functions if f != TIME]:
@@ -66,6 +70,24 @@ class InsertQdq(Pass):
         program.prune()
         if left:
             ctx.remark("left-in-float", **left)
+
+
+def _check_filled(program: Program, quantizers: dict[str, Quantizer]) -> None:
+    """Refuse a program in which an operand is planned that no pass has found parameters for."""
+    for function in [f for f in program.functions if f != TIME]:
+        for node in program.nodes(function):
+            row = quantizers.get(node.name, Quantizer())
+            filled = {"weight": bool(row.codes), "input": bool(row.input_bits)}
+            plan = program.table(Plan).get(node.name)
+            for operand in plan.operands if plan is not None else ():
+                specs = planned(program, node, operand)
+                if any(spec.is_quantized for spec in specs) and not filled.get(operand, False):
+                    passes = {"weight": "calibrate-weights", "input": "calibrate-activations"}.get(operand, "")
+                    advice = f"put {passes} before insert-qdq" if passes else "no pass does, so plan it as float"
+                    raise PassError(
+                        f"The {operand} of {program.at(node)} is planned as {specs_to_text(specs)}, and no pass has "
+                        f"found its parameters: {advice}."
+                    )
 
 
 def _quantize_input(

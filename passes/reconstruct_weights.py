@@ -7,19 +7,19 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tfqc.analysis.binding import edge_nodes
-from tfqc.analysis.skipping import skipped
-from tfqc.analysis.weighted import is_linear, runs_quantized, weight_of
+from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.moments import Moments, has_moments
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Quantizer, Tib
+from tfqc.ir.rows import Plan, Quantizer, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 from tfqc.quant.gptq import gptq
-from tfqc.quant.grid import Grid, quantize_weight, without_values
+from tfqc.quant.grid import quantize_weight, without_values
 from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
+from tfqc.quant.plan import fillable
+from tfqc.quant.planning import Weights, plan
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class ReconstructWeights(Pass):
     """Round the weights outside the TIB by GPTQ on calibration data, with scales per channel or per group.
 
     The TIB has a reconstruction of its own (reconstruct-tib), so strategies differ in nothing but the TIB. Grouped
-    convolutions are left to calibrate-weights. Options: bits; method of the range search; group; edge-bits (for the
-    model's first and last layer; none = as the others); scope (`linear`: only linears and convolutions of 1 x 1);
-    steps of the schedule at which inputs are looked at; skip (modules left to other passes, as `tfqc.analysis.skipping`
-    reads them).
+    convolutions are left to calibrate-weights. Options: steps of the schedule at which inputs are looked at. Others
+    plan the weights that nothing is planned for: bits; method of the range search; group; edge-bits (for the model's
+    first and last layer; none = as the others); scope (`linear`: only linears and convolutions of 1 x 1); skip (modules
+    left to other passes, as `tfqc.analysis.skipping` reads them).
     """
 
     name: ClassVar[str] = "reconstruct-weights"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, Plan})
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
     bits: int = 4
@@ -58,30 +58,29 @@ class ReconstructWeights(Pass):
             raise ValueError(f"steps={self.steps}: at least 1")
 
     def run(self, program: Program, ctx: Context) -> None:
-        """Add codes, scales and zero points to the tensors, and rows to `quantizer`."""
+        """Add codes, scales and zero points to the tensors, and rows to `quantizer` and `plan`."""
         program.tables.setdefault(Quantizer.table, {})
-        left = skipped(program, self.skip)
         nodes = [
             n
             for n in runs_quantized(program)
             if n.name not in program.table(Tib) and has_moments(n) and not quantizer_of(program, n).codes
         ]
-        nodes = [n for n in nodes if n not in left]
-        nodes = [n for n in nodes if self.scope == "all" or is_linear(program, n)]
-        edges = edge_nodes(program) if self.edge_bits is not None else []
+        options = Weights(self.bits, self.method, self.group, edges=self.edge_bits)
+        plan(program, ctx, self, options, nodes, scope=self.scope, skip=self.skip)
+        specs = {n.name: spec for n in nodes if (spec := fillable(program, n, "weight", self.name)) is not None}
+        nodes = [n for n in nodes if n.name in specs]
         observers = {n: Moments.of(program, n, len(ctx.need_schedule()), self.steps) for n in nodes}
         moments = observe(program, {n.name: (n.all_input_nodes[0].name, o) for n, o in observers.items()}, ctx)
         for node in ctx.progress.track(nodes, "reconstructing weights (GPTQ)", len(nodes)):
             name = weight_of(node)
             assert name is not None
             weight = program.tensors[name]
-            bits = self.edge_bits if self.edge_bits is not None and node in edges else self.bits
-            grid = Grid(bits, symmetric=True)
-            how = f"gptq {self.method}" + (f" group {self.group}" if self.group else "")
+            spec = specs[node.name]
+            grid, group, how = spec.grid, spec.group or None, f"gptq {spec.how}"
             if ctx.rehearsal:
-                set_weight_quantizer(program, node, name, without_values(weight, grid, self.group), how)
+                set_weight_quantizer(program, node, name, without_values(weight, grid, group), how)
                 continue
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"Weight @{name} of {program.at(node)} holds NaN or infinity.")
-            nearest = quantize_weight(weight, grid, self.method, self.group)
+            nearest = quantize_weight(weight, grid, spec.method, group)
             set_weight_quantizer(program, node, name, gptq(weight, moments[node.name], nearest), how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import tfqc
+from tests.cli import factories
 from tests.helpers import first
 from tests.subjects import Subjects, calibration
 from tests.tiny import make_pass, tiny
@@ -279,6 +281,34 @@ def test_refused_before_the_calibration(target: str, monkeypatch: pytest.MonkeyP
         )
     wanted = "4 x aten.conv3d.default (blocks.0, blocks.1, ... 2 more): runs in torch: there is no kernel for"
     assert [note for note in caught.value.notes if note.startswith(wanted)]
+
+
+@pytest.mark.parametrize(
+    ("target", "plan", "said"),
+    [
+        ("cuda-int4", None, "for edges=8, kernels take int4{per=channel}: say edges=none"),
+        ("cuda-int4{edges=none}", "conv_in weight -> int4{per=group group=5}", "take 128, .*planned as int4{per=group"),
+        ("cuda-int4{edges=none}", "conv_in input -> int6{symmetric=false}", "kernels take int4 or int8"),
+        ("cuda-int4{edges=none}", "conv_in weight -> float", "planned as float, kernels take int4"),
+        ("cpu-int8", "conv_in weight -> int8{per=group group=5}", "kernels take int8{per=channel} or int4"),
+        ("cpu-int8", "conv_in weight -> int8{per=channel symmetric=false}", "points are not 0 .*take int8"),
+        ("cpu-int8", "conv_in input -> int4{symmetric=false}", "in 0..15 .*kernels take int8{symmetric=false}"),
+        ("cpu-int8", "conv_in input -> float{why=outliers}", "planned as float for outliers, kernels take int8"),
+    ],
+)  # fmt: skip
+def test_what_the_plan_says_is_refused_before_the_calibration(
+    target: str, plan: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each refusal says what the plan would have to say, and which option it comes from."""
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("tfqc.calibration.trajectories.sample", never)
+    model = factories.unet()
+    with pytest.raises(TfqcError, match=r"has no kernel for \d+ operations of small-unet") as caught:
+        driver.compile(model, target, steps=3, calibration=2, plan=plan, require_real=True)
+    assert any(re.search(said.replace("{", r"\{"), note) and "conv_in" in note for note in caught.value.notes)
 
 
 def test_a_pass_that_needs_values_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ from torch import Tensor
 from tfqc.codegen.recipes import STRATEGIES
 from tfqc.codegen.target import Target
 from tfqc.errors import CalibrationError, PipelineError, SpecError, TfqcError, suggest
+from tfqc.files.storage import read_text
 from tfqc.instruments import Instrument
+from tfqc.ir.rows import Plan
 from tfqc.passing.pipeline import Pipeline
+from tfqc.quant.plan_text import read_plan as check_plan
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
 
@@ -50,6 +53,27 @@ def read_pipeline(given: Any, target: Target, strategy: Any) -> Pipeline:
             f"pipeline={_shown(given)} is no pipeline: give text, such as 'normalize,discover-tib', or a Pipeline."
         )
     return Pipeline.parse(given)
+
+
+def read_plan(given: Any, pipeline: Pipeline) -> str:
+    """The text of a plan for quantization, from a file if a Path is given; empty for None.
+
+    Raises:
+        SpecError: it is no plan.
+        PipelineError: no pass of the pipeline plans anything.
+    """
+    if given is None:
+        return ""
+    if not isinstance(given, (str, Path)):
+        raise SpecError(
+            f"plan={_shown(given)} is no plan: give text, or the Path of a file, as `tfqc inspect` prints it."
+        )
+    text = given if isinstance(given, str) else read_text(given, SpecError)
+    if not check_plan(text):
+        raise SpecError("The plan has no line: leave it out, or say for a layer what its operands are quantized to.")
+    if not any(Plan in item.contract().provides for item in pipeline.passes):
+        raise PipelineError("No pass of the pipeline reads a plan: put plan-quantization behind discover-tib.")
+    return text
 
 
 def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:

@@ -13,7 +13,14 @@ import torch
 
 from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.analysis.weighted import WEIGHTED, check_weights
-from tfqc.arguments import check_calibration_argument, check_others, read_pipeline, read_schedule, read_target
+from tfqc.arguments import (
+    check_calibration_argument,
+    check_others,
+    read_pipeline,
+    read_plan,
+    read_schedule,
+    read_target,
+)
 from tfqc.codegen.artifact import Artifact, check_files
 from tfqc.codegen.backend import Backend
 from tfqc.codegen.known import find_backend
@@ -26,7 +33,7 @@ from tfqc.frontend.inputs import DynamicDims, inputs_of
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Quantizer
+from tfqc.ir.rows import Plan, Quantizer
 from tfqc.models.find import find_model, from_diffusers
 from tfqc.models.spec import ModelSpec
 from tfqc.passing.context import Context
@@ -50,6 +57,7 @@ def compile(
     calibration: Calibration | int | None = None,
     pipeline: str | Pipeline | None = None,
     strategy: str = "fold",
+    plan: str | Path | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     roles: Mapping[str, str] | None = None,
     dynamic: DynamicDims | None = None,
@@ -69,6 +77,8 @@ def compile(
         calibration: data, or a number of images to draw (16 by default).
         pipeline: your own, instead of the target's default for `strategy`.
         strategy: how temporal features are kept (`tfqc.codegen.recipes.STRATEGIES`).
+        plan: what is quantized to what, layer by layer: text as `tfqc inspect --plan` prints it, or the Path of a file;
+            what it does not speak of is planned by the pipeline's options.
         example_inputs, roles: for `capture`, where the model's class does not tell.
         dynamic: dimensions that may differ from call to call, beside the batch: `{"sample": {2: "H", 3: "W"}}`.
         seed: of the calibration images and of everything drawn.
@@ -88,6 +98,7 @@ def compile(
             "(--require-real) out, or take a target with kernels."
         )
     passes = read_pipeline(pipeline, target, strategy) + Pipeline(backend.legalize(target.options))
+    own_plan = read_plan(plan, passes)
     check_others(roles, example_inputs, dynamic, seed, workdir, instruments, progress)
     check_calibration_argument(calibration)
     own_schedule = read_schedule(schedule, steps)
@@ -100,6 +111,7 @@ def compile(
         seed=seed,
         workdir=None if workdir is None else Path(workdir),
         progress=progress or Silent(),
+        plan=own_plan,
     )
     context.remarks += backend.remarks(target.options)
     if spec is not None and spec.conditions_are_random and not isinstance(calibration, Calibration):
@@ -121,6 +133,8 @@ def compile(
             context.calibration = _calibration(replace(spec, shared=frozenset(shared)), calibration, seed)
     else:
         program = start.clone()
+        if own_plan:
+            program.tables.pop(Plan.table, None)
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()
@@ -132,6 +146,7 @@ def compile(
     for instrument in instruments:
         instrument.said(context.remarks)
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
+    program.tables.pop(Plan.table, None)  # it has been carried out
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact

@@ -17,6 +17,7 @@ OWNER = "tfqc"
 PASSES = {
     "normalize": "tfqc.passes.normalize:Normalize",
     "discover-tib": "tfqc.passes.discover_tib:DiscoverTib",
+    "plan-quantization": "tfqc.passes.plan_quantization:PlanQuantization",
     "measure-disturbance": "tfqc.passes.measure_disturbance:MeasureDisturbance",
     "select-maintenance": "tfqc.passes.select_maintenance:SelectMaintenance",
     "split-low-rank": "tfqc.passes.split_low_rank:SplitLowRank",

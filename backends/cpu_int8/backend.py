@@ -9,7 +9,7 @@ from torch import fx
 
 from tfqc.backends.cpu_int8.emit import emit
 from tfqc.backends.cpu_int8.legalize import legalize
-from tfqc.backends.cpu_int8.support import why_not_real
+from tfqc.backends.cpu_int8.support import support_of
 from tfqc.codegen.artifact import Artifact
 from tfqc.codegen.backend import Backend
 from tfqc.codegen.recipes import quantization_pipeline
@@ -49,10 +49,7 @@ class CpuInt8Backend(Backend):
 
     def supports(self, program: Program, node: fx.Node, options: CpuInt8Options) -> Support:
         """Everything runs; what runs in torch says why."""
-        if node.graph is not program.step:
-            return YES
-        reason = why_not_real(program, node)
-        return Support(True, f"runs in torch: {reason}") if reason else YES
+        return support_of(program, node) if node.graph is program.step else YES
 
     def pipeline(self, options: CpuInt8Options, strategy: str) -> str:
         """The recipe of a strategy with 8-bit activations."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType
 from tfqc.ir.views import Attention, Conv, Dequantize, Linear, Quantize, QuantizeDynamic, StoredWeight
@@ -12,14 +13,26 @@ from tfqc.lowering.values import keeps_batch
 
 aten, ours = torch.ops.aten, torch.ops.tfqc
 
+_WEIGHT = "int8{per=channel} or int4{per=channel}"
+
 
 def why_not_integer(program: Program, layer: Linear | Conv) -> str:
     """Why a linear or convolution of @step cannot become a product of 8-bit codes; empty if it can."""
+    return on_integers(program, layer).because
+
+
+def on_integers(program: Program, layer: Linear | Conv) -> Support:
+    """Whether a linear or convolution of @step can be a product of 8-bit codes, or runs in floating point."""
     stored = StoredWeight.of(layer.weight)
     if stored is None:
-        return "its weight is in floating point"
+        return Support(True, "its weight is in floating point", "weight", _WEIGHT)
     # What lies in the model comes first: an input that is left because of it reads as another reason later on.
-    return _of_shape(layer) or _of_weight(program, stored) or _of_input(program, layer.input)
+    if why := _of_shape(layer):
+        return Support(True, why)
+    if why := _of_weight(program, stored):
+        return Support(True, why, "weight", _WEIGHT)
+    why = _of_input(program, layer.input)
+    return Support(True, why, "input", "int8{symmetric=false}") if why else YES
 
 
 def _of_input(program: Program, read: fx.Node) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
-from tfqc.backends.cpu_int8.integer import why_not_attention, why_not_integer
+from tfqc.backends.cpu_int8.integer import on_integers, why_not_attention
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.match import is_call
 from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import Program
@@ -19,15 +22,20 @@ READS = (ours.table_read.default, ours.request_read.default)
 _WEIGHTS = (ours.unpack_tiles.default, ours.dequantize_weight.default, ours.dequantize_weight_int4.default)
 
 
-def why_not_real(program: Program, node: fx.Node) -> str:
-    """Why an operation of @step that works on tensors runs in torch; empty if kernels run it, or nothing has to."""
+def support_of(program: Program, node: fx.Node) -> Support:
+    """Whether kernels run an operation of @step that works on tensors, or torch; `YES` also if nothing has to."""
+    found = _on_kernels(program, node)
+    return replace(found, because=f"runs in torch: {found.because}") if found.because else YES
+
+
+def _on_kernels(program: Program, node: fx.Node) -> Support:
     if is_kernel(program, node) or is_view(node) or is_row(node) or program.tensor_type(node) is None:
-        return ""
+        return YES
     if layer := Linear.of(node) or Conv.of(node):
-        return why_not_integer(program, layer)
+        return on_integers(program, layer)
     if attention := Attention.of(node):
-        return why_not_attention(program, attention)
-    return "" if is_call(node, *_WEIGHTS) else f"there is no kernel for {op_name(node.target)}"
+        return Support(True, why_not_attention(program, attention))
+    return YES if is_call(node, *_WEIGHTS) else Support(True, f"there is no kernel for {op_name(node.target)}")
 
 
 def is_kernel(program: Program, node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch import fx
 from tfqc.backends.cuda_int4.emit import emit
 from tfqc.backends.cuda_int4.legalize import legalize
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Body, Mode, body_for
-from tfqc.backends.cuda_int4.tensor_cores import why_not_real
+from tfqc.backends.cuda_int4.tensor_cores import support_of
 from tfqc.codegen.artifact import Artifact
 from tfqc.codegen.backend import Backend
 from tfqc.codegen.recipes import quantization_pipeline
@@ -84,8 +84,7 @@ class CudaInt4Backend(Backend):
 
     def supports(self, program: Program, node: fx.Node, options: CudaInt4Options) -> Support:
         """Everything runs; products with stored weights that torch runs say why."""
-        reason = why_not_real(program, node) if node.graph is program.step else ""
-        return Support(True, f"runs in torch: {reason}") if reason else YES
+        return support_of(program, node) if node.graph is program.step else YES
 
     def pipeline(self, options: CudaInt4Options, strategy: str) -> str:
         """The recipe of a strategy at the mode's bits."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from tfqc.analysis.weighted import QUANTIZED, WEIGHTED
+from tfqc.codegen.support import YES, Support
 from tfqc.ir.match import is_call, is_stored
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
@@ -21,29 +23,41 @@ aten = torch.ops.aten
 # Products that hold a weight and have no kernel: what is no linear and no convolution of images or rows. A branch of
 # low rank is one in f16, and no lookup multiplies.
 _OTHERS = tuple(op for op in WEIGHTED if op not in (*QUANTIZED, aten.matmul.default, aten.embedding.default))
+_WEIGHT, _INPUT = "int4{per=channel}", "int4 or int8"
 LONGEST = 65_536  # codes of a row of the input: s32 holds any sum of so many products
 
 
 def why_not_tensor_cores(program: Program, layer: Linear | Conv) -> str:
     """Why kernels do not run a linear or convolution of @step whose weight is quantized; empty if they do."""
-    stored = StoredWeight.of(_before_casts(layer.weight))
-    if stored is None:
-        return "its weight is in floating point"
-    if not stored.is_int4:
-        return "its weight has more than 4 bits"
-    why = _of_shape(program, layer) or _of_weight(program, layer, stored)
-    return why or _of_bias(program, layer.bias) or _of_input(program, _before_casts(layer.input))
+    return _on_tensor_cores(program, layer).because
 
 
-def why_not_real(program: Program, node: fx.Node) -> str:
-    """Why a product with a stored weight is computed by torch; empty for what is no such product.
+def support_of(program: Program, node: fx.Node) -> Support:
+    """Whether kernels run a product with a stored weight, or torch; `YES` for what is no such product.
 
     Kernels' own products have other names than those of ATen; a branch of low rank is to be a product in f16.
     """
     if layer := Linear.of(node) or Conv.of(node):
-        return why_not_tensor_cores(program, layer)
-    stored = is_call(node, *_OTHERS) and any(_is_of_model(n) for n in node.all_input_nodes)
-    return f"there is no kernel for {op_name(node.target)}" if stored else ""
+        found = _on_tensor_cores(program, layer)
+    else:
+        stored = is_call(node, *_OTHERS) and any(_is_of_model(n) for n in node.all_input_nodes)
+        found = Support(True, f"there is no kernel for {op_name(node.target)}" if stored else "")
+    return replace(found, because=f"runs in torch: {found.because}") if found.because else YES
+
+
+def _on_tensor_cores(program: Program, layer: Linear | Conv) -> Support:
+    stored = StoredWeight.of(_before_casts(layer.weight))
+    if stored is None or not stored.is_int4:
+        why = "its weight has more than 4 bits" if stored else "its weight is in floating point"
+        return Support(True, why, "weight", _WEIGHT)
+    if why := _of_shape(program, layer):
+        return Support(True, why)
+    if why := _of_weight(program, layer, stored):
+        return Support(True, why, "weight", _WEIGHT)
+    if why := _of_bias(program, layer.bias):
+        return Support(True, why)
+    why = _of_input(program, _before_casts(layer.input))
+    return Support(True, why, "input", _INPUT) if why else YES
 
 
 def _is_of_model(value: fx.Node) -> bool:

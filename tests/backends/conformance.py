@@ -39,7 +39,7 @@ from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
 
 # Few iterations: these tests ask if a strategy runs, not how well it does.
-_QUICK = ("reconstruct-tib{bits=", "reconstruct-tib{iterations=5 bits=")
+_QUICK = ("reconstruct-tib", "reconstruct-tib{iterations=5}")
 
 
 class Conformance:

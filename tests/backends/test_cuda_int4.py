@@ -119,9 +119,8 @@ def test_pipelines_have_what_the_options_say() -> None:
     target = Target.parse("cuda-int4{mode=w4a8 group=128 rank=32}")
     text = target.backend.pipeline(target.options, "fold")
     assert text.index("split-low-rank{rank=32}") < text.index("reconstruct-weights")
-    for name in ("reconstruct-weights", "calibrate-weights"):  # groups for linears, channels for what is left
-        shared = "bits=4 method=mse edge-bits=8"
-        assert f"{name}{{{shared} group=128 scope=linear}},{name}{{{shared}}}" in text
+    options = "weights=4 activations=8 mode=per-step method=mse group=128 group-scope=linear edges=8"
+    assert f"plan-quantization{{{options}}}" in text  # groups for linears, channels for what is left
     plain = Target.parse("cuda-int4{mode=w4a16}")
     text = plain.backend.pipeline(plain.options, "fold")
     assert not any(word in text for word in ("group", "low-rank", "calibrate-activations"))
@@ -141,4 +140,7 @@ def test_what_torch_runs_says_why(subject: Subjects, tmp_path: Path) -> None:
     program, _ = compile_for(subject("unet2d"), "cuda-int4", "fold", tmp_path)
     said = [because for _, because in compromised(target.backend, program, target.options)]
     assert len(said) == 2  # the first and the last layer
-    assert set(said) == {"runs in torch: its weight has more than 4 bits"}
+    assert set(said) == {
+        "runs in torch: its weight has more than 4 bits (planned as int8{per=channel range=mse} for edges=8, kernels "
+        "take int4{per=channel}: say edges=none)"
+    }

@@ -71,9 +71,7 @@ TARGETS = (
 def recipe(target: str, strategy: str) -> Pipeline:
     """The whole of a target's pipeline, with little training."""
     parsed = Target.parse(target)
-    text = parsed.backend.pipeline(parsed.options, strategy).replace(
-        "reconstruct-tib{", "reconstruct-tib{iterations=2 "
-    )
+    text = parsed.backend.pipeline(parsed.options, strategy).replace("reconstruct-tib", "reconstruct-tib{iterations=2}")
     return Pipeline.parse(text) + Pipeline(parsed.backend.legalize(parsed.options))
 
 
@@ -91,6 +89,7 @@ def test_recipes(target: str, strategy: str) -> None:
 BEFORE = {
     "normalize": "", "discover-tib": "normalize", "measure-disturbance": "normalize,discover-tib",
     "select-maintenance": "normalize,discover-tib", "split-low-rank": "normalize,discover-tib",
+    "plan-quantization": "normalize,discover-tib",
     "calibrate-finite-set": "normalize,discover-tib", "reconstruct-tib": "normalize,discover-tib",
     "reconstruct-weights": "normalize,discover-tib",
     "calibrate-weights": "normalize,discover-tib,select-maintenance{strategy=tib}",
@@ -113,6 +112,12 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "budget": ("100000",),
     },
     "split-low-rank": {"rank": ("16", "128")},
+    "plan-quantization": {
+        "weights": ("2", "8", "none"), "activations": ("2", "8", "none"), "method": ("mse",), "edges": ("2", "8"),
+        "mode": ("static", "per-step", "per-token"), "activation-method": ("mse",), "symmetric": ("false",),
+        "group": ("1", "9999"), "group-scope": ("linear",), "intervals": ("1", "99"),
+        "scope": ("all", "tib", "linear"), "skip": ("conv_in", "*"),
+    },
     "calibrate-weights": {
         "bits": ("2", "8"), "method": ("mse",), "group": ("1", "9999"), "symmetric": ("false",),
         "edge-bits": ("2", "8"), "scope": ("all", "tib", "linear"), "skip": ("conv_in", "*"),
@@ -176,6 +181,11 @@ def test_what_auto_chooses_from(measured: str, granularity: str) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
+        ("plan-quantization{weights=9}", "weights=9 is out of range"),
+        ("plan-quantization{edges=1}", "edges=1 is out of range"),
+        ("plan-quantization{group=0}", "group=0: at least one column"),
+        ("plan-quantization{intervals=-1}", "negative"),
+        ("plan-quantization{activation-method=fsc}", "say mode=per-step"),
         ("calibrate-weights{edge-bits=0}", "bits=0 is out of range"),
         ("calibrate-weights{group=0}", "group=0: at least one column"),
         ("calibrate-activations{edge-bits=0}", "bits=0 is out of range"),

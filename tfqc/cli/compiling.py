@@ -25,6 +25,7 @@ def compile_model(
     strategy: Annotated[
         str, typer.Option(help="How temporal features are kept: tib (naive), fold, cache8, select, ...")
     ] = "fold",
+    plan: options.PlanFile = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler to compile for.")] = 50,
     schedule: options.ScheduleFile = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="Images to draw for calibration.")] = 16,
@@ -72,6 +73,7 @@ def compile_model(
             calibration=data,
             pipeline=text,
             strategy=strategy,
+            plan=plan,
             seed=seed,
             workdir=work,
             instruments=watchers,

@@ -17,10 +17,27 @@ if TYPE_CHECKING:
 
 @guarded
 def inspect(
-    what: Annotated[Path, typer.Argument(metavar="PROGRAM_OR_ARTIFACT", help="A .ir file, or a directory.")],
+    what: Annotated[
+        Path,
+        typer.Argument(metavar="PROGRAM_OR_ARTIFACT", help="A .ir file, or a directory; with --plan a model, too."),
+    ],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what is quantized to what, to edit and give back.")
+    ] = False,
+    target: Annotated[str, typer.Option(help="With --plan: what is compiled for.")] = "fake-quant",
+    strategy: Annotated[str, typer.Option(help="With --plan: how temporal features are kept.")] = "fold",
+    pipeline: Annotated[str | None, typer.Option(help="With --plan: your own passes, text or a file.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a program or an artifact holds; an artifact's files are checked against their hashes."""
+    """Show what a program or an artifact holds; an artifact's files are checked against their hashes.
+
+    With --plan it is the plan for quantization: that of a program, or what `tfqc compile` would plan for a model.
+    """
+    if plan:
+        from tfqc.cli.planning import plan_of
+
+        text = plan_of(str(what), target, strategy, pipeline)
+        return show({"plan": text}, text.rstrip("\n"), as_json)
     from tfqc.cli.subjects import is_artifact
     from tfqc.errors import TfqcError
     from tfqc.ir.store import load_program

@@ -21,6 +21,7 @@ def opt(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Where the result goes; stdout without it (IR alone).")
     ] = None,
+    plan: options.PlanFile = None,
     schedule: options.ScheduleFile = None,
     calibration: options.CalibrationFile = None,
     seed: options.Seed = 0,
@@ -34,8 +35,10 @@ def opt(
     from dataclasses import asdict
 
     import tfqc
+    from tfqc.arguments import read_plan
     from tfqc.cli.progress import StderrProgress
     from tfqc.ir import render
+    from tfqc.ir.rows import Plan
     from tfqc.ir.store import check_place, load_program, save_program
 
     if out is not None:
@@ -45,6 +48,7 @@ def opt(
         schedule=None if schedule is None else options.read_schedule(schedule),
         calibration=None if calibration is None else tfqc.Calibration.load(calibration),
         seed=seed,
+        plan=read_plan(plan, passes),
     )
     watchers, timing = options.instruments(
         verify=verify,
@@ -55,6 +59,8 @@ def opt(
         as_json=as_json,
     )
     loaded = load_program(program)
+    if plan is not None:
+        loaded.tables.pop(Plan.table, None)
     # Nothing is written beside a program that is only read: without -o, trajectories are kept in the user's cache.
     work = nullcontext() if out is None else kept_work(beside(out, "work"))
     with work as context.workdir, StderrProgress() as context.progress:

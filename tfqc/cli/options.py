@@ -31,6 +31,9 @@ Numerics = Annotated[
 ScheduleFile = Annotated[
     Path | None, typer.Option("--schedule", help="JSON: a list of timesteps, or {timesteps, sampler}.")
 ]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="What is quantized to what, as `tfqc inspect --plan` prints it.")
+]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calibration", help="Your own calibration data, as Calibration.save wrote them.")
 ]

@@ -27,7 +27,7 @@ def quantization_pipeline(
     Args:
         strategy: one of `STRATEGIES`.
         weights, activations: bits, None = left in floating point.
-        mode: of the activations, as `calibrate-activations` has it.
+        mode: of the activations, as `plan-quantization` has it.
         edges: bits of the first and the last layer, weights and activations, where that is more; None = as the others.
         group: columns of a weight that share a scale, None = per channel.
         group_scope: `linear` leaves weights of larger windows per channel.
@@ -40,13 +40,24 @@ def quantization_pipeline(
     """
     if strategy not in STRATEGIES:
         raise SpecError(f"There is no strategy {strategy!r}.{suggest(strategy, list(STRATEGIES))}")
-    keeps = {"tib+tiar+fsc"} if strategy == "select" else set(strategy.split("+"))
+    tuned = ("tib+tiar+fsc" if strategy == "select" else strategy).split("+")
     parts = ["normalize", "discover-tib"]
-    tuned = "+".join(keeps).split("+")
+    if weights or activations:
+        bits = f"weights={weights or 'none'} activations={activations or 'none'}"
+        method = "mse" if reconstruct else "min-max"
+        grouped = f" group={group} group-scope={group_scope}" if group else ""
+        if "tib" in tuned:
+            # TIAR searches ranges of channels. Per-step rows inside the block are what FSC is: without it, the block
+            # has one range for all steps.
+            weight = "method=mse" if "tiar" in tuned else f"method={method}{grouped}"
+            its = "mode=per-step activation-method=fsc" if "fsc" in tuned else f"mode={_still(mode)}"
+            parts.append(f"plan-quantization{{scope=tib {bits} {weight} {its}}}")
+        edge = f" edges={edges}" if edges is not None else ""
+        parts.append(f"plan-quantization{{{bits} mode={mode} method={method}{grouped}{edge}}}")
     if "fsc" in tuned and activations:
-        parts.append(f"calibrate-finite-set{{bits={activations}}}")
+        parts.append("calibrate-finite-set")
     if "tiar" in tuned and weights:
-        parts.append(f"reconstruct-tib{{bits={weights}}}")
+        parts.append("reconstruct-tib")
     parts.append(f"measure-disturbance{{weights={weights or 8} activations={activations or 8}}}")
     if strategy == "select":
         parts.append("select-maintenance{strategy=auto candidates=tib,cache4,cache8}")
@@ -55,21 +66,14 @@ def quantization_pipeline(
     if rank:
         parts.append(f"split-low-rank{{rank={rank}}}")
     if weights:
-        shared = f"bits={weights} method={'mse' if reconstruct else 'min-max'}{_edge(edges, weights)}"
-        grouped = f"{shared}{f' group={group}' if group else ''}"
-        ways = [f"{grouped} scope=linear", shared] if group and group_scope == "linear" else [grouped]
-        for name in ("reconstruct-weights", "calibrate-weights") if reconstruct else ("calibrate-weights",):
-            parts += [f"{name}{{{way}}}" for way in ways]
+        parts += ["reconstruct-weights", "calibrate-weights"] if reconstruct else ["calibrate-weights"]
     if activations:
-        if strategy.startswith("tib") and "fsc" not in tuned and mode == "per-step":
-            # Per-step rows inside the block are what FSC is: without it, the block has one range for all steps.
-            parts.append(f"calibrate-activations{{bits={activations} scope=tib}}")
-        parts.append(f"calibrate-activations{{bits={activations} mode={mode}{_edge(edges, activations)}}}")
+        parts.append("calibrate-activations")
     parts += [f"fold-cache{{policy={policy}}}", "hoist-request"]
     if weights or activations:
         parts.append("insert-qdq")
     return ",".join(parts)
 
 
-def _edge(edges: int | None, bits: int) -> str:
-    return f" edge-bits={edges}" if edges is not None and edges > bits else ""
+def _still(mode: str) -> str:
+    return "static" if mode == "per-step" else mode

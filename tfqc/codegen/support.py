@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import fx
@@ -11,17 +11,24 @@ from torch import fx
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing.remarks import Remark
+from tfqc.quant.formats import specs_to_text
+from tfqc.quant.plan import planned
+from tfqc.quant.planning import undoing
 
 
 @dataclass(frozen=True)
 class Support:
     """Whether a backend runs a node. Data and no exception, so all refusals can be listed.
 
-    `because` says why not; or, for a node that runs, why not as the target promises (in floating point, say).
+    `because` says why not; or, for a node that runs, why not as the target promises (in floating point, say). Where
+    that lies in how an operand is quantized, `operand` names it and `takes` is a spec that would do
+    (`tfqc.quant.formats`).
     """
 
     ok: bool
     because: str = ""
+    operand: str = ""
+    takes: str = ""
 
 
 YES = Support(True)
@@ -40,13 +47,14 @@ Answers = list[tuple[fx.Node, str]]
 
 def refused(backend: Claims, program: Program, options: Any) -> Answers:
     """The nodes that a backend does not run, and why."""
-    return [(node, support.because) for node, support in _answers(backend, program, options) if not support.ok]
+    answers = _answers(backend, program, options)
+    return [(node, _because(program, node, support)) for node, support in answers if not support.ok]
 
 
 def compromised(backend: Claims, program: Program, options: Any) -> Answers:
     """The nodes that a backend runs in another way than the target promises, and why."""
     answers = _answers(backend, program, options)
-    return [(node, support.because) for node, support in answers if support.ok and support.because]
+    return [(n, _because(program, n, support)) for n, support in answers if support.ok and support.because]
 
 
 def refusals(backend: Claims, program: Program, options: Any) -> list[str]:
@@ -74,6 +82,19 @@ def remarks_on(program: Program, answers: Answers, backend: str) -> list[Remark]
         shown = [*places][:2] + ([f"... {len(places) - 2} more"] if len(places) > 2 else [])
         found.append(Remark(backend, "another-way-each", first, {**facts, "places": ", ".join(shown)}))
     return found
+
+
+def _because(program: Program, node: fx.Node, support: Support) -> str:
+    """Why, and what of the plan would have to be another: `..; planned as int8 for edges=8 (edges=none: ..)`."""
+    if not support.operand:
+        return support.because
+    mends = [f"kernels take {support.takes}"]
+    said = ""
+    if specs := planned(program, node, support.operand):
+        said = f"planned as {specs_to_text(tuple(replace(spec, by='', why='') for spec in specs))}"
+        said += f" for {why}, " if (why := specs[0].why) else ", "
+        mends += [mend] if (mend := undoing(why)) else []
+    return f"{support.because} ({said}{': '.join(mends)})"
 
 
 def _place(program: Program, node: fx.Node) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tfqc.instruments.written import check, clear, remember, write
 from tfqc.ir.program import Program
+from tfqc.ir.rows import Plan
 from tfqc.ir.store import save_program
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
@@ -17,7 +18,7 @@ class Reproducer(Instrument):
     """Writes a directory for `tfqc opt` when a pass fails.
 
     `before.ir` and `before.safetensors` are the program before the pass, `pass.txt` is the pass, and
-    `command.txt` runs it; `schedule.json` and `calibration.safetensors` are there if there was such data.
+    `command.txt` runs it; `schedule.json`, `plan.txt` and `calibration.safetensors` are there if there was such data.
     `pipeline.txt` and `error.txt` tell what happened.
 
     Raises:
@@ -44,6 +45,9 @@ class Reproducer(Instrument):
         if ctx.schedule is not None:
             self._write("schedule.json", ctx.schedule.to_json())
             command += ["--schedule", self._at("schedule.json")]
+        if ctx.plan and Plan.table not in program.tables:
+            self._write("plan.txt", ctx.plan)
+            command += ["--plan", self._at("plan.txt")]
         if ctx.calibration is not None and "calibration" in item.contract().data:
             ctx.calibration.save(self.directory / "calibration.safetensors")
             remember(self.directory, "calibration.safetensors")

@@ -104,6 +104,19 @@ class Maintenance(Row):
 
 @row_kind
 @dataclass(frozen=True)
+class Plan(Row):
+    """What the operands of a node are to be quantized to, by the operand's name: `weight`, `input`.
+
+    Specs are text, as `tfqc.quant.formats` reads it. An operand that is not named is not planned yet.
+    """
+
+    table: ClassVar[str] = "plan"
+    durable: ClassVar[bool] = True
+    operands: Mapping[str, str]
+
+
+@row_kind
+@dataclass(frozen=True)
 class Quantizer(Row):
     """How one linear or convolution is quantized. Fields that name tensors are empty where nothing is quantized.
 

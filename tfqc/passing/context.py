@@ -25,6 +25,8 @@ class Context:
     (`Pipeline.rehearse`).
     `foreseen`, `observed`: what passes asked in the rehearsal to be observed, and what of it is there
     (`tfqc.calibration.observe`). A rehearsal and its run share them.
+    `plan` is a plan for quantization, as a person wrote it (`tfqc.quant.plan_text`): what it says comes before what
+    options say.
     """
 
     schedule: SamplingSchedule | None = None
@@ -34,6 +36,7 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     remarks: list[Remark] = field(default_factory=list[Remark])
     rehearsal: bool = False
+    plan: str = ""
     foreseen: dict[tuple[str, str, str], list[Any]] = field(default_factory=dict[tuple[str, str, str], list[Any]])
     observed: dict[tuple[str, str, str], Any] = field(default_factory=dict[tuple[str, str, str], Any])
     pass_name: str = ""

@@ -60,11 +60,11 @@ def parse_specs(text: str) -> list[Spec]:
     if len(text) > _LONGEST:
         raise SpecError(f"The text has {len(text)} characters: {_LONGEST} are as many as specs have.")
     if strange := _STRANGE.search(text):
-        raise _Reader(text, strange.start()).fail(f"text, not the character {strange[0]!r},")
-    return _specs_from_yaml(text) if _YAML.match(text) else _Reader(text).specs()
+        raise Reader(text, strange.start()).fail(f"text, not the character {strange[0]!r},")
+    return _specs_from_yaml(text) if _YAML.match(text) else Reader(text).specs()
 
 
-class _Reader:
+class Reader:
     """A place in the text, and what is read there."""
 
     def __init__(self, text: str, at: int = 0) -> None:

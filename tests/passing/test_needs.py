@@ -44,6 +44,8 @@ NEEDS: dict[str, tuple[str, str]] = {
     "reconstruct-tib": (COMPUTES, "tib"),
     "reconstruct-weights": (SAMPLES, "tib"),
     "reconstruct-weights{scope=linear steps=1}": (SAMPLES, "tib"),
+    "plan-quantization": ("", ""),
+    "plan-quantization{scope=tib}": ("", "tib"),
     "fold-cache": ("schedule", "maintenance tib"),
     "fold-cache{policy=nearest mode=table}": ("schedule", "maintenance tib"),
     "hoist-request": ("", ""),

@@ -33,22 +33,19 @@ def binding_times(program: Program, function: str = STEP) -> dict[str, Roles]:
     A value whose shape needs a symbol that only the sample has (its height, say) counts as dependent on the sample:
     without one it cannot be made. Parameters that a pass added depend on what their rows depend on.
     """
-    graph = program.functions[function]
-    flow = data_flow(graph)
-    roles: dict[str, set[Role]] = {name: set() for name in flow}
-    for name, role in _sources(program).items():
-        if name in flow:
-            roles[name].add(role)
-            for reached in nx.descendants(flow, name):
-                roles[reached].add(role)
-    available = symbols_without_sample(program)
-    for node in graph.nodes:  # topological, so one sweep carries the shape dependence on
-        if node.op != "call_function" or node.target in SHAPE_ONLY:
-            continue
-        needed = {s for n in node.all_input_nodes if _is_size(n) for s in symbols_of(program.types[n.name])} - available
-        if needed or any(Role.SAMPLE in roles[n.name] for n in node.all_input_nodes):
-            roles[node.name].add(Role.SAMPLE)
-    return {name: frozenset(found) for name, found in roles.items()}
+    sources, available = _sources(program), symbols_without_sample(program)
+    roles: dict[str, Roles] = {}
+    for node in program.functions[function].nodes:  # topological, so one sweep carries everything on
+        own = sources.get(node.name)
+        found: set[Role] = set() if own is None else {own}
+        if node.target not in SHAPE_ONLY:
+            read = node.all_input_nodes
+            found.update(*(roles[n.name] for n in read))
+            needed = {s for n in read if _is_size(n) for s in symbols_of(program.types[n.name])} - available
+            if needed and is_call(node):
+                found.add(Role.SAMPLE)
+        roles[node.name] = frozenset(found)
+    return roles
 
 
 def binding_table(program: Program) -> dict[str, BindingTime]:

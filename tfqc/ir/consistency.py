@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
@@ -26,8 +26,10 @@ def inconsistencies(program: ProgramData) -> Iterator[str]:
                 yield f"table {table}, row {name}: tensor @{missing[0]} does not exist."
     yield from _schedule(program)
     yield from _words(program)
+    parameters = {n.name for n in program.step.nodes if n.op == "placeholder"}
+    outputs = {name: _outputs(graph) for name, graph in program.functions.items()}
     for name, source in program.table(RowSource).items():
-        if reason := _source(program, name, source):
+        if reason := _source(program, name, source, parameters, outputs):
             yield f"table rows, row {name}: {reason}."
     for name, row in program.table(Memory).items():
         if row.buffer < 0 or not 0 <= row.first <= row.last:
@@ -66,7 +68,9 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _source(program: ProgramData, name: str, source: RowSource) -> str:
+def _source(
+    program: ProgramData, name: str, source: RowSource, parameters: set[str], outputs: Mapping[str, int]
+) -> str:
     """Why a row source cannot be; empty if it can."""
     if source.kind not in _KINDS:
         return f"its kind is {source.kind!r}: {', '.join(_KINDS)} are"
@@ -74,9 +78,9 @@ def _source(program: ProgramData, name: str, source: RowSource) -> str:
     if source.label and domains.get(source.label) is None:
         return f"{source.label!r} is no input of class labels whose number is declared"
     if source.kind in ("row", "begin", "time"):
-        if name not in {n.name for n in program.step.nodes if n.op == "placeholder"}:
+        if name not in parameters:
             return f"@{STEP} has no such parameter"
-        return "" if source.kind == "row" else _output(program, source)
+        return "" if source.kind == "row" else _output(source, outputs)
     if name not in program.tensors:
         return "there is no such tensor"
     schedule = program.table(Schedule).get("schedule")
@@ -94,13 +98,18 @@ def _source(program: ProgramData, name: str, source: RowSource) -> str:
         shape = tuple(program.tensors[part].shape)
         if shape[:1] != (rows,):
             return f"@{part} is {'x'.join(map(str, shape))}, and the schedule has {rows} rows"
-    return _output(program, source) if source.kind == "table" and source.output >= 0 else ""
+    return _output(source, outputs) if source.kind == "table" and source.output >= 0 else ""
 
 
-def _output(program: ProgramData, source: RowSource) -> str:
+def _output(source: RowSource, outputs: Mapping[str, int]) -> str:
     function = BEGIN if source.kind == "begin" else TIME
-    if function not in program.functions:
+    if function not in outputs:
         return "" if source.kind == "table" else f"there is no @{function} that it could come from"
-    output = next((n for n in program.functions[function].nodes if n.op == "output"), None)
-    count = len(output.args[0]) if isinstance(output, fx.Node) and isinstance(output.args[0], (list, tuple)) else 1
-    return "" if 0 <= source.output < count else f"@{function} has no output number {source.output}"
+    return "" if 0 <= source.output < outputs[function] else f"@{function} has no output number {source.output}"
+
+
+def _outputs(graph: fx.Graph) -> int:
+    """How many values a function returns."""
+    output = next((n for n in reversed(graph.nodes) if n.op == "output"), None)
+    several = isinstance(output, fx.Node) and isinstance(output.args[0], (list, tuple))
+    return len(output.args[0]) if several else 1  # type: ignore[union-attr, arg-type]

@@ -14,6 +14,7 @@ from tests.lowered import apply, before, example, parts, quantized, round_trip
 from tests.subjects import Subjects, of_example
 from tfqc.backends.cpu_int8.integer import why_not_attention
 from tfqc.errors import PipelineError, SpecError
+from tfqc.ir import views
 from tfqc.ir.render import render
 from tfqc.passing.pipeline import Pipeline
 
@@ -84,7 +85,7 @@ def test_left_to_torch(name: str) -> None:
     attend, reason = LEFT[name]
     old = quantized(of_example(f"attention-{name}", example(lambda: Attention(attend), 5, 16)))
     (node,) = find(old, "scaled_dot_product_attention")
-    assert why_not_attention(old, node) == reason
+    assert why_not_attention(old, views.Attention(node)) == reason
     assert render(apply("lower-attention", old)) == render(old)
 
 

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from tests.helpers import args_of, find, name_of
 from tests.lowered import A8, PER_TOKEN, STATIC, W8, apply, before, example, parts, quantized, round_trip
 from tests.subjects import of_example
-from tfqc.analysis.weighted import WEIGHTED
 from tfqc.backends.cpu_int8.integer import why_not_integer
 from tfqc.errors import PipelineError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
+from tfqc.ir.views import Conv, Linear
 from tfqc.runtime.packing import unpack_int4
 
 ENDING = ("none", None, None, None, None, None, "f32")
+NO_BRANCH = (None, None)  # of low rank
 
 
 def reasons(program: Program) -> set[str]:
-    return {why_not_integer(program, n) for n in program.nodes() if name_of(n) in WEIGHTED}
+    layers = (Linear.of(n) or Conv.of(n) for n in program.nodes())
+    return {why_not_integer(program, layer) for layer in layers if layer is not None}
 
 
 def test_every_product() -> None:
@@ -40,7 +42,7 @@ def test_every_product() -> None:
     assert args_of(program.node("conv2d_3"))[9] == 2
     assert args_of(program.node("conv2d_1"))[6] is program.node("add_6")  # a row of the schedule as bias
     linear = program.node("linear_5")
-    assert args_of(linear)[7:] == ENDING
+    assert args_of(linear)[7:] == (*ENDING, *NO_BRANCH)
     assert program.tensors[str(args_of(linear)[5].target)].shape == (64,)  # type: ignore[union-attr]
     round_trip(its, program)
 

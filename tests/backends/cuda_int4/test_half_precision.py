@@ -53,7 +53,7 @@ def test_between_kernels() -> None:
     for node in (n for n in program.nodes() if name_of(n) in ("tfqc.qlinear.default", "tfqc.qconv.default")):
         codes, scale, _, _, _, weight_scale, bias = (str(a) for a in args_of(node)[:7])
         assert [found[n] for n in (codes, scale, weight_scale, bias)] == [torch.uint8, *[torch.float32] * 3]
-        assert args_of(node)[-1] == ("u4" if node.name in ("mul_3", "gelu_1") else "f16")
+        assert node.kwargs["out"] == ("u4" if node.name in ("mul_3", "gelu_1") else "f16")
     assert found["add_6"] is torch.float32  # the bias of a step
     round_trip(its, program)
 

@@ -11,12 +11,12 @@ from tests.helpers import args_of, find, name_of
 from tests.lowered import W8, apply, before, example, parts, quantized, round_trip
 from tests.models import odd_names
 from tests.subjects import Subject, Subjects, of_example
-from tfqc.analysis.weighted import WEIGHTED
 from tfqc.backends.cuda_int4.tensor_cores import is_step_row, why_not_tensor_cores
 from tfqc.errors import PipelineError
 from tfqc.frontend import capture
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
+from tfqc.ir.views import Conv, Linear
 from tfqc.lowering.windows import window_of
 from tfqc.passing import Context
 from tfqc.passing.pipeline import Pipeline
@@ -28,11 +28,13 @@ A8 = "calibrate-activations{bits=8 mode=per-step}"
 STATIC = "calibrate-activations{bits=4 mode=static}"
 GROUPS = "it has groups or a dilation"  # of the one convolution of `Parts` that stays
 ENDING = ("none", None, None, None, None, None, "f32")
+NO_BRANCH = (None, None)  # of low rank
 
 
 def reasons(program: Program) -> set[str]:
     """Why linears and convolutions are left, without an empty one for those that are not."""
-    return {why_not_tensor_cores(program, n) for n in program.nodes() if name_of(n) in WEIGHTED} - {""}
+    layers = (Linear.of(n) or Conv.of(n) for n in program.nodes())
+    return {why_not_tensor_cores(program, layer) for layer in layers if layer is not None} - {""}
 
 
 def lowered(its: Subject, weights: str = W4, activations: str = A4) -> Program:
@@ -58,7 +60,7 @@ def test_every_product(activations: str, out: str) -> None:
     ]  # fmt: skip
     assert (stride, padding, groups) == (2, 1, 1) and args_of(conv)[10:] == ENDING
     linear = program.node("linear_5")
-    assert args_of(linear)[7:] == ENDING
+    assert args_of(linear)[7:] == (*ENDING, *NO_BRANCH)
     assert program.tensors[str(args_of(linear)[5].target)].shape == (64,)  # type: ignore[union-attr]
     image, pixels = program.node("conv2d"), program.node("conv2d_4")
     assert window_of(program, image) == (6, 6) and window_of(program, pixels) is None
@@ -99,7 +101,7 @@ def test_per_token(bits: int) -> None:
     program = lowered(its, activations=f"calibrate-activations{{mode=per-token bits={bits}}}")
     tokens = find(program, "tfqc.quantize_tokens")
     assert len(tokens) == 6 and not find(program, "quantize_dynamic")
-    assert {args_of(n)[1:] for n in tokens} == {() if bits == 8 else (4,)}
+    assert {args_of(n)[1:] for n in tokens} == {(bits,)}
     for node in find(program, "tfqc.qlinear"):
         source = args_of(args_of(node)[0])[0]  # type: ignore[union-attr]
         assert [(args_of(n)[0], args_of(n)[1]) for n in args_of(node)[:3]] == [(source, i) for i in range(3)]  # type: ignore[union-attr]

@@ -36,7 +36,12 @@ def follow(readme: str, directory: Path) -> list[tuple[str, str, str]]:
         for step in COMMAND.split(block)[1:]:
             command, _, wanted = step.partition("\n")
             done = subprocess.run(
-                ["bash", "-c", command], capture_output=True, text=True, env=os.environ | env, cwd=directory, check=False
+                ["bash", "-c", command],
+                capture_output=True,
+                text=True,
+                env=os.environ | env,
+                cwd=directory,
+                check=False,
             )
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             found.append((command, wanted, done.stdout + done.stderr))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -10,8 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
+READMES = [
+    "README.md", "CONTRIBUTING.md", "tfqc/README.md", "tfqc/ir/README.md", "tfqc/runtime/README.md", "passes/README.md",
+    "backends/README.md", "tests/ptx/README.md", "bench/README.md",
+]  # fmt: skip
+TREES = ("tfqc", "passes", "backends", "tests", "bench")
+MADE = {"model.py", "kernels.cpp", "kernels.cu", "program.ir", "remarks.json", "00-capture.ir"}  # what commands write
 # A file is a block behind a line that begins with its name; commands and what they print are a console block.
 FILE = re.compile(r"^`([\w./]+)`[^\n]*:\n\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -69,3 +77,44 @@ def test_what_is_not_said_is_noticed(tmp_path: Path) -> None:
     (cat, echo) = follow(readme, tmp_path)
     assert agrees(*cat[1:]) and not agrees(*echo[1:])
     assert agrees("t... three\n", echo[2])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_and_names_that_it_mentions_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    known = {
+        str(f.relative_to(ROOT)) for tree in TREES for f in (ROOT / tree).rglob("*") if "__pycache__" not in f.parts
+    }
+    known |= {f.name for f in ROOT.iterdir()} | MADE | {file for file, _ in FILE.findall(text)}
+    paths = re.findall(r"`([\w./-]+\.(?:py|md|ir|h|cpp|cuh|toml|json|log))`", text) + re.findall(r"\]\(([^:)#]+)", text)
+    assert [p for p in paths if not any(k == p or k.endswith(f"/{p}") for k in known)] == []
+    dotted = [n for n in re.findall(r"`(tfqc(?:\.\w+)+)`", text) if "NAME" not in n]
+    assert [n for n in dotted if not is_there(n) and not hasattr(torch.ops.tfqc, n.split(".")[1])] == []
+
+
+def is_there(name: str) -> bool:
+    """True for a module, or for what lies in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_what_is_not_there_is_noticed() -> None:
+    assert is_there("tfqc.ir.edit.Rewriter") and is_there("tfqc.compile")
+    assert not is_there("tfqc.ir.edit.Editor") and not is_there("tfqc.emission")
+
+
+def test_the_example_of_the_ptx_interpreter_runs() -> None:
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "tests/ptx/README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    exec(compile(code, "tests/ptx/README.md", "exec"), {})

@@ -1,4 +1,4 @@
-"""measure-disturbance: the three symptoms of SPEC §2, for each temporal feature, step and strategy."""
+"""measure-disturbance: the three symptoms (tfqc/README.md), for each temporal feature, step and strategy."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,14 @@ def test_no_import_runs_up() -> None:
     assert up == []
     level = [f"{a} -> {b}" for a, b in edges if layer_of(b) == layer_of(a) and a.split(".")[1:2] != b.split(".")[1:2]]
     assert level == []
+
+
+def test_the_readme_shows_the_layers_and_all_of_them() -> None:
+    shown = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "tfqc" / "README.md").read_text(), re.MULTILINE)
+    layers = LAYERS.strip().split("\n")
+    assert shown == [(str(n), part) for n, line in enumerate(layers, 1) for part in line.split()]
+    parts = {f.relative_to(ROOT / "tfqc").parts[0].removesuffix(".py") for f in CORE}
+    assert parts == {part for _, part in shown}
 
 
 @pytest.mark.parametrize("file", SHARED, ids=ids(SHARED))

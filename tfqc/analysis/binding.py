@@ -1,4 +1,4 @@
-"""Binding times (SPEC §1): which inputs a value depends on, by data flow over the whole function, never by names."""
+"""Binding times (tfqc/README.md): which inputs a value depends on, by data flow over the function, never by names."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tfqc.ir.tables import Row, row_kind
 @row_kind
 @dataclass(frozen=True)
 class BindingTime(Row):
-    """When a value can be computed, by data flow (SPEC §1). Values without a row are dynamic: they wait for the sample.
+    """When a value can be computed, by data flow (tfqc/README.md). Values without a row wait for the sample (dynamic).
 
     constant: at compile time; step-static: at compile time, a row for each timestep; request-static: once per image;
     request-step-static: once per image, a row for each timestep.

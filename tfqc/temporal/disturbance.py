@@ -1,4 +1,4 @@
-"""The symptoms of disturbance (SPEC §2): how far a feature is from itself, and which timestep it looks like."""
+"""The symptoms of disturbance (tfqc/README.md): how far a feature is from itself, and which timestep it looks like."""
 
 from __future__ import annotations
 

@@ -1,0 +1,120 @@
+"""The READMEs as a reader would follow them: files copied, commands run, and what comes out is what stands there."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+READMES = [
+    "README.md", "CONTRIBUTING.md", "tfqc/README.md", "tfqc/ir/README.md", "tfqc/runtime/README.md", "passes/README.md",
+    "backends/README.md", "tests/ptx/README.md", "bench/README.md",
+]  # fmt: skip
+TREES = ("tfqc", "passes", "backends", "tests", "bench")
+MADE = {"model.py", "kernels.cpp", "kernels.cu", "program.ir", "remarks.json", "00-capture.ir"}  # what commands write
+# A file is a block behind a line that begins with its name; commands and what they print are a console block.
+FILE = re.compile(r"^`([\w./]+)`[^\n]*:\n\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ ", re.MULTILINE)
+
+
+def follow(readme: str, directory: Path) -> list[tuple[str, str, str]]:
+    """Write a README's files, run its commands in order: of each, what it should print and what it prints."""
+    for name, content in FILE.findall(readme):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(content)
+    site = directory.parent / "site"  # what pip installs goes here, from here alone
+    env = {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)]),
+        "PIP_TARGET": str(site), "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # which pip reads as --no-build-isolation
+        "COLUMNS": "120", "TERM": "dumb", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(directory.parent / "cache"),
+    }  # fmt: skip
+    found: list[tuple[str, str, str]] = []
+    for block in CONSOLE.findall(readme):
+        for step in COMMAND.split(block)[1:]:
+            command, _, wanted = step.partition("\n")
+            done = subprocess.run(
+                ["bash", "-c", command],
+                capture_output=True,
+                text=True,
+                env=os.environ | env,
+                cwd=directory,
+                check=False,
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            found.append((command, wanted, done.stdout + done.stderr))
+    return found
+
+
+def agrees(wanted: str, printed: str) -> bool:
+    """True if a command prints what the README shows; `...` stands for anything, blanks count as one."""
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    return doctest.OutputChecker().check_output(wanted, printed, options)
+
+
+@pytest.mark.parametrize("name", ["passes/README.md", "backends/README.md"])
+def test_a_reader_gets_what_it_says(name: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    steps = follow((ROOT / name).read_text(), work)
+    assert [command.split()[0] for command, _, _ in steps][:2] == ["pip", "tfqc"]
+    for command, wanted, printed in steps:
+        assert agrees(wanted, printed), f"{command} prints\n{printed}"
+
+
+def test_what_is_not_said_is_noticed(tmp_path: Path) -> None:
+    readme = "`a/b.txt`, a file:\n\n```\none\n```\n\n```console\n$ cat a/b.txt\none\n$ echo two three\nthree\n```\n"
+    (cat, echo) = follow(readme, tmp_path)
+    assert agrees(*cat[1:]) and not agrees(*echo[1:])
+    assert agrees("t... three\n", echo[2])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_and_names_that_it_mentions_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    known = {
+        str(f.relative_to(ROOT)) for tree in TREES for f in (ROOT / tree).rglob("*") if "__pycache__" not in f.parts
+    }
+    known |= {f.name for f in ROOT.iterdir()} | MADE | {file for file, _ in FILE.findall(text)}
+    paths = re.findall(r"`([\w./-]+\.(?:py|md|ir|h|cpp|cuh|toml|json|log))`", text) + re.findall(r"\]\(([^:)#]+)", text)
+    assert [p for p in paths if not any(k == p or k.endswith(f"/{p}") for k in known)] == []
+    dotted = [n for n in re.findall(r"`(tfqc(?:\.\w+)+)`", text) if "NAME" not in n]
+    assert [n for n in dotted if not is_there(n) and not hasattr(torch.ops.tfqc, n.split(".")[1])] == []
+
+
+def is_there(name: str) -> bool:
+    """True for a module, or for what lies in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_what_is_not_there_is_noticed() -> None:
+    assert is_there("tfqc.ir.edit.Rewriter") and is_there("tfqc.compile")
+    assert not is_there("tfqc.ir.edit.Editor") and not is_there("tfqc.emission")
+
+
+def test_the_example_of_the_ptx_interpreter_runs() -> None:
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "tests/ptx/README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    exec(compile(code, "tests/ptx/README.md", "exec"), {})

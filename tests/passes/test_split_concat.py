@@ -171,19 +171,35 @@ def compiled(its: Subject, target: str, recipe: str, where: Path) -> tuple[tfqc.
     return artifact, load(artifact.save(where / target.partition("{")[0]))
 
 
+class Odd(nn.Module):
+    """A window of 3 x 3 over 20 and 7 channels, of which neither fills a kernel's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.a, self.b = nn.Linear(1, 20), nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 7, 1)
+        self.both, self.leave = nn.Conv2d(27, 12, 3, padding=1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        a, b = self.a(x) + self.time(time.float()[:, None] / 1000)[:, :, None, None], self.b(x)
+        return self.leave(self.both(torch.cat([a, b], dim=1)))
+
+
+@pytest.mark.parametrize(("name", "splits"), [("unet-sd", 4), ("odd", 1)])
 @pytest.mark.parametrize("target", ["cpu-int8", "cuda-int4{arch=sm_86 mode=w4a8 edges=none}"])
-def test_parts_run_as_integers(target: str, subject: Subjects, tmp_path: Path) -> None:
-    """All of the UNet's products have kernels, the parts' sums are in their epilogues."""
-    its = subject("unet-sd")
+def test_parts_run_as_integers(target: str, name: str, splits: int, subject: Subjects, tmp_path: Path) -> None:
+    """All products have kernels, the sums of parts are in their epilogues."""
+    its = of_example("odd", example(Odd, 4, 8, 8)) if name == "odd" else subject(name)
     parsed = Target.parse(target)
     recipe = parsed.backend.pipeline(parsed.options, "fold").replace("plan-q", "split-concat,plan-q", 1)
     artifact, model = compiled(its, target, recipe, tmp_path)
-    assert "split into parts by concatenated values: 4 linears and convolutions" in artifact.facts["report"]
+    assert any(
+        said.startswith(f"split into parts by concatenated values: {splits}") for said in artifact.facts["report"]
+    )
     program = parse(artifact.texts["program.ir"])
-    assert not find(program, "aten.conv2d")
+    assert not find(program, "aten.conv2d") and not find(program, "aten.add")
     products = {n.name: Product(n) for n in find(program, "tfqc.qconv")}
     parts = [name for name in products if "_part" in name]
-    assert len(parts) == 4  # the other parts are the sums
+    assert len(parts) == splits  # the other parts are the sums
     for name in parts:
         part, (total,) = products[name], [p for p in products.values() if str(p.residual) == name]
         assert part.residual is None and {part.bias, total.bias} - {None} != {part.bias, total.bias}

@@ -21,6 +21,7 @@ PASSES = {
     "measure-disturbance": "tfqc.passes.measure_disturbance:MeasureDisturbance",
     "select-maintenance": "tfqc.passes.select_maintenance:SelectMaintenance",
     "split-low-rank": "tfqc.passes.split_low_rank:SplitLowRank",
+    "split-concat": "tfqc.passes.split_concat:SplitConcat",
     "calibrate-weights": "tfqc.passes.calibrate_weights:CalibrateWeights",
     "calibrate-activations": "tfqc.passes.calibrate_activations:CalibrateActivations",
     "calibrate-finite-set": "tfqc.passes.calibrate_finite_set:CalibrateFiniteSet",

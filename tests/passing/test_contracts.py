@@ -89,6 +89,7 @@ def test_recipes(target: str, strategy: str) -> None:
 BEFORE = {
     "normalize": "", "discover-tib": "normalize", "measure-disturbance": "normalize,discover-tib",
     "select-maintenance": "normalize,discover-tib", "split-low-rank": "normalize,discover-tib",
+    "split-concat": "normalize,discover-tib",
     "plan-quantization": "normalize,discover-tib",
     "calibrate-finite-set": "normalize,discover-tib", "reconstruct-tib": "normalize,discover-tib",
     "reconstruct-weights": "normalize,discover-tib",

@@ -31,6 +31,7 @@ NEEDS: dict[str, tuple[str, str]] = {
         "", "disturbance disturbance.fold disturbance.tib tib",
     ),
     "split-low-rank": ("", "tib"),
+    "split-concat": ("", "tib"),
     "calibrate-weights": ("", ""),
     "calibrate-weights{method=mse edge-bits=8}": ("", ""),
     "calibrate-weights{scope=linear group=8}": ("", ""),

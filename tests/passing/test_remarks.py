@@ -55,6 +55,10 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
         ({"rank": 16, "linears": 1}, "split off rank 16: 1 linear"),
         ({"rank": 16, "linears": 8}, "split off rank 16: 8 linears"),
     ),
+    "concat-split": (
+        ({"count": 1}, "split into parts by concatenated values: 1 linear or convolution"),
+        ({"count": 6}, "split into parts by concatenated values: 6 linears and convolutions"),
+    ),
     "reconstructed": (
         (
             {"nearest": 1.23456789, "reconstructed": 0.5},

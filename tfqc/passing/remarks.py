@@ -29,6 +29,8 @@ _TEMPLATES: dict[str, str] = {
     "maintenance": "maintenance: {*:* for # |feature|features}",
     "observed": "observed {values} {values:|value|values} over {steps} {steps:|step|steps} of {images} "
     "{images:|image|images} in one run, at most {mebibytes:.0f} MiB of activations and statistics",
+    "concat-split": "split into parts by concatenated values: {count} "
+    "{count:|linear or convolution|linears and convolutions}",
     "split-off": "split off rank {rank}: {linears} {linears:|linear|linears}",
     "reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed",
     "not-reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed; "

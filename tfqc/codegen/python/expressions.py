@@ -76,8 +76,9 @@ def expression(node: fx.Node, stored: Stored) -> str:
     name = op_name(node.target)
     if name.startswith("tfqc."):
         return f"{name.split('.')[1]}({arguments(node, stored)})"
-    if is_call(node, *_FUNCTIONS) and _NOT_OF_TORCH.isdisjoint(kwargs):
-        name = _FUNCTIONS[node.target]
+    if is_call(node, *_FUNCTIONS):
+        by_place = [operand.name for operand in signature(node.target)][: len(args)]
+        name = _FUNCTIONS[node.target] if _NOT_OF_TORCH.isdisjoint({*by_place, *kwargs}) else name
     return f"{name}({arguments(node, stored)})"
 
 

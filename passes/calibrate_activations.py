@@ -10,7 +10,7 @@ from tfqc.analysis.weighted import runs_quantized
 from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.ranges import Ranges
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Plan, Quantizer, RowSource, Tib
+from tfqc.ir.rows import Quantizer, QuantPlan, RowSource, Tib
 from tfqc.ir.tables import Fact
 from tfqc.ir.views import Conv
 from tfqc.passing import Context, Contract, Pass
@@ -33,7 +33,7 @@ class CalibrateActivations(Pass):
     name: ClassVar[str] = "calibrate-activations"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource, Plan})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource, QuantPlan})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 

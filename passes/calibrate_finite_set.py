@@ -13,7 +13,7 @@ from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.ranges import Ranges, StepRanges
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Plan, Quantizer, RowSource, Tib
+from tfqc.ir.rows import Quantizer, QuantPlan, RowSource, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.grid import range_to_qparams
@@ -37,7 +37,7 @@ class CalibrateFiniteSet(Pass):
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource, Plan})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, RowSource, QuantPlan})
     data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     bits: int = 8

@@ -11,7 +11,7 @@ from torch import Tensor
 from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Plan, Quantizer, Tib
+from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.formats import QuantSpec
@@ -35,7 +35,7 @@ class CalibrateWeights(Pass):
     name: ClassVar[str] = "calibrate-weights"
     needs: ClassVar[Stage] = Stage.ANALYZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, Plan})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, QuantPlan})
     reaches: ClassVar[Stage] = Stage.CALIBRATED
 
     bits: int = 8

@@ -14,7 +14,7 @@ from tfqc.ir.edit import Rewriter
 from tfqc.ir.match import is_call
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import TIME, Program, Stage
-from tfqc.ir.rows import BindingTime, Plan, Quantizer, RowSource, Tib
+from tfqc.ir.rows import BindingTime, Quantizer, QuantPlan, RowSource, Tib
 from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 from tfqc.quant.formats import specs_to_text
@@ -75,10 +75,10 @@ class InsertQdq(Pass):
 def _check_filled(program: Program, quantizers: dict[str, Quantizer]) -> None:
     """Refuse a program in which an operand is planned that no pass has found parameters for."""
     for function in [f for f in program.functions if f != TIME]:
-        for node in program.nodes(function):
+        for node in filter(is_weighted, program.nodes(function)):
             row = quantizers.get(node.name, Quantizer())
             filled = {"weight": bool(row.codes), "input": bool(row.input_bits)}
-            plan = program.table(Plan).get(node.name)
+            plan = program.table(QuantPlan).get(node.name)
             for operand in plan.operands if plan is not None else ():
                 specs = planned(program, node, operand)
                 if any(spec.is_quantized for spec in specs) and not filled.get(operand, False):

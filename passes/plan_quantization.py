@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from tfqc.analysis.weighted import weighted_nodes
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Plan, Tib
+from tfqc.ir.rows import QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.planning import Inputs, Weights, plan
@@ -29,7 +29,7 @@ class PlanQuantization(Pass):
     name: ClassVar[str] = "plan-quantization"
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
-    provides: ClassVar[frozenset[Fact]] = frozenset({Plan})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QuantPlan})
 
     weights: int | None = 8
     activations: int | None = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from tfqc.analysis.weighted import tib_weighted, weight_of
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Plan, Quantizer, Tib
+from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 from tfqc.quant.adaround import SoftRounding, reconstruct
@@ -37,7 +37,7 @@ class ReconstructTib(Pass):
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, Plan})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, QuantPlan})
     data: ClassVar[frozenset[str]] = frozenset({"schedule", "weights"})
 
     bits: int = 4

@@ -12,7 +12,7 @@ from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.moments import Moments, has_moments
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
-from tfqc.ir.rows import Plan, Quantizer, Tib
+from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
 from tfqc.quant.gptq import gptq
@@ -37,7 +37,7 @@ class ReconstructWeights(Pass):
     needs: ClassVar[Stage] = Stage.NORMALIZED
     below: ClassVar[Stage | None] = Stage.FOLDED
     requires: ClassVar[frozenset[Fact]] = frozenset({Tib})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, Plan})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Quantizer, QuantPlan})
     data: ClassVar[frozenset[str]] = frozenset({"sampler", "calibration", "weights"})
 
     bits: int = 4

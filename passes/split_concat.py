@@ -14,7 +14,7 @@ from tfqc.analysis.weighted import QUANTIZED, WEIGHTED, weight_of
 from tfqc.ir.edit import Rewriter, Rule, rewrite
 from tfqc.ir.match import call, capture
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import BindingTime, Maintenance, Plan, Tib
+from tfqc.ir.rows import BindingTime, Maintenance, QuantPlan, Tib
 from tfqc.ir.tables import Fact, Row
 from tfqc.passing import Context, Numerics, Pass, close
 
@@ -64,7 +64,7 @@ def _split(roles: dict[str, Roles], edit: Rewriter, node: fx.Node, values: list[
         return False
     pieces = program.tensors[weight].split(sizes, 1)  # type: ignore[arg-type]
     parts = {f"part{i}": p.clone(memory_format=torch.contiguous_format) for i, p in enumerate(pieces)}
-    plan, made = program.tables.get(Plan.table, {}), list[fx.Node]()
+    plan, made = program.tables.get(QuantPlan.table, {}), list[fx.Node]()
     row = plan.pop(node.name, None)
     for value, name in zip(values, program.add_tensors(weight, parts), strict=True):
         own = {its.input: value, its.weight: program.tensor_node(name), **({its.bias: None} if made else {})}

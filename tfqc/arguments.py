@@ -14,7 +14,7 @@ from tfqc.codegen.target import Target
 from tfqc.errors import CalibrationError, PipelineError, SpecError, TfqcError, suggest
 from tfqc.files.storage import read_text
 from tfqc.instruments import Instrument
-from tfqc.ir.rows import Plan
+from tfqc.ir.rows import QuantPlan
 from tfqc.passing.pipeline import Pipeline
 from tfqc.quant.plan_text import read_plan as check_plan
 from tfqc.sampling.data import Calibration
@@ -71,7 +71,7 @@ def read_plan(given: Any, pipeline: Pipeline) -> str:
     text = given if isinstance(given, str) else read_text(given, SpecError)
     if not check_plan(text):
         raise SpecError("The plan has no line: leave it out, or say for a layer what its operands are quantized to.")
-    if not any(Plan in item.contract().provides for item in pipeline.passes):
+    if not any(QuantPlan in item.contract().provides for item in pipeline.passes):
         raise PipelineError("No pass of the pipeline reads a plan: put plan-quantization behind discover-tib.")
     return text
 

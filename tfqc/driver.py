@@ -33,7 +33,7 @@ from tfqc.frontend.inputs import DynamicDims, inputs_of
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
-from tfqc.ir.rows import Plan, Quantizer
+from tfqc.ir.rows import Quantizer, QuantPlan
 from tfqc.models.find import find_model, from_diffusers
 from tfqc.models.spec import ModelSpec
 from tfqc.passing.context import Context
@@ -134,7 +134,7 @@ def compile(
     else:
         program = start.clone()
         if own_plan:
-            program.tables.pop(Plan.table, None)
+            program.tables.pop(QuantPlan.table, None)
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()
@@ -146,7 +146,7 @@ def compile(
     for instrument in instruments:
         instrument.said(context.remarks)
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
-    program.tables.pop(Plan.table, None)  # it has been carried out
+    program.tables.pop(QuantPlan.table, None)  # it has been carried out
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
     return artifact

@@ -22,7 +22,7 @@ from tfqc.backends.cuda_int4.runtime.specialise import (
     body_for,
 )
 from tfqc.backends.cuda_int4.tensor_cores import is_step_row
-from tfqc.backends.cuda_int4.tiles import tile_for
+from tfqc.backends.cuda_int4.tile_choice import tile_for
 from tfqc.ir.match import item_of
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType, evaluate

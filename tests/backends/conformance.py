@@ -189,7 +189,7 @@ def quantization_error(its: Subject, model: nn.Module | Program, call: dict[str,
 _ALONE = """
 import importlib.machinery
 import sys
-ours = ("tfqc", "tfqc.errors", "tfqc.backends", "tfqc.backends.{backend}")
+ours = ("tfqc", "tfqc.errors", "tfqc.version", "tfqc.backends", "tfqc.backends.{backend}")
 trees = ("tfqc.runtime", "tfqc.backends.{backend}.runtime")
 blocked = ("diffusers", "networkx", "typer", "transformers", "pydantic", "rich", "yaml", "matplotlib", "tabulate")
 class Block:

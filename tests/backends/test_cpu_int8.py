@@ -51,8 +51,8 @@ class Remembering(Eager):
     def __getattr__(self, operation: str) -> Callable[..., Any]:
         call = super().__getattr__(operation)
 
-        def remember(name: str, *args: Any) -> Any:
-            self.values[name] = call(name, *args)
+        def remember(name: str, *args: Any, **kwargs: Any) -> Any:
+            self.values[name] = call(name, *args, **kwargs)
             return self.values[name]
 
         return remember

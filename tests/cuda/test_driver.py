@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cuda import stub
-from tfqc.backends.cuda_int4.runtime.driver import Driver, DriverError, NoDriverError
+from tfqc.backends.cuda_int4.runtime.libcuda import Driver, DriverError, NoDriverError
 
 GRID = (70000, 3, 1)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfqc.backends.cuda_int4.runtime.specialise import ARCHS, Epilogue, Gemm, Mode, body_for
-from tfqc.backends.cuda_int4.tiles import DEEP, NARROW, SQUARE, TALL, TILES, WIDE, tile_for
+from tfqc.backends.cuda_int4.tile_choice import DEEP, NARROW, SQUARE, TALL, TILES, WIDE, tile_for
 
 modes = st.sampled_from(("w4a4", "w4a8"))
 

@@ -35,7 +35,7 @@ def test_codes_where_they_are_computed() -> None:
         row, scale, zero, out = (ending[k] for k in ("row", "out_scale", "out_zero_point", "out"))
         assert (str(row), out) == ("row", "u8")
         assert str(scale.target) == str(zero.target).replace("zero_point", "scale")  # type: ignore[union-attr]
-    assert args_of(program.node("add_5"))[-3].target == "act.reshape.scale"  # type: ignore[union-attr]
+    assert program.node("add_5").kwargs["out_scale"].target == "act.reshape.scale"  # type: ignore[union-attr]
     # Read by others too, or computed by torch: the first convolution's input, both sums, the concatenation.
     left = [n.name for n in find(program, "tfqc.map")]
     assert left == ["x_q", "add_q", "transpose_q", "cat_q"]

@@ -13,7 +13,7 @@ from tfqc.analysis.weighted import is_linear, weighted_nodes
 from tfqc.errors import PassError, SpecError
 from tfqc.ir.program import Program
 from tfqc.ir.render import render
-from tfqc.ir.rows import Plan, Quantizer, Tib
+from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.quant.formats import QuantSpec
 from tfqc.quant.plan import planned
 
@@ -94,7 +94,7 @@ def test_options_of_other_passes_plan_the_same(case: str, subject: Subjects, tmp
 
     def run(text: str) -> Program:
         program = its.run(f"select-maintenance{{strategy=tib}},{text}", context(its, tmp_path))
-        del program.tables[Plan.table]
+        del program.tables[QuantPlan.table]
         return program
 
     assert render(run(OLD[case])) == render(run(NEW[case]))

@@ -22,7 +22,7 @@ from tfqc.errors import PipelineError
 from tfqc.instruments.numerics import relative_error
 from tfqc.ir.parse import parse
 from tfqc.ir.render import render
-from tfqc.ir.rows import Plan, Quantizer
+from tfqc.ir.rows import Quantizer, QuantPlan
 from tfqc.ir.views import Add, Conv, Product
 from tfqc.passes.split_concat import SplitConcat
 from tfqc.passing import Context
@@ -89,7 +89,7 @@ def test_weights_of_a_rehearsal() -> None:
 def test_what_is_planned_for_a_layer_is_planned_for_its_parts() -> None:
     its = of_example("joined", JOINED)
     program = its.run("plan-quantization{weights=4 activations=8},split-concat")
-    rows = program.table(Plan)
+    rows = program.table(QuantPlan)
     assert rows.keys() == {n.name for n in weighted_nodes(program)} and "conv2d_2" not in rows
     assert rows["conv2d_2_part"] == rows["conv2d_2_part_1"] == rows["conv2d"]
 

@@ -13,7 +13,7 @@ from tests.subjects import Subjects
 from tfqc.analysis.weighted import weighted_nodes
 from tfqc.errors import SpecError
 from tfqc.ir.program import Program
-from tfqc.ir.rows import Plan
+from tfqc.ir.rows import QuantPlan
 from tfqc.quant.formats import Specs, specs_to_text
 from tfqc.quant.plan_text import bind_plan, plan_to_text, read_plan
 
@@ -31,15 +31,15 @@ def possible(specs: Specs, operand: str) -> Specs:
 @given(data=st.data())
 def test_what_is_written_is_read_back(data: st.DataObject, subject: Subjects) -> None:
     program = subject("unet2d").program
-    rows: dict[str, Plan] = {}
+    rows: dict[str, QuantPlan] = {}
     for node in weighted_nodes(program):
         names = data.draw(st.sets(st.sampled_from(["weight", "input"]), min_size=1))
-        rows[node.name] = Plan({n: specs_to_text(possible(data.draw(operands()), n)) for n in sorted(names)})
-    program.set_table(Plan, rows)
+        rows[node.name] = QuantPlan({n: specs_to_text(possible(data.draw(operands()), n)) for n in sorted(names)})
+    program.set_table(QuantPlan, rows)
     text = plan_to_text(program)
     assert bind_plan(program, text, steps=4) == rows
     planned = program.clone()
-    planned.set_table(Plan, bind_plan(program, text, steps=4))
+    planned.set_table(QuantPlan, bind_plan(program, text, steps=4))
     assert plan_to_text(planned) == text
 
 
@@ -69,11 +69,11 @@ def test_a_module_that_runs_twice(subject: Subjects) -> None:
     first, second = shared(program)
     module = program.origins[first].module
     both = bind_plan(program, f"{module} weight -> int4", None)
-    assert both == {name: Plan({"weight": "int4"}) for name in (first, second)}
-    program.set_table(Plan, {**both, second: Plan({"weight": "int8"})})
+    assert both == {name: QuantPlan({"weight": "int4"}) for name in (first, second)}
+    program.set_table(QuantPlan, {**both, second: QuantPlan({"weight": "int8"})})
     text = plan_to_text(program)
     assert f"%{first}" in text and module in text.split("#")[-1]
-    assert bind_plan(program, text, None) == program.table(Plan)
+    assert bind_plan(program, text, None) == program.table(QuantPlan)
     with pytest.raises(SpecError, match=r"Line 2 of the plan: another line is for %\w+"):
         bind_plan(program, f"{module} weight -> int4\n%{first} weight -> int8", None)
 

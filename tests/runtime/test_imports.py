@@ -30,7 +30,7 @@ def test_modules_of_the_run_time(module: str, ours: tuple[str, ...], most: int) 
     assert done.returncode == 0, done.stderr
     new = done.stdout.split()
     own = [m for m in new if m.startswith("tfqc")]
-    packages = {"tfqc", "tfqc.errors", "tfqc.backends", *(p.removesuffix(".runtime") for p in ours)}
+    packages = {"tfqc", "tfqc.errors", "tfqc.version", "tfqc.backends", *(p.removesuffix(".runtime") for p in ours)}
     strange = [m for m in own if m not in packages and not m.startswith(ours)]
     assert strange == []
     assert 0 < len(own) <= most

@@ -38,7 +38,7 @@ def opt(
     from tfqc.arguments import read_plan
     from tfqc.cli.progress import StderrProgress
     from tfqc.ir import render
-    from tfqc.ir.rows import Plan
+    from tfqc.ir.rows import QuantPlan
     from tfqc.ir.store import check_place, load_program, save_program
 
     if out is not None:
@@ -60,7 +60,7 @@ def opt(
     )
     loaded = load_program(program)
     if plan is not None:
-        loaded.tables.pop(Plan.table, None)
+        loaded.tables.pop(QuantPlan.table, None)
     # Nothing is written beside a program that is only read: without -o, trajectories are kept in the user's cache.
     work = nullcontext() if out is None else kept_work(beside(out, "work"))
     with work as context.workdir, StderrProgress() as context.progress:

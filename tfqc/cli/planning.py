@@ -23,7 +23,7 @@ def plan_of(what: str, target: str, strategy: str, pipeline: str | None) -> str:
     from tfqc.cli.options import read_pipeline as read_file
     from tfqc.frontend import capture
     from tfqc.ir.program import Stage
-    from tfqc.ir.rows import Plan
+    from tfqc.ir.rows import QuantPlan
     from tfqc.ir.store import load_program
     from tfqc.models.find import find_model
     from tfqc.passing.context import Context
@@ -36,7 +36,7 @@ def plan_of(what: str, target: str, strategy: str, pipeline: str | None) -> str:
     else:
         spec = find_model(what)
         program = capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=spec.dynamic)
-    if Plan.table not in program.tables:
+    if QuantPlan.table not in program.tables:
         _planning(passes, program.stage is not Stage.CAPTURED).run(program, Context())
     return plan_to_text(program)
 

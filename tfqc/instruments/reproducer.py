@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tfqc.instruments.written import check, clear, remember, write
 from tfqc.ir.program import Program
-from tfqc.ir.rows import Plan
+from tfqc.ir.rows import QuantPlan
 from tfqc.ir.store import save_program
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
@@ -45,7 +45,7 @@ class Reproducer(Instrument):
         if ctx.schedule is not None:
             self._write("schedule.json", ctx.schedule.to_json())
             command += ["--schedule", self._at("schedule.json")]
-        if ctx.plan and Plan.table not in program.tables:
+        if ctx.plan and QuantPlan.table not in program.tables:
             self._write("plan.txt", ctx.plan)
             command += ["--plan", self._at("plan.txt")]
         if ctx.calibration is not None and "calibration" in item.contract().data:

@@ -104,7 +104,7 @@ class Maintenance(Row):
 
 @row_kind
 @dataclass(frozen=True)
-class Plan(Row):
+class QuantPlan(Row):
     """What the operands of a node are to be quantized to, by the operand's name: `weight`, `input`.
 
     Specs are text, as `tfqc.quant.formats` reads it. An operand that is not named is not planned yet.

@@ -6,7 +6,7 @@ from torch import fx
 
 from tfqc.errors import PassError, SpecError
 from tfqc.ir.program import Program
-from tfqc.ir.rows import Plan
+from tfqc.ir.rows import QuantPlan
 from tfqc.ir.views import Linear
 from tfqc.quant.formats import QuantSpec, Specs, specs_of_text, specs_to_text
 from tfqc.quant.parameters import has_rows
@@ -18,7 +18,7 @@ def planned(program: Program, node: fx.Node, operand: str) -> Specs:
     Raises:
         PassError: the table holds text that is no plan.
     """
-    row = program.table(Plan).get(node.name)
+    row = program.table(QuantPlan).get(node.name)
     if row is None or operand not in row.operands:
         return ()
     try:
@@ -29,10 +29,10 @@ def planned(program: Program, node: fx.Node, operand: str) -> Specs:
 
 def set_planned(program: Program, node: fx.Node, operand: str, specs: Specs) -> None:
     """Plan an operand, instead of what was planned for it."""
-    rows = program.tables.setdefault(Plan.table, {})
+    rows = program.tables.setdefault(QuantPlan.table, {})
     row = rows.get(node.name)
-    others = dict(row.operands) if isinstance(row, Plan) else {}
-    rows[node.name] = Plan({**others, operand: specs_to_text(specs)})
+    others = dict(row.operands) if isinstance(row, QuantPlan) else {}
+    rows[node.name] = QuantPlan({**others, operand: specs_to_text(specs)})
 
 
 def fillable(program: Program, node: fx.Node, operand: str, by: str) -> QuantSpec | None:

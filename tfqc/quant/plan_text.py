@@ -24,7 +24,7 @@ from tfqc.analysis.binding import Roles, binding_times
 from tfqc.analysis.weighted import weight_of, weighted_nodes
 from tfqc.errors import SpecError
 from tfqc.ir.program import Program, Role
-from tfqc.ir.rows import Plan
+from tfqc.ir.rows import QuantPlan
 from tfqc.ir.views import Linear
 from tfqc.passing.spec import Reader, Spec
 from tfqc.quant.formats import Specs, check_parts, spec_of, specs_of_text, specs_to_text
@@ -48,7 +48,7 @@ class Line:
 def plan_to_text(program: Program) -> str:
     """The table `plan` of a program."""
     keys = _keys(program)
-    rows = program.table(Plan)
+    rows = program.table(QuantPlan)
     nodes = [node for node in program.step.nodes if node.name in rows]
     specs = {n: {operand: specs_of_text(text) for operand, text in rows[n.name].operands.items()} for n in nodes}
     authors = Counter(spec.by for operands in specs.values() for found in operands.values() for spec in found)
@@ -98,7 +98,7 @@ def read_plan(text: str) -> list[Line]:
     return list(lines.values())
 
 
-def bind_plan(program: Program, text: str, steps: int | None) -> dict[str, Plan]:
+def bind_plan(program: Program, text: str, steps: int | None) -> dict[str, QuantPlan]:
     """Rows of the table `plan` for the nodes that a plan's lines name; `steps` is the length of the schedule.
 
     Raises:
@@ -111,7 +111,7 @@ def bind_plan(program: Program, text: str, steps: int | None) -> dict[str, Plan]
     for node in weighted_nodes(program):
         by_key.setdefault(_module(program, node), []).append(node)
     roles = binding_times(program)
-    rows: dict[str, Plan] = {}
+    rows: dict[str, QuantPlan] = {}
     for line in read_plan(text):
         where = f"Line {line.number} of the plan: "
         if line.key not in by_key:
@@ -122,7 +122,7 @@ def bind_plan(program: Program, text: str, steps: int | None) -> dict[str, Plan]
             for operand, specs in line.operands.items():
                 if why := _impossible(program, node, operand, specs, roles[node.name], steps):
                     raise SpecError(f"{where}{why}.")
-            rows[node.name] = Plan({operand: specs_to_text(specs) for operand, specs in line.operands.items()})
+            rows[node.name] = QuantPlan({operand: specs_to_text(specs) for operand, specs in line.operands.items()})
     return rows
 
 

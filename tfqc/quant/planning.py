@@ -17,7 +17,7 @@ from tfqc.analysis.skipping import skipped
 from tfqc.analysis.weighted import is_linear
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Role
-from tfqc.ir.rows import Plan, Tib
+from tfqc.ir.rows import QuantPlan, Tib
 from tfqc.ir.views import Linear
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
@@ -161,9 +161,9 @@ def start_plan(program: Program, ctx: Context) -> None:
     Raises:
         SpecError: a line that is not for this program.
     """
-    if Plan.table not in program.tables:
+    if QuantPlan.table not in program.tables:
         steps = None if ctx.schedule is None else len(ctx.schedule)
-        program.set_table(Plan, bind_plan(program, ctx.plan, steps) if ctx.plan else {})
+        program.set_table(QuantPlan, bind_plan(program, ctx.plan, steps) if ctx.plan else {})
 
 
 def _in_scope(program: Program, node: fx.Node, scope: Scope) -> bool:

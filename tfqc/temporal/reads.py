@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from tfqc.ir.calls import canonical
 from tfqc.ir.match import is_call
 from tfqc.ir.program import Input, Program, Role
-from tfqc.ir.rows import Quantizer, RowSource, Schedule
+from tfqc.ir.rows import Quantizer, QuantPlan, RowSource, Schedule
 from tfqc.ir.types import TensorType
 from tfqc.temporal.tabulate import as_kept, encode
 
@@ -96,14 +96,16 @@ def _become(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
     """Let a node compute the same value in another way: it keeps its name, its readers, its place."""
     # Its type stays: one row for the whole batch is one for each of its entries.
     node.target, (node.args, node.kwargs) = target, canonical(target, args, {})
-    program.tables.get(Quantizer.table, {}).pop(node.name, None)
+    for kind in (Quantizer, QuantPlan):
+        program.tables.get(kind.table, {}).pop(node.name, None)
 
 
 def detach(program: Program, node: fx.Node) -> fx.Node:
     """A copy of a node that goes on being computed at every step, quantized as the node was to be."""
     copied = program.insert(node, node.target, node.args, node.kwargs, name=f"{node.name}_tib", like=node)
-    if quantizer := program.table(Quantizer).get(node.name):
-        program.tables[Quantizer.table][copied.name] = quantizer
+    for kind in (Quantizer, QuantPlan):
+        if row := program.tables.get(kind.table, {}).get(node.name):
+            program.tables[kind.table][copied.name] = row
     return copied
 
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tfqc.backends.cuda_int4.runtime.driver import Device, Function
 from tfqc.backends.cuda_int4.runtime.images import fitting, images, target_for
+from tfqc.backends.cuda_int4.runtime.libcuda import Device, Function
 from tfqc.backends.cuda_int4.runtime.specialise import Kernel, source
 from tfqc.progress import Progress
 

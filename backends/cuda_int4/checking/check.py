@@ -18,7 +18,7 @@ from tfqc.backends.cuda_int4.checking import timing
 from tfqc.backends.cuda_int4.checking.built import functions
 from tfqc.backends.cuda_int4.checking.layers import IMAGES, Layer, program_layers, sdxl_layers
 from tfqc.backends.cuda_int4.checking.replay import replay
-from tfqc.backends.cuda_int4.runtime.driver import Device, Driver, NoDriverError
+from tfqc.backends.cuda_int4.runtime.libcuda import Device, Driver, NoDriverError
 from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, Mode, body_for
 from tfqc.codegen.artifact import read_manifest
 from tfqc.driver import load as load_artifact

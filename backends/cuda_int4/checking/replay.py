@@ -9,7 +9,7 @@ from typing import Any
 from tfqc.backends.cuda_int4.checking import vectors
 from tfqc.backends.cuda_int4.checking.built import functions
 from tfqc.backends.cuda_int4.checking.vectors import Array, Vector
-from tfqc.backends.cuda_int4.runtime.driver import Device, DriverError, Function
+from tfqc.backends.cuda_int4.runtime.libcuda import Device, DriverError, Function
 from tfqc.progress import Progress
 
 

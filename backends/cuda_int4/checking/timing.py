@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tfqc.backends.cuda_int4.checking.layers import Layer
-from tfqc.backends.cuda_int4.runtime.driver import Driver, Function
+from tfqc.backends.cuda_int4.runtime.libcuda import Driver, Function
 from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, Quantize
 
 WARM_UP, GROUPS, EACH = 20, 15, 10

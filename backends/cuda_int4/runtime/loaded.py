@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from tfqc.backends.cuda_int4.runtime.driver import Driver, Function
 from tfqc.backends.cuda_int4.runtime.images import images, target_for
+from tfqc.backends.cuda_int4.runtime.libcuda import Driver, Function
 from tfqc.backends.cuda_int4.runtime.reference import Given
 from tfqc.backends.cuda_int4.runtime.specialise import Gemm, Kernel, body_for
 

@@ -138,7 +138,7 @@ def test_interrupted_and_compiled_again(subject: Subjects, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         run([Interrupt()])
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert len(stamps) == 2
+    assert sum(p.name.startswith("trajectory-") for p in stamps) == 2
     run(None)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
 
@@ -279,7 +279,7 @@ def test_refused_before_the_calibration(target: str, monkeypatch: pytest.MonkeyP
         driver.compile(
             Volumes(), target, schedule=ddim(), steps=3, calibration=2, example_inputs=VOLUMES, require_real=True
         )
-    wanted = "4 x aten.conv3d.default (blocks.0, blocks.1, ... 2 more): runs in torch: there is no kernel for"
+    wanted = "4 x aten.conv3d.default (blocks.0, blocks.1, ... 2 more): runs in torch: it is a convolution in three dim"
     assert [note for note in caught.value.notes if note.startswith(wanted)]
 
 

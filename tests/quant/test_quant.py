@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfqc import quant
 from tfqc.errors import CalibrationError, TfqcError
+from tfqc.quant import grid as quant
 from tfqc.quant.grid import (
     Grid,
     QuantizedWeight,

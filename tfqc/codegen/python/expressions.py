@@ -10,7 +10,7 @@ import json
 import keyword
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ _INFIX: dict[Any, str] = {
     aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/", operator.add: "+",
     operator.mul: "*", operator.sub: "-", operator.floordiv: "//",
 }  # fmt: skip
-_NOT_OF_TORCH = {"cudnn_enable", "cudnn_enabled"}  # operands of ATen that functions of torch do not have
+# Operands of ATen that functions of torch do not have: they say which library computes the same.
+_NOT_OF_TORCH = ("cudnn_enable", "cudnn_enabled")
 
 
 # What the generated functions call: a value of such a name would hide it from them.
@@ -77,14 +78,17 @@ def expression(node: fx.Node, stored: Stored) -> str:
     if name.startswith("tfqc."):
         return f"{name.split('.')[1]}({arguments(node, stored)})"
     if is_call(node, *_FUNCTIONS):
-        by_place = [operand.name for operand in signature(node.target)][: len(args)]
-        name = _FUNCTIONS[node.target] if _NOT_OF_TORCH.isdisjoint({*by_place, *kwargs}) else name
+        return f"{_FUNCTIONS[node.target]}({arguments(node, stored, without=_NOT_OF_TORCH)})"
     return f"{name}({arguments(node, stored)})"
 
 
-def arguments(node: fx.Node, stored: Stored, by_name: bool = False) -> str:
+def arguments(node: fx.Node, stored: Stored, by_name: bool = False, without: Collection[str] = ()) -> str:
     """Operands of a call, without those that are as usual; all but the first by their names, if so wanted."""
     args, kwargs = written(node)
+    if without:
+        names = [operand.name for operand in signature(node.target)]
+        args = [value for name, value in zip(names, args, strict=False) if name not in without]
+        kwargs = {name: value for name, value in kwargs.items() if name not in without}
     if by_name and args:
         names = [operand.name for operand in signature(node.target)]
         kwargs = dict(zip(names[1:], args[1:], strict=False)) | kwargs

@@ -17,6 +17,7 @@ from tfqc.codegen import placing
 from tfqc.codegen.manifest import MANIFEST, TIME_TENSORS, VERSION
 from tfqc.errors import ArtifactError
 from tfqc.files.storage import file_hash, said, save_tensors, sync
+from tfqc.runtime.cache import locked
 from tfqc.runtime.tensors import read_header
 
 __all__ = ["MANIFEST", "VERSION", "Artifact", "check_files", "check_output", "read_manifest"]
@@ -68,7 +69,7 @@ class Artifact:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             placing.repair(directory, _whole)
-            with placing.locked(directory.parent):
+            with locked(directory.parent):
                 _check_output(directory)
                 checked = _state(directory)
             placing.clean(directory)
@@ -104,7 +105,7 @@ def check_output(directory: str | Path) -> None:
         if not os.access(above, os.W_OK | os.X_OK):
             raise ArtifactError(f"{directory} cannot be written: you may not write to {above}.")
         if above == directory.parent:
-            with placing.locked(above):
+            with locked(above):
                 _check_output(directory)
     except OSError as error:
         raise ArtifactError(f"{directory} cannot be written: {said(error)}.") from error

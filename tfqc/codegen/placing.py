@@ -20,6 +20,7 @@ from pathlib import Path
 from tfqc.codegen.manifest import FORMAT, MANIFEST, is_name, listed
 from tfqc.errors import ArtifactError
 from tfqc.files.storage import file_hash, parse_json, read_text, sync
+from tfqc.runtime.cache import locked
 
 NAMES = f"{MANIFEST}.part"  # in a part: what will be written there, so that it can be removed file by file
 CACHED = "__pycache__"  # python's, where somebody has imported model.py
@@ -192,18 +193,6 @@ def _held(directory: Path, pid: int) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-@contextmanager
-def locked(directory: Path) -> Generator[None]:
-    """One process, and one thread of it, at a time, where the file system has locks."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def is_plain(path: Path) -> bool:

@@ -127,6 +127,7 @@ def _remove(work: Path) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Generator[None]:
+    """One process, and one thread of it, at a time, where the file system has locks."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):

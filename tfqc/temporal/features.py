@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ class TibRun:
     inputs: Mapping[str, Tensor]
     steps: int
 
+    @functools.cached_property
+    def _simulation(self) -> Simulation:
+        """Made once: reconstruction runs it a thousand times."""
+        return Simulation(self.program, self.graph)
+
     def __call__(
         self,
         weights: Mapping[str, Tensor | Callable[[], Tensor]] | None = None,
@@ -38,7 +44,8 @@ class TibRun:
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> dict[str, Tensor]:
         """Features by name, [T, requests, ...]; the arguments quantize or watch nodes as in `Simulation`."""
-        run = Simulation(self.program, self.graph, weights=weights, inputs=inputs, observe=observe)
+        run = self._simulation
+        run.weights, run.inputs, run.observe = weights or {}, inputs or {}, observe
         values = run.call(self.inputs)
         return {name: value.unflatten(0, (self.steps, -1)) for name, value in zip(self.names, values, strict=True)}
 

@@ -75,7 +75,7 @@ class InsertQdq(Pass):
 def _check_filled(program: Program, quantizers: dict[str, Quantizer]) -> None:
     """Refuse a program in which an operand is planned that no pass has found parameters for."""
     for function in [f for f in program.functions if f != TIME]:
-        for node in filter(is_weighted, program.nodes(function)):
+        for node in filter(is_call, program.nodes(function)):
             if node.name in program.table(Tib):  # which may be kept in full precision, whatever was planned for it
                 continue
             row = quantizers.get(node.name, Quantizer())

@@ -59,7 +59,7 @@ def _split(roles: dict[str, Roles], edit: Rewriter, node: fx.Node, values: list[
     assert whole is not None
     channels, rank = len(whole.shape) - 1 - its.windows, len(whole.shape)
     sizes = [t.shape[channels] for t in types if t and len(t.shape) == rank and t.dtype == whole.dtype]
-    known = len(sizes) == len(values) > 1 and all(isinstance(size, int) for size in sizes)
+    known = len(sizes) == len(values) > 1 and all(isinstance(size, int) and size > 0 for size in sizes)
     if not known or dim % rank != channels or any(Role.SAMPLE not in roles[v.name] for v in values):
         return False
     pieces = program.tensors[weight].split(sizes, 1)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ from tfqc.passing.order import tables_of
 from tfqc.passing.pipeline import Pipeline
 from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress, Silent
+from tfqc.quant.plan import is_float
 from tfqc.runtime import VERSION, Stepper
 from tfqc.sampling.data import Calibration
 from tfqc.version import __version__
@@ -140,7 +141,7 @@ def compile(
     made = MadeBy()
     instruments = [*([VerifyEach()] if instruments is None else instruments), made]
     passes.run(program, context, instruments)
-    if _quantizes(passes):
+    if _quantizes(passes) and not is_float(program):
         check_quantized(program)
     context.remarks += _refuse(backend, program, target, require_real, made) + _left(program)
     for instrument in instruments:
@@ -186,7 +187,7 @@ def _rehearse(passes: Pipeline, program: Program, context: Context, target: Targ
         if error.__cause__ is None:
             raise
         return  # a pass that does not do without values: the run tells what there is to tell
-    if _quantizes(passes):
+    if _quantizes(passes) and not is_float(rehearsed):
         check_quantized(rehearsed)
     _refuse(target.backend, rehearsed, target, require_real, made)
 
@@ -263,6 +264,7 @@ def _facts(program: Program, target: Target, passes: Pipeline, context: Context)
         "runtime": VERSION,
         "target": str(target),
         "pipeline": str(passes),
+        "plan": context.plan,
         "model": program.model,
         "inputs": [{"path": list(i.path), "role": str(i.role), "type": str(i.type)} for i in program.inputs],
         "schedule": None

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from tfqc.backends.cpu_int8.runtime.build import source_of
-from tfqc.backends.cpu_int8.support import is_concat, is_own, is_row, upsampling
+from tfqc.backends.cpu_int8.support import images_of, is_concat, is_own, is_row, upsampling
 from tfqc.codegen.artifact import Artifact
 from tfqc.codegen.python.bodies import DOCS, body
 from tfqc.codegen.python.expressions import Stored, arguments, expression, value
@@ -113,7 +113,7 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
     operation, method = op_name(node.target), _method(program, node)
     match method:
         case "concat":
-            operands = ", ".join(value(tensor, stored) for tensor in node.all_input_nodes)
+            operands = ", ".join(value(tensor, stored) for tensor in images_of(node))
         case "upsample":
             operands = f"{value(Upsample(node).input, stored)}, {upsampling(node)}"
         case "view" | "torch":

@@ -50,11 +50,16 @@ def is_own(node: fx.Node) -> bool:
 
 def is_concat(program: Program, node: fx.Node) -> bool:
     """True for two images put together along their channels."""
-    cat = Cat.of(node)
-    if cat is None or isinstance(cat.tensors, fx.Node) or len(cat.tensors) != 2 or cat.dim != 1:
+    cat, types = Cat.of(node), [program.tensor_type(n) for n in images_of(node)]
+    if cat is None or len(types) != 2 or cat.dim != 1:
         return False
-    types = [program.tensor_type(n) for n in node.all_input_nodes]
-    return all(t is not None and len(t.shape) == 4 and t.dtype.is_floating_point for t in types)
+    return all(t and len(t.shape) == 4 and t.shape[1] != 0 and t.dtype.is_floating_point for t in types)
+
+
+def images_of(node: fx.Node) -> list[fx.Node]:
+    """What a concatenation puts together, a value as often as it stands there; nothing for another node."""
+    cat = Cat.of(node)
+    return [] if cat is None or isinstance(cat.tensors, fx.Node) else list(cat.tensors)
 
 
 def upsampling(node: fx.Node) -> int:

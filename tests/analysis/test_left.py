@@ -146,3 +146,53 @@ def test_a_convolution_in_three_dimensions_is_quantized() -> None:
     assert any(name.endswith("conv.weight.codes") for name in artifact.tensors["weights.safetensors"])
     report = tfqc.compile(its, "cpu-int8", steps=2, calibration=2).facts["report"]
     assert any("runs in torch: it is a convolution in three dimensions" in line for line in report)
+
+
+class Joined(nn.Module):
+    """A value beside itself, or beside one without channels, along channels."""
+
+    def __init__(self, empty: bool) -> None:
+        super().__init__()
+        self.empty, self.conv = empty, nn.Conv2d(4 if empty else 8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.cat([x[:, :0], x] if self.empty else [x, x], 1))
+
+
+@pytest.mark.filterwarnings("ignore:Kernels for CUDA run with torch here")
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("target", ["fake-quant{weights=8 activations=8}", "cpu-int8", "cuda-int4{mode=w4a8 edges=8}"])
+def test_concatenations_of_odd_parts(target: str, empty: bool, tmp_path: Path) -> None:
+    its = spec(lambda: Joined(empty), True)
+    parsed = tfqc.Target.parse(target)
+    for number, more in enumerate(("", "split-concat,")):
+        recipe = parsed.backend.pipeline(parsed.options, "fold").replace("plan-quant", f"{more}plan-quant", 1)
+        artifact = tfqc.compile(its, target, pipeline=recipe, steps=2, calibration=2)
+        made = tfqc.load(artifact.save(tmp_path / str(number)))(**its.example_inputs)
+        wanted = its.model(**its.example_inputs)
+        assert (made - wanted).norm() < 0.5 * wanted.norm()  # noise clips
+
+
+def test_what_is_planned_in_floating_point_is_no_mistake() -> None:
+    its = spec(lambda: nn.Conv2d(4, 4, 1), True)
+    recipe = (
+        "normalize,discover-tib,plan-quantization{weights=none activations=none},select-maintenance,calibrate-weights,"
+        "calibrate-activations,fold-cache,insert-qdq"
+    )
+    plan = "layer weight -> float input -> float\nproduct weight -> float input -> float\n"
+    artifact = tfqc.compile(its, "fake-quant", plan=plan, steps=2, calibration=2)
+    assert artifact.facts["plan"] == plan
+    assert tfqc.compile(its, "fake-quant", pipeline=recipe, steps=2, calibration=2).facts["plan"] == ""
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ("%add self -> int8", r"The self of %add.* is planned as int8.*no pass has found its parameters"),
+        ("layer wieght -> int8", r"Line 1 of the plan: .* has no operand 'wieght', but .*: did you mean 'weight'\?\n"),
+        ("\ufefflayer weight -> int8", r"planned as int8, which"),
+    ],
+)
+def test_plans_that_nothing_can_carry_out(plan: str, why: str) -> None:
+    with pytest.raises(TfqcError, match=why):
+        tfqc.compile(spec(lambda: nn.Conv2d(4, 4, 1), True), "fake-quant", plan=plan, steps=2, calibration=2)

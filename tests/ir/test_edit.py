@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tests.helpers import find
-from tfqc.errors import PassError
+from tfqc.errors import IRError, PassError
 from tfqc.ir import parse, render, verify
 from tfqc.ir.calls import canonical, defaults, is_canonical, written
 from tfqc.ir.edit import Rewriter, Rule, rewrite
@@ -224,3 +224,31 @@ def test_new_names_are_found_without_a_search(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(50):
         assert its.node(edit.insert(before, aten.relu.default, its.node("add")).name) is not before
     assert len(walks) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "operands", "why"),
+    [((), {"bogus": 1}, "has no operand 'bogus'"), (("mul",), {}, "takes 1 operands, not 2")],
+)
+def test_operands_that_an_operation_has_not_are_refused(args: Any, operands: Any, why: str) -> None:
+    its = program()
+    edit, silu = Rewriter(its), its.node("silu")
+    given = (its.node("add"), *map(its.node, args))
+    for make in (lambda: edit.become(silu, aten.relu.default, *given, **operands),
+                 lambda: edit.insert(silu, aten.relu.default, *given, **operands)):  # fmt: skip
+        with pytest.raises(IRError, match=why):
+            make()
+    assert silu.target is aten.silu.default
+
+
+def test_a_name_stands_for_one_value() -> None:
+    its = program()
+    twice = call(aten.add.Tensor, self=capture("x"), other=capture("x"))
+    assert not list(match(twice, its.node("add")))
+    Rewriter(its).become(its.node("add"), aten.add.Tensor, its.node("mul"), its.node("mul"))
+    assert list(match(twice, its.node("add"))) == [{"x": its.node("mul")}]
+
+
+def test_what_has_no_two_sides_does_not_commute() -> None:
+    with pytest.raises(TypeError, match="no operands `self` and `other`"):
+        call(aten.silu.default, commutes=True)

@@ -45,6 +45,8 @@ class Kept:
             if metadata.get("sha256") != _hash(tensors, text):
                 continue
             kept = json.loads(text)
+            if not {"activations", "states"} <= kept.keys():  # as another version wrote it
+                continue
             activations = kept["activations"]
             for number, (value, key, facts) in enumerate(kept["states"]):
                 if (observer := wanted.get((self._key, value, key))) is not None:

@@ -101,6 +101,7 @@ class Manifest(Listing):
     backend: str | None = None
     target: str = ""
     pipeline: str = ""
+    plan: str = ""
     model: str = ""
     inputs: list[InputFacts] = []
     schedule: ScheduleFacts | None = None

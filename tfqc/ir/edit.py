@@ -27,6 +27,7 @@ from tfqc.ir.infer import infer_type
 from tfqc.ir.match import Call, match
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
+from tfqc.ir.schema import check_call
 
 _MOST = 64  # times that rules may apply for each node that there was: rules that undo each other would never end
 
@@ -55,7 +56,12 @@ class Rewriter:
         return made
 
     def become(self, node: fx.Node, target: Any, /, *args: Any, **operands: Any) -> None:
-        """Let a node compute its value in another way: it keeps its name, its readers, its place, its rows."""
+        """Let a node compute its value in another way: it keeps its name, its readers, its place, its rows.
+
+        Raises:
+            IRError: the operation takes no such operands.
+        """
+        check_call(target, args, operands, self.program.types)
         args, kwargs = canonical(target, args, operands)
         node.target, node.args, node.kwargs = target, args, kwargs
         self._changed(node)

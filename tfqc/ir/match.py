@@ -108,7 +108,7 @@ class Call:
 
 
 def capture(name: str, where: Callable[[Any], bool] | None = None) -> Capture:
-    """Any value, under a name."""
+    """Any value, under a name; the same value wherever a pattern has the name."""
     return Capture(name, where)
 
 
@@ -116,6 +116,8 @@ def call(*targets: Target, name: str = "", once: bool = False, commutes: bool = 
     """A call of one of the operations, its operands as patterns or as the values that they have to be."""
     for target in targets:
         names = {o.name for o in signature(target)} if isinstance(target, torch._ops.OpOverload) else set[str]()
+        if commutes and not {"self", "other"} <= names:
+            raise TypeError(f"{target} has no operands `self` and `other`, which could stand in either order")
         if strange := sorted(operands.keys() - names):
             raise TypeError(f"{target} has no operand {strange[0]!r}")
     return Call(targets, operands, name, once, commutes)
@@ -132,7 +134,8 @@ def match(pattern: Any, value: Any) -> Iterator[Found]:
                 own = {pattern.name: value} if pattern.name else {}
                 for given in _orders(pattern, value):
                     for found in _all(list(pattern.operands.items()), given):
-                        yield own | found
+                        if (both := _joined(own, found)) is not None:
+                            yield both
         case _:
             if type(pattern) is type(value) and pattern == value:
                 yield {}
@@ -167,4 +170,10 @@ def _all(patterns: list[tuple[str, Any]], given: Mapping[str, Any]) -> Iterator[
     (name, first), *rest = patterns
     for found in match(first, given[name]):
         for others in _all(rest, given):
-            yield found | others
+            if (both := _joined(found, others)) is not None:
+                yield both
+
+
+def _joined(a: Found, b: Found) -> Found | None:
+    """Both together; None where one name would stand for two values."""
+    return None if any(a[name] is not b[name] for name in a.keys() & b.keys()) else a | b

@@ -27,6 +27,7 @@ from tfqc.ir.interpret import interpreter
 from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.render import render
 from tfqc.ir.rows import RowSource
+from tfqc.ir.schema import check_call
 from tfqc.ir.tables import Row
 from tfqc.ir.types import TensorType, Type
 
@@ -94,10 +95,13 @@ class Program(ProgramData):
         """Insert `target(*args, **kwargs)` before a node, typed by running it on the meta device.
 
         `like` gives the new node its origin (default: `before`'s).
+
+        Raises:
+            IRError: the operation takes no such operands.
         """
         graph = self.functions[function]
         with graph.inserting_before(before):
-            operands = canonical(target, tuple(args), kwargs or {})
+            operands = _checked(self, target, tuple(args), kwargs or {})
             node = graph.create_node("call_function", target, *operands, name=self._fresh(name, target))
         self._nodes.setdefault(graph, {})[node.name] = node
         self.types[node.name] = infer_type(self, node)
@@ -192,6 +196,11 @@ class Program(ProgramData):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self.clone()
+
+
+def _checked(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    check_call(target, args, kwargs, program.types)
+    return canonical(target, args, kwargs)
 
 
 def tensor_node_name(tensor: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from tfqc.analysis.weighted import is_weighted
 from tfqc.errors import PassError, SpecError
-from tfqc.ir.program import Program
+from tfqc.ir.program import TIME, Program
 from tfqc.ir.rows import QuantPlan
 from tfqc.ir.views import Linear
 from tfqc.quant.formats import QuantSpec, Specs, specs_of_text, specs_to_text
@@ -25,6 +26,13 @@ def planned(program: Program, node: fx.Node, operand: str) -> Specs:
         return specs_of_text(row.operands[operand])
     except SpecError as error:
         raise PassError(f"The plan for the {operand} of {program.at(node)} cannot be read: {error}") from error
+
+
+def is_float(program: Program) -> bool:
+    """True where all layers that run at a step or once a request are planned, and all of them in floating point."""
+    layers = [n for f in program.functions if f != TIME for n in program.nodes(f) if is_weighted(n)]
+    found = [planned(program, n, operand) for n in layers for operand in ("weight", "input")]
+    return bool(found) and all(specs and not any(s.is_quantized for s in specs) for specs in found)
 
 
 def set_planned(program: Program, node: fx.Node, operand: str, specs: Specs) -> None:

@@ -79,7 +79,7 @@ def read_plan(text: str) -> list[Line]:
     """
     lines: dict[str, Line] = {}
     author = ""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):  # some editors begin files with it
         reader = Reader(line)
         reader.blank()
         if reader.at == len(line):
@@ -121,7 +121,7 @@ def bind_plan(program: Program, text: str, steps: int | None) -> dict[str, Quant
                 raise SpecError(f"{where}another line is for {program.at(node)}, too.")
             for operand, specs in line.operands.items():
                 if why := _impossible(program, node, operand, specs, roles[node.name], steps):
-                    raise SpecError(f"{where}{why}.")
+                    raise SpecError(where + why.removesuffix(".") + ("" if why.endswith("?") else "."))
             rows[node.name] = QuantPlan({operand: specs_to_text(specs) for operand, specs in line.operands.items()})
     return rows
 
@@ -141,7 +141,7 @@ def _operands(reader: Reader, author: str) -> Iterator[tuple[str, Specs]]:
             raise reader.fail(f"'->' after {operand!r}")
         yield operand, _specs(reader, author)
     if not seen:
-        raise reader.fail("an operand and its format, such as `weight -> int8`,")
+        raise reader.fail("an operand and its format, such as `weight -> int8{per=channel}`,")
 
 
 def _specs(reader: Reader, author: str) -> Specs:
@@ -159,7 +159,8 @@ def _impossible(program: Program, node: fx.Node, operand: str, specs: Specs, rol
     names = _operands_of(node)
     if operand not in names:
         close = difflib.get_close_matches(operand, names, 1)
-        return f"{program.at(node)} has no operand {operand!r}, but {', '.join(names)}" + (
+        read = f"but {', '.join(names)}" if names else "and reads nothing but lists of values, which are not planned"
+        return f"{program.at(node)} has no operand {operand!r}, {read}" + (
             f": did you mean {close[0]!r}?" if close else ""
         )
     for spec in specs:

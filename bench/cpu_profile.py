@@ -83,7 +83,7 @@ def _profile(model: Any, inputs: dict[str, Any], rounds: int, peak: float, bandw
         began = time.perf_counter()
         model(**inputs)
         steps.append(time.perf_counter() - began)
-    (schedule,) = model._schedules.values()
+    (schedule,) = model._recordings.values()
     groups: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0.0])
     kernels: dict[str, float] = defaultdict(float)
     for line, seconds in schedule.profile(dict(schedule.inputs), rounds):

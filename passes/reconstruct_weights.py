@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.moments import Moments, has_moments
+from tfqc.calibration.rounded import Rounded
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
-from tfqc.quant.gptq import gptq
-from tfqc.quant.grid import quantize_weight, without_values
+from tfqc.quant.gptq import BLOCK, DAMPING, gptq
+from tfqc.quant.grid import QuantizedWeight, quantize_weight, without_values
 from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
 from tfqc.quant.plan import fillable
 from tfqc.quant.planning import Weights, plan
@@ -83,4 +85,15 @@ class ReconstructWeights(Pass):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"Weight @{name} of {program.at(node)} holds NaN or infinity.")
             nearest = quantize_weight(weight, grid, spec.method, group)
-            set_weight_quantizer(program, node, name, gptq(weight, moments[node.name], nearest), how)
+            set_weight_quantizer(program, node, name, _rounded(weight, moments[node.name], nearest, how, ctx), how)
+
+
+def _rounded(weight: Tensor, moments: Tensor, nearest: QuantizedWeight, how: str, ctx: Context) -> QuantizedWeight:
+    """By GPTQ; what is in the working directory is not rounded again."""
+    given = {"weight": weight, "moments": moments, "scale": nearest.scale, "zero_point": nearest.zero_point}
+    kept = Rounded(ctx.workdir, f"{how} {nearest.grid} {nearest.group} {DAMPING} {BLOCK}", given)
+    if (codes := kept.read()) is not None and codes.shape == nearest.q.shape:
+        return replace(nearest, q=codes)
+    found = gptq(weight, moments, nearest)
+    kept.write(found.q)
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tfqc.analysis.left import check_quantized, left_in_floating_point
-from tfqc.analysis.weighted import WEIGHTED, check_weights
+from tfqc.analysis.weighted import WEIGHTED, check_weights, multiplies_stored
 from tfqc.arguments import (
     check_calibration_argument,
     check_others,
@@ -86,7 +86,8 @@ def compile(
         workdir: where calibration trajectories are kept; they are used again if the same compile is interrupted.
         instruments: watch the passes; the verifier by default.
         progress: told what is done, how far, how long.
-        require_real: refuse, before anything is calibrated, what the target would run in another way than it promises.
+        require_real: refuse, before anything is calibrated, products with weights that the target would not run on its
+            kernels, in integers.
 
     Raises:
         TfqcError: what, where, and what to do.
@@ -203,9 +204,11 @@ def _refuse(backend: Backend, program: Program, target: Target, require_real: bo
         lines = grouped(program, found)
         raise TfqcError(f"{target.name} does not run {len(found)} operations of {program.model}.", *lines)
     found = compromised(backend, program, target.options)
-    if found and require_real:
-        lines = grouped(program, found)
-        raise TfqcError(f"{target.name} has no kernel for {len(found)} operations of {program.model}.", *lines)
+    products = [(node, because) for node, because in found if multiplies_stored(node)]
+    if products and require_real:
+        lines = grouped(program, products)
+        what = f"{len(products)} product{'s' if len(products) > 1 else ''} of {program.model}"
+        raise TfqcError(f"{target.name} has no kernel for {what}.", *lines)
     return remarks_on(program, found, target.name)
 
 

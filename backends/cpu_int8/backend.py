@@ -67,5 +67,5 @@ class CpuInt8Backend(Backend):
         return legalize(options)
 
     def emit(self, program: Program, options: CpuInt8Options) -> Artifact:
-        """`model.py` with the schedule of a step, `kernels.cpp`, the program's text, and its tensors."""
+        """`model.py` with the lines of a step, `kernels.cpp`, the program's text, and its tensors."""
         return emit(program, options.isa)

@@ -1,4 +1,4 @@
-"""Emission: `model.py` with the schedule of a step, a line for each kernel, and `kernels.cpp` beside it."""
+"""Emission: `model.py` with the lines of a step, a line for each kernel, and `kernels.cpp` beside it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _model(program: Program, isa: str) -> ModuleWriter:
         program,
         "for CPUs in 8-bit integers",
         "`step` is what runs at every timestep, a line for each kernel: k.KERNEL(value, operands...) appends it to the "
-        "schedule and gives back the memory that it will write; w(name) is a tensor, t(name) packed weights. `begin` "
+        "recording and gives back the memory that it will write; w(name) is a tensor, t(name) packed weights. `begin` "
         "runs once per image, `time` for timesteps that are not in the schedule. `load(directory)` makes the model.",
         ["from tfqc.backends.cpu_int8.runtime.engine import Engine"],
         [_step(program), *(_plain(program, f) for f in (BEGIN, TIME) if f in program.functions)],

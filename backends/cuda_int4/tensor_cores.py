@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfqc.analysis.weighted import QUANTIZED, WEIGHTED
+from tfqc.analysis.weighted import QUANTIZED, WEIGHTED, multiplies_stored
 from tfqc.codegen.support import YES, Support
 from tfqc.ir.match import is_call, is_stored
 from tfqc.ir.ops import op_name
@@ -40,7 +40,7 @@ def support_of(program: Program, node: fx.Node) -> Support:
     if layer := Linear.of(node) or Conv.of(node):
         found = _on_tensor_cores(program, layer)
     else:
-        stored = is_call(node, *_OTHERS) and any(_is_of_model(n) for n in node.all_input_nodes)
+        stored = is_call(node, *_OTHERS) and multiplies_stored(node)
         found = Support(True, f"there is no kernel for {op_name(node.target)}" if stored else "")
     return replace(found, because=f"runs in torch: {found.because}") if found.because else YES
 
@@ -58,13 +58,6 @@ def _on_tensor_cores(program: Program, layer: Linear | Conv) -> Support:
         return Support(True, why)
     why = _of_input(program, _before_casts(layer.input))
     return Support(True, why, "input", _INPUT) if why else YES
-
-
-def _is_of_model(value: fx.Node) -> bool:
-    """True for a tensor of the model, also where it was cast or turned."""
-    while value.op == "call_function" and len(value.all_input_nodes) == 1:
-        (value,) = value.all_input_nodes
-    return is_stored(value)
 
 
 def is_step_row(program: Program, value: Any) -> bool:

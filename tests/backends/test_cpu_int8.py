@@ -103,7 +103,7 @@ def lines(loaded: Any, call: dict[str, Any]) -> list[tuple[Any, Tensor, Tensor]]
     with torch.no_grad():
         loaded(**call)
         del loaded.step
-        schedule = loaded.schedule(inputs)
+        schedule = loaded.recording(inputs)
         schedule._take(inputs)
         found: list[tuple[Any, Tensor, Tensor]] = []
         for line in schedule.lines:

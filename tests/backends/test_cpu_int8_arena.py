@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfqc.backends.cpu_int8.runtime.arena import ALIGNMENT, pack
+from tfqc.backends.cpu_int8.runtime.arena import ALIGNMENT, place
 
 buffers = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 12), st.integers(0, 6)), max_size=14)
 
@@ -17,7 +17,7 @@ buffers = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 12), st.integer
 def test_buffers_alive_together_lie_apart(drawn: list[tuple[int, int, int]]) -> None:
     sizes = {i: size for i, (size, _, _) in enumerate(drawn)}
     spans = {i: (first, first + length) for i, (_, first, length) in enumerate(drawn)}
-    offsets, total = pack(sizes, spans)
+    offsets, total = place(sizes, spans)
     assert set(offsets) == set(sizes)
     assert all(offset >= 0 and offset % ALIGNMENT == 0 for offset in offsets.values())
     for a, b in itertools.combinations(sizes, 2):
@@ -29,11 +29,11 @@ def test_buffers_alive_together_lie_apart(drawn: list[tuple[int, int, int]]) -> 
 
 
 def test_room_is_used_again() -> None:
-    assert pack({0: 100, 1: 100, 2: 50}, {0: (0, 1), 1: (2, 3), 2: (0, 3)}) == ({0: 0, 1: 0, 2: 128}, 178)
-    assert pack({}, {}) == ({}, 0)
+    assert place({0: 100, 1: 100, 2: 50}, {0: (0, 1), 1: (2, 3), 2: (0, 3)}) == ({0: 0, 1: 0, 2: 128}, 178)
+    assert place({}, {}) == ({}, 0)
 
 
 def test_the_same_whatever_the_order() -> None:
     sizes, spans = {0: 64, 1: 64, 2: 128}, {0: (0, 2), 1: (1, 3), 2: (2, 4)}
     turned = {k: sizes[k] for k in reversed(sizes)}
-    assert pack(sizes, spans) == pack(turned, spans)
+    assert place(sizes, spans) == place(turned, spans)

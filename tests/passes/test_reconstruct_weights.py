@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.helpers import args_of, first
 from tests.subjects import Subjects, assert_text_round_trip, calibration
@@ -22,6 +23,8 @@ from tfqc.ir.rows import Quantizer, Tib
 from tfqc.models.find import find_model
 from tfqc.passing import Context
 from tfqc.passing.pipeline import Pipeline
+from tfqc.quant.gptq import gptq
+from tfqc.quant.grid import QuantizedWeight
 from tfqc.sampling.schedule import SamplingSchedule
 
 TIB = "select-maintenance{strategy=tib}"
@@ -108,3 +111,29 @@ def test_refused(subject: Subjects, tmp_path: Path) -> None:
     ctx = Context(SamplingSchedule.of(find_model("fashion-unet").scheduler, 2), calibration(its), workdir=tmp_path)
     with pytest.raises(CalibrationError, match=r"NaN"):
         its.run(f"{TIB},reconstruct-weights", ctx, broken)
+
+
+def test_goes_on_behind_the_last_rounded_layer(
+    subject: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was rounded is found by the next command, if nothing of what it is made of has changed."""
+    its = subject("unet-sd")
+    ctx = Context(SamplingSchedule.of(find_model("fashion-unet").scheduler, 2), calibration(its), workdir=tmp_path)
+    rounded: list[str] = []
+
+    def counted(weight: Tensor, moments: Tensor, nearest: QuantizedWeight) -> QuantizedWeight:
+        rounded.append("one")
+        return gptq(weight, moments, nearest)
+
+    monkeypatch.setattr("tfqc.passes.reconstruct_weights.gptq", counted)
+    first_run = its.run(f"{TIB},reconstruct-weights{{bits=4}}", ctx)
+    count = len(rounded)
+    files = sorted(tmp_path.glob("rounded-*"))
+    assert count == len(files) > 10
+    files[0].unlink()
+    files[1].write_bytes(b"broken")
+    again = its.run(f"{TIB},reconstruct-weights{{bits=4}}", ctx)
+    assert len(rounded) == count + 2
+    assert all(torch.equal(t, first_run.tensors[n]) for n, t in again.tensors.items())
+    its.run(f"{TIB},reconstruct-weights{{bits=3}}", ctx)
+    assert len(rounded) == 2 * count + 2

@@ -76,6 +76,9 @@ WEIGHTED: dict[Any, Weighted] = {
 }
 QUANTIZED = tuple(target for target, row in WEIGHTED.items() if not row.why_not)
 
+# A lookup multiplies nothing.
+_PRODUCTS = tuple(target for target in WEIGHTED if target is not aten.embedding.default)
+
 
 def is_weighted(value: Any) -> bool:
     """True for a call of an operation that is quantized where its weight is stored."""
@@ -88,6 +91,16 @@ def weight_of(node: fx.Node) -> str | None:
         return None
     weight = node.kwargs[WEIGHTED[node.target].weight]
     return str(weight.target) if is_stored(weight) else None  # type: ignore[union-attr]
+
+
+def multiplies_stored(node: fx.Node) -> bool:
+    """True for a product, quantized or not, with a weight of the model, however that is stored, cast or turned."""
+    return is_call(node, *_PRODUCTS) and any(map(_is_of_model, node.all_input_nodes))
+
+
+def _is_of_model(value: fx.Node) -> bool:
+    inputs = value.all_input_nodes
+    return is_stored(value) or (is_call(value) and len(inputs) > 0 and all(map(_is_of_model, inputs)))
 
 
 def left_weights(program: Program, node: fx.Node) -> list[str]:

@@ -36,7 +36,7 @@ def compile_model(
     verify: options.Verify = "full",
     check_numerics: options.Numerics = False,
     require_real: Annotated[
-        bool, typer.Option("--require-real", help="Refuse operations for which the target has no kernel.")
+        bool, typer.Option("--require-real", help="Refuse products with weights for which the target has no kernel.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:

@@ -17,6 +17,7 @@ from tfqc.cli.output import guarded, show
 
 if TYPE_CHECKING:
     from tfqc.instruments.timing import PassTiming
+    from tfqc.ir.program import Program
     from tfqc.models.spec import ModelSpec
     from tfqc.passing.pipeline import Pipeline
     from tfqc.progress import Progress
@@ -59,6 +60,7 @@ def demo(
     from tfqc.cli.progress import StderrProgress
     from tfqc.files.claim import claim
     from tfqc.files.storage import write_text
+    from tfqc.frontend import capture
     from tfqc.models.find import find_model
     from tfqc.report.runs import draw
 
@@ -66,9 +68,11 @@ def demo(
     began = time.perf_counter()
     spec = find_model(MODEL)
     with StderrProgress() as progress:
+        progress.say(f"capturing {spec.name}")
+        program = capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name)
         with kept_work(beside(out, "work")) as work:
             compiled = {
-                name: _compile(spec, target, strategy, out / name, out / "ir" / name, work, steps, progress)
+                name: _compile(program, spec, target, strategy, out, name, work, steps, progress)
                 for name, (target, strategy) in COMPILED.items()
             }
         denoisers = {FULL: spec.model, **{name: tfqc.load(c.directory) for name, c in compiled.items()}}
@@ -93,7 +97,15 @@ def demo(
 
 
 def _compile(
-    spec: ModelSpec, text: str, strategy: str, directory: Path, dumps: Path, work: Path, steps: int, progress: Progress
+    program: Program,
+    spec: ModelSpec,
+    text: str,
+    strategy: str,
+    out: Path,
+    name: str,
+    work: Path,
+    steps: int,
+    progress: Progress,
 ) -> Compiled:
     import tfqc
     from tfqc.cli.subjects import artifact_sizes
@@ -103,14 +115,16 @@ def _compile(
 
     target = tfqc.Target.parse(text)
     pipeline = tfqc.Pipeline.parse(target.backend.pipeline(target.options, strategy))
+    directory, dumps = out / name, out / "ir" / name
     watch, timing = WatchDisturbance(), Timing(dumps)
     dumps.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     artifact = tfqc.compile(
-        spec,
+        program,
         target,
+        schedule=spec.scheduler,
         steps=steps,
-        calibration=CALIBRATION_IMAGES,
+        calibration=spec.calibration(CALIBRATION_IMAGES, seed=0),
         pipeline=_measured_as_compiled(pipeline),
         workdir=work,
         instruments=[VerifyEach(), Reproducer(beside(directory, "reproducer")), DumpIR(dumps), watch, timing],
@@ -233,7 +247,7 @@ def _text(value: dict[str, Any], out: Path) -> str:
         *(f"{metric}: left out, too few images" for metric in value["metrics_left_out"]),
         "",
         table(("compile time", *spent), times, right=range(1, len(spent) + 1)),
-        "(later compiles find the calibration trajectories of the first)",
+        "(later compiles find the calibration trajectories and the rounded weights of the first)",
         "",
         f"{out}/grid.png         the images side by side",
         f"{out}/disturbance.png  temporal features, feature x timestep",
@@ -245,7 +259,7 @@ def _text(value: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-REST, ALL = "capture, dumps, emission", "together"
+REST, ALL = "dumps, emission", "together"
 
 
 def _time_spent(row: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TRAJECTORY = r"trajectory-[0-9a-f]+-\d+\.safetensors"
-_WHOLE = rf"{_TRAJECTORY}|observed-[0-9a-f]+-[0-9a-f]+\.safetensors"
+_WHOLE = rf"{_TRAJECTORY}|observed-[0-9a-f]+-[0-9a-f]+\.safetensors|rounded-[0-9a-f]+\.safetensors"
 _PART = rf"\.({_WHOLE})\.part\d+-[0-9a-f]{{8}}"
 _OURS = rf"{_WHOLE}|{_PART}"
 
@@ -24,7 +24,7 @@ def beside(output: Path, suffix: str) -> Path:
 
 @contextmanager
 def kept_work(directory: Path) -> Generator[Path]:
-    """Calibration trajectories and what is observed on them live here; an exception gets a note of what was kept.
+    """Trajectories, what is observed on them and rounded weights live here; an exception notes what was kept.
 
     Commands of the same output share it: the last of them to end removes it.
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
-from tfqc.ir.tables import OpaqueRow, Row, Table, understood
+from tfqc.ir.tables import OpaqueRow, Row, SideTable, understood
 from tfqc.ir.types import TensorType, Type
 from tfqc.runtime import buffer_name
 
@@ -89,7 +89,7 @@ class ProgramData:
     origins: dict[str, Origin] = field(default_factory=dict[str, Origin])
     symbols: dict[str, int] = field(default_factory=dict[str, int])
     stage: Stage = Stage.CAPTURED
-    tables: dict[str, Table] = field(default_factory=dict[str, Table])
+    tables: dict[str, SideTable] = field(default_factory=dict[str, SideTable])
     model: str = "model"
     arguments: tuple[str, ...] = ()
     constants: dict[tuple[str, ...], Constant] = field(default_factory=dict[tuple[str, ...], Constant])

@@ -66,7 +66,7 @@ def fact_name(fact: Fact) -> str:
     return f"{fact.row.table}.{fact.name}" if isinstance(fact, Column) else fact.table
 
 
-Table = dict[str, Row]
+SideTable = dict[str, Row]
 T = TypeVar("T", bound=type[Row])
 R = TypeVar("R", bound=Row)
 _KINDS: dict[str, type[Row]] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 ALIGNMENT = 64
 
 
-def pack(sizes: Mapping[int, int], spans: Mapping[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
+def place(sizes: Mapping[int, int], spans: Mapping[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
     """Offset of each buffer, and the bytes of the whole block.
 
     The largest buffer is placed first, each as low as those that live with it allow (greedy by size, as in

@@ -1,4 +1,4 @@
-"""The run time of a compiled model: schedules by the shapes of the inputs, and their execution."""
+"""The run time of a compiled model: recordings by the shapes of the inputs, and their execution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tfqc.backends.cpu_int8.runtime import abi
-from tfqc.backends.cpu_int8.runtime.arena import pack
+from tfqc.backends.cpu_int8.runtime.arena import place
 from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build_best, runs_here, why_not
 from tfqc.backends.cpu_int8.runtime.eager import Eager
 from tfqc.backends.cpu_int8.runtime.memory import load_aligned, room
@@ -34,7 +34,7 @@ class Engine(Stepper):
     computes with torch, and says so.
     """
 
-    MAX_SCHEDULES = 64  # one lock holds the model, so they share one arena, and a schedule more costs little
+    MAX_RECORDINGS = 64  # one lock holds the model, so they share one arena, and a recording more costs little
 
     lines: Callable[..., Any]
     """The model's step: `lines(k, w, t, **inputs)` with kernels k, tensors w, packed weights t."""
@@ -53,7 +53,7 @@ class Engine(Stepper):
         self._tensors = load_aligned(directory / "weights.safetensors")
         taken = self._tensors.pop
         self._tiles = {name: Tiles.of(taken(name), taken(f"{name}.sums"), *its) for name, its in tiles.items()}
-        self._schedules: dict[Any, Schedule] = {}
+        self._recordings: dict[Any, Recording] = {}
         self._rooms: dict[str, Tensor] = {}
         self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.isa, self._library = _kernels(kernels, isa)
@@ -80,7 +80,7 @@ class Engine(Stepper):
         room = self._rooms.get(name)
         if room is None or len(room) < len(value):
             room = self._rooms[name] = value.new_empty(_with_spare(len(value)), *value.shape[1:])
-            self._schedules.clear()
+            self._recordings.clear()
         self._tensors[name] = room[: len(value)].copy_(value)
 
     def step(self, /, **values: Any) -> Any:
@@ -88,23 +88,23 @@ class Engine(Stepper):
         if self._library is None:
             return self.watched_step(**values)
         with torch.no_grad():
-            return self.schedule(values).run(values)
+            return self.recording(values).run(values)
 
     def watched_step(self, /, **values: Any) -> Any:
         """With torch instead of kernels."""
         return self.lines(Eager(), self.get_tensor, self._tiles.__getitem__, **values)
 
-    def schedule(self, values: Mapping[str, Tensor]) -> Schedule:
-        """The schedule for inputs of these shapes; made on their first call."""
+    def recording(self, values: Mapping[str, Tensor]) -> Recording:
+        """The recording for inputs of these shapes; made on their first call."""
         assert self._library is not None
         shapes = ((k, self._shape(k, v), v.dtype) for k, v in sorted(values.items()))
         key = (torch.get_num_threads(), *shapes)
-        found = self._schedules.pop(key, None)
+        found = self._recordings.pop(key, None)
         if found is None or found.capacity < len(self._known):
             found = self._recorded(values)
-        self._schedules[key] = found  # the last used is the last
-        if len(self._schedules) > self.MAX_SCHEDULES:
-            del self._schedules[next(iter(self._schedules))]
+        self._recordings[key] = found  # the last used is the last
+        if len(self._recordings) > self.MAX_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
         return found
 
     def _shape(self, name: str, value: Tensor) -> torch.Size:
@@ -113,7 +113,7 @@ class Engine(Stepper):
             return torch.Size((_with_spare(len(value)), *value.shape[1:]))
         return value.shape
 
-    def _recorded(self, values: Mapping[str, Tensor]) -> Schedule:
+    def _recorded(self, values: Mapping[str, Tensor]) -> Recording:
         try:
             return self._record(values)
         except (ValueError, MemoryError):
@@ -122,13 +122,13 @@ class Engine(Stepper):
             what = next(iter(str(error).splitlines()), "")
             raise ValueError(f"The artifact's step cannot be laid out: {type(error).__name__}: {what}") from error
 
-    def _record(self, values: Mapping[str, Tensor]) -> Schedule:
+    def _record(self, values: Mapping[str, Tensor]) -> Recording:
         rows = len(self._known)
         nowhere = Recorder(self.memory, rows=rows)
         with _fake_mode() as mode:
             shapes = {k: mode.from_tensor(v.new_empty(self._shape(k, v))) for k, v in values.items()}
             self.lines(nowhere, self.get_tensor, self._tiles.__getitem__, **shapes)
-        offsets, size = pack(nowhere.sizes, nowhere.spans)
+        offsets, size = place(nowhere.sizes, nowhere.spans)
         inputs = {k: v.new_zeros(self._shape(k, v)) for k, v in values.items()}
         if self._arena.numel() < size:
             self._arena = room(size)
@@ -137,10 +137,10 @@ class Engine(Stepper):
         outputs = self.lines(recorder, self.get_tensor, self._tiles.__getitem__, **inputs)
         fixed = {*self.plan.hoisted, *self.plan.request_tables}
         row = inputs[self.plan.row] if self.plan.row else None
-        return Schedule(self._library, recorder, inputs, outputs, fixed, row, self.plan)
+        return Recording(self._library, recorder, inputs, outputs, fixed, row, self.plan)
 
 
-class Schedule:
+class Recording:
     """Commands for kernels, and calls of torch between them."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """Whether operands of a kernel are as long as it will read: kernels trust what they are told.
 
-Programs that the compiler made fit. What is checked here, once when a schedule is recorded, is what keeps a damaged or
+Programs that the compiler made fit. What is checked here, once when a step is recorded, is what keeps a damaged or
 forged artifact from reading memory that is not its own.
 """
 

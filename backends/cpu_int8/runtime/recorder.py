@@ -28,7 +28,7 @@ _MODES = {"fp32": 0, "bf16": 1, "int8": 2}
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """Parameters of which each step takes a row: [T, C], or with `request` [T, B, ...], a row for each image."""
 
     tensor: Tensor
@@ -37,7 +37,7 @@ class Rows:
 
 @dataclass
 class Line:
-    """One line of a schedule: a kernel and its struct, or a call of torch."""
+    """One line of a recording: a kernel and its struct, or a call of torch."""
 
     name: str
     kernel: str
@@ -48,12 +48,12 @@ class Line:
 
 @dataclass
 class Recorder:
-    """Writes a schedule down.
+    """Writes a recording.
 
     memory: value -> (buffer, first, last), as plan-memory has it. arena: the memory of all buffers, at `offsets`; None
     to find out `sizes` and `spans` only, with tensors that have no memory. rows: of the schedule, with those that were
     added; kernels go to any of them. spare: how many rows there is room for, by the address of a table that has grown.
-    capacity: how many rows every table has room for; with more, the schedule has to be recorded anew.
+    capacity: how many rows every table has room for; with more, the step has to be recorded anew.
     """
 
     memory: Mapping[str, tuple[int, int, int]]
@@ -251,15 +251,15 @@ class Recorder:
 
     # -- torch ------------------------------------------------------------------------------------------------------
 
-    def table_read(self, name: str, table: Tensor, row: Tensor) -> Rows:
+    def table_read(self, name: str, table: Tensor, row: Tensor) -> TableRows:
         """`tfqc.table_read`, for kernels alone: they go to their rows, nothing is copied."""
         del name, row
-        return Rows(table)
+        return TableRows(table)
 
-    def request_read(self, name: str, table: Tensor, row: Tensor) -> Rows:
+    def request_read(self, name: str, table: Tensor, row: Tensor) -> TableRows:
         """`tfqc.request_read`, for kernels alone."""
         del name, row
-        return Rows(table, request=True)
+        return TableRows(table, request=True)
 
     def view(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The same memory, seen in another way; where that cannot be, a copy that is made at every step."""
@@ -365,7 +365,7 @@ class Recorder:
         match value:
             case None:
                 return abi.Rows()
-            case Rows(tensor, request):
+            case TableRows(tensor, request):
                 check_row(name, tensor, width, batch, self.rows, table=True, request=request)
                 self._limit(tensor)
                 return abi.Rows(

@@ -54,6 +54,8 @@ def test_compile_does_what_it_says(tfqc: Tfqc, tmp_path: Path) -> None:
         assert done.code == 0, done.err
         shown = tfqc("inspect", tmp_path / "out", "--json").json["program"]["quantized"]
         assert len(shown["float_weights"]) == left
+    refused = tfqc("inspect", tmp_path / "out", "--plan")
+    assert refused.code == 1 and "is an artifact, whose plan has been carried out" in refused.err
 
 
 def test_it_is_json_too(tfqc: Tfqc) -> None:

@@ -201,6 +201,14 @@ def test_rules_without_an_end_are_refused() -> None:
         rewrite(program(), rules)
 
 
+def test_what_cannot_be_rewritten_is_refused() -> None:
+    its = program()
+    with pytest.raises(IRError, match=r"%silu .*cannot be replaced by itself"):
+        Rewriter(its).replace(its.node("silu"), its.node("silu"))
+    with pytest.raises(PassError, match=r"no @nope: it has @step"):
+        rewrite(its, [], "nope")
+
+
 def test_what_nothing_reads_goes() -> None:
     def forget(edit: Rewriter, node: fx.Node, x: fx.Node) -> None:
         edit.replace(node, x)

@@ -33,15 +33,19 @@ def inspect(
 
     With --plan it is the plan for quantization: that of a program, or what `tfqc compile` would plan for a model.
     """
-    if plan:
-        from tfqc.cli.planning import plan_of
-
-        text = plan_of(str(what), target, strategy, pipeline)
-        return show({"plan": text}, text.rstrip("\n"), as_json)
     from tfqc.cli.subjects import is_artifact
     from tfqc.errors import TfqcError
     from tfqc.ir.store import load_program
 
+    if plan:
+        from tfqc.cli.planning import plan_of
+
+        if is_artifact(str(what)):
+            raise TfqcError(
+                f"{what} is an artifact, whose plan has been carried out: give the model that it was compiled from."
+            )
+        text = plan_of(str(what), target, strategy, pipeline)
+        return show({"plan": text}, text.rstrip("\n"), as_json)
     if what.is_dir() or is_artifact(str(what)):
         value = _artifact(what)
         return show(value, _printable(_artifact_text(value)), as_json)

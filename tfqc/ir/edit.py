@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import fx
 
-from tfqc.errors import PassError
+from tfqc.errors import IRError, PassError
 from tfqc.ir.calls import canonical
 from tfqc.ir.data import STEP
 from tfqc.ir.infer import infer_type
@@ -82,7 +82,13 @@ class Rewriter:
         self._changed(reader)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every reader of `old` read `new`, and erase `old`; rows about it are then about `new`, if it has none."""
+        """Let every reader of `old` read `new`, and erase `old`; rows about it are then about `new`, if it has none.
+
+        Raises:
+            IRError: they are the same.
+        """
+        if old is new:
+            raise IRError(f"{self.program.at(old)} cannot be replaced by itself: `become` makes a call another one.")
         readers = [user for user in old.users if user is not new]
         for table in self.program.tables.values():
             row = table.get(old.name)
@@ -134,8 +140,10 @@ def rewrite(program: Program, rules: Sequence[Rule], function: str = STEP) -> in
     Nodes that nothing reads any more go.
 
     Raises:
-        PassError: the rules do not come to an end.
+        PassError: the rules do not come to an end, or the program has no such function.
     """
+    if function not in program.functions:
+        raise PassError(f"The program has no @{function}: it has {', '.join(f'@{f}' for f in program.functions)}.")
     by_target: dict[Any, list[Rule]] = {}
     for rule in rules:
         for target in rule.pattern.targets:

@@ -120,10 +120,11 @@ def check_others(
     TfqcError: an argument that is of another kind than `compile` takes.
     """
     whole("seed", seed, TfqcError, least=0, below=2**63)
-    for name, value in (("roles", roles), ("dynamic", dynamic)):
-        if value is not None and not isinstance(value, Mapping):
-            raise TfqcError(f"{name}={_shown(value)} is no mapping from names of inputs.")
-    if dynamic is not None:
+    if roles is not None and not isinstance(roles, Mapping):
+        raise TfqcError(f"roles={_shown(roles)} is no mapping from names of inputs.")
+    if dynamic is not None and not isinstance(dynamic, (str, Mapping)):
+        raise TfqcError(f"dynamic={_shown(dynamic)} is neither text, such as 'H,W', nor a mapping.")
+    if isinstance(dynamic, Mapping):
         for name, dims in dynamic.items():
             if not isinstance(dims, Mapping) or not all(
                 isinstance(d, int) and isinstance(s, str) for d, s in dims.items()

@@ -29,7 +29,8 @@ from tfqc.codegen.support import compromised, grouped, refused, remarks_on
 from tfqc.codegen.target import Target
 from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
-from tfqc.frontend.inputs import DynamicDims, inputs_of
+from tfqc.frontend.dynamic import DynamicDims, places, read_dynamic
+from tfqc.frontend.inputs import inputs_of
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
@@ -81,7 +82,7 @@ def compile(
         plan: what is quantized to what, layer by layer: text as `tfqc inspect --plan` prints it, or the Path of a file;
             what it does not speak of is planned by the pipeline's options.
         example_inputs, roles: for `capture`, where the model's class does not tell.
-        dynamic: dimensions that may differ from call to call, beside the batch: `{"sample": {2: "H", 3: "W"}}`.
+        dynamic: dimensions that may differ from call to call, beside the batch: "H,W" (as `capture` has them).
         seed: of the calibration images and of everything drawn.
         workdir: where calibration trajectories are kept; they are used again if the same compile is interrupted.
         instruments: watch the passes; the verifier by default.
@@ -104,7 +105,7 @@ def compile(
     check_others(roles, example_inputs, dynamic, seed, workdir, instruments, progress)
     check_calibration_argument(calibration)
     own_schedule = read_schedule(schedule, steps)
-    spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles)
+    spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles, dynamic)
     if own_schedule is None and spec is not None:
         own_schedule = read_schedule(spec.scheduler, steps)
     context = Context(
@@ -127,9 +128,7 @@ def compile(
     if start is None:
         assert spec is not None
         context.progress.say(f"capturing {spec.name}")
-        program = capture(
-            spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=dynamic or spec.dynamic
-        )
+        program = capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=spec.dynamic)
         shared = {".".join(i.path) for i in program.input(Role.REQUEST) if i.type.shape[:1] != ("B",)}
         if not shared.isdisjoint(context.calibration.cond if context.calibration else ()):
             context.calibration = _calibration(replace(spec, shared=frozenset(shared)), calibration, seed)
@@ -221,13 +220,24 @@ def _left(program: Program) -> list[Remark]:
     return found
 
 
-def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:
+def _spec(
+    model: Compilable,
+    example: Mapping[str, Any] | None,
+    roles: Mapping[str, str] | None,
+    dynamic: DynamicDims | None,
+) -> ModelSpec:
     spec = find_model(model) if isinstance(model, str) else model
     if not isinstance(spec, ModelSpec):
         spec = _of_module(spec, example)
-    spec = replace(spec, example_inputs=example or spec.example_inputs, roles=roles or spec.roles)
+    spec = replace(
+        spec,
+        example_inputs=example or spec.example_inputs,
+        roles=roles or spec.roles,
+        dynamic=dynamic or spec.dynamic,
+    )
     # What is wrong with them is said before anything is drawn for them.
-    inputs_of(spec.model, spec.example_inputs, spec.roles)
+    found = dict(inputs_of(spec.model, spec.example_inputs, spec.roles))
+    places(read_dynamic(spec.dynamic), found, {i.path: tuple(tensor.shape) for i, tensor in found.items()})
     return spec
 
 

@@ -42,7 +42,7 @@ def _resized(name: str, *shape: int) -> Change:
 WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "three channels": (_resized("sample", 2, 3, 8, 8), ValueError, r"sample is 2x3x8x8; this model takes Bx4x8x8"),
     "five channels": (_resized("sample", 2, 5, 8, 8), ValueError, r"sample is 2x5x8x8"),
-    "another size": (_resized("sample", 2, 4, 16, 16), ValueError, r"compile it with dynamic=.*2: 'H', 3: 'W'"),
+    "another size": (_resized("sample", 2, 4, 16, 16), ValueError, r"compile it with dynamic='H,W' .--dynamic H,W. if"),
     "an odd size": (_resized("sample", 2, 4, 9, 9), ValueError, r"sample is 2x4x9x9"),
     "no batch": (_resized("sample", 4, 8, 8), ValueError, r"sample is 4x8x8; this model takes Bx4x8x8"),
     "five dimensions": (_resized("sample", 2, 4, 1, 8, 8), ValueError, r"sample is 2x4x1x8x8"),

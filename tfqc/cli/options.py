@@ -34,6 +34,10 @@ ScheduleFile = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="What is quantized to what, as `tfqc inspect --plan` prints it.")
 ]
+Dynamic = Annotated[
+    str | None,
+    typer.Option(help="Dimensions that may differ from call to call: H,W or H:32..128,W or hidden_states[1]=S."),
+]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calibration", help="Your own calibration data, as Calibration.save wrote them.")
 ]

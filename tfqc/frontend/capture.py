@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from tfqc.errors import CaptureError
 from tfqc.frontend.build import build_program
+from tfqc.frontend.dynamic import DynamicDims, places, ranges, read_dynamic
 from tfqc.frontend.export import export, shared_by_all
 from tfqc.frontend.inputs import (
-    DynamicDims,
     Example,
     arguments_by_name,
     assign_roles,
@@ -21,7 +20,6 @@ from tfqc.frontend.inputs import (
     tensors_by_path,
 )
 from tfqc.ir.program import Program
-from tfqc.ir.types import SYMBOL
 
 
 def capture(
@@ -42,7 +40,8 @@ def capture(
         roles: input name (dotted for nested ones) -> `sample`, `time` or `request`. By default inputs are
             recognised by the names that diffusers gives them.
         domains: request inputs of integer class labels -> how many labels there are.
-        dynamic: further symbolic dimensions: `{"sample": {2: "H", 3: "W"}}`; symbols are capital letters.
+        dynamic: further dimensions that may differ from call to call: `"H,W"` of the sample, `"H:16..128"` in a range,
+            `"hidden_states[1]=S"` of any input, or a mapping `{"sample": {2: "H", 3: "W"}}`.
         name: what the IR calls the model; its class name by default.
 
     Raises:
@@ -52,11 +51,11 @@ def capture(
     arguments = arguments_by_name(model, example_inputs)
     flat = tensors_by_path(arguments, roles)
     inputs = assign_roles(flat, roles or {}, domains or {})
-    if strange := [s for d in (dynamic or {}).values() for s in d.values() if not SYMBOL.fullmatch(s)]:
-        raise CaptureError(f"{strange[0]!r} is no name for a dimension: use capital letters, such as 'H'.")
+    asked = read_dynamic(dynamic)
+    asked_at = places(asked, inputs, {path: tuple(tensor.shape) for path, tensor in flat.items()})
     paths = {i.path for i in inputs}
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
-    arguments, dims = prepare(arguments, inputs, flat, dict(dynamic or {}))
+    arguments, dims = prepare(arguments, inputs, flat, asked_at)
     exported = export(model, arguments, dims)
     if shared := shared_by_all(exported, inputs, dims):
         for path in shared:
@@ -65,4 +64,5 @@ def capture(
     program = build_program(model, exported, inputs, dims, name or type(model).__name__)
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
     program.constants = constants
+    program.guards = (*program.guards, *ranges(asked))
     return program

@@ -24,7 +24,6 @@ TIME_NAMES = {"timestep", "timesteps", "t", "time", "time_step", "sigma"}
 _UNKNOWN = TensorType(torch.float32, ())  # until torch.export has told
 
 Example = Mapping[str, Any] | Sequence[Any]
-DynamicDims = Mapping[str, Mapping[int, str]]
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, inspect.Parameter]:
@@ -81,8 +80,9 @@ def _in_role(role: Role, paths: Collection[tuple[str, ...]], roles: Mapping[str,
     """Places that have a role: as the caller says, else by the usual names, those that are nested least."""
     if role in roles.values():
         return {path for path in paths if roles.get(".".join(path)) == role}
-    usual = [path for path in paths if path[-1] in _USUAL[role] and ".".join(path) not in roles]
-    return {path for path in usual if len(path) == min(map(len, usual))}
+    named = {path: [key for key in path if not key.isdigit()] for path in paths}  # without places in lists
+    usual = [p for p, keys in named.items() if keys[-1:] and keys[-1] in _USUAL[role] and ".".join(p) not in roles]
+    return {path for path in usual if len(named[path]) == min(len(named[p]) for p in usual)}
 
 
 def constants_of(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[tuple[str, ...], Constant]:
@@ -155,7 +155,7 @@ def prepare(
     arguments: dict[str, Any],
     inputs: list[Input],
     flat: Mapping[tuple[str, ...], Tensor],
-    dynamic: dict[str, Mapping[int, str]],
+    dynamic: Mapping[tuple[str, ...], Mapping[int, str]],
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], dict[int, str]]]:
     """Example arguments with a batch of at least two and one timestep an entry, and the symbols of their dimensions."""
     sample = next(flat[i.path] for i in inputs if i.role is Role.SAMPLE)
@@ -165,7 +165,7 @@ def prepare(
     dims: dict[tuple[str, ...], dict[int, str]] = {}
     for item in inputs:
         value = flat[item.path].detach()
-        dims[item.path] = dict(dynamic.pop(".".join(item.path), {}))
+        dims[item.path] = dict(dynamic.get(item.path, {}))
         if item.role is Role.TIME:
             value = value.reshape(-1)[:1].expand(batch * repeat)
         if item.role is Role.TIME or (value.dim() and value.shape[0] == batch):
@@ -173,9 +173,6 @@ def prepare(
             value = value if value.shape[0] > 1 else torch.cat([value] * repeat)
             dims[item.path][0] = "B"
         tensors[item.path] = value
-    if dynamic:
-        raise CaptureError(f"There is no input {next(iter(dynamic))!r} with dynamic dimensions.")
-
     return replaced(arguments, tensors), dims
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import arguments_by_name, inputs_of, replaced
 from tfqc.ir.program import Input, Role
 from tfqc.sampling.data import Calibration
@@ -41,7 +42,7 @@ class ModelSpec:
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict[str, Any])
     roles: Mapping[str, str] | None = None
     note: str = ""
-    dynamic: Mapping[str, Mapping[int, str]] | None = None
+    dynamic: DynamicDims | None = None
     shared: frozenset[str] = frozenset()
 
     def sample_shape(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tfqc.runtime.plan import Input, Plan
-from tfqc.runtime.sizes import Dim, arithmetic, meaning, solve, symbols_in, written
+from tfqc.runtime.sizes import Dim, arithmetic, letters, meaning, solve, symbols_in, written
 
 Path = tuple[str, ...]
 
@@ -187,10 +187,8 @@ class Call:
         channels = 1 if len(item.shape) > 3 else len(item.shape) - 1  # which weights fix
         fixed = [i for i, (dim, size) in pairs if isinstance(dim, int) and dim != size]
         if fixed and channels not in fixed and 0 not in fixed:
-            asked = ", ".join(f"{i}: '{_letter(item, i)}'" for i in fixed)
-            text += (
-                f": compile it with dynamic={{'{'.'.join(item.path)}': {{{asked}}}}} if its layers allow other sizes"
-            )
+            asked = ",".join(_asked(item, dim) for dim in fixed)
+            text += f": compile it with dynamic='{asked}' (--dynamic {asked}) if its layers allow other sizes"
         return f"{text}."
 
     # -- values -----------------------------------------------------------------------------------------------------
@@ -278,8 +276,7 @@ def _mentions(shape: tuple[Dim, ...], guard: str) -> bool:
     return any(isinstance(d, str) and symbols_in(d) & symbols_in(guard) for d in shape)
 
 
-def _letter(item: Input, dim: int) -> str:
-    """A name for a dimension, as users write them."""
-    if item.role == "sample" and len(item.shape) == 4:
-        return "BCHW"[dim]
-    return "BSD"[dim] if dim < 3 else f"S{dim}"
+def _asked(item: Input, dim: int) -> str:
+    """How a user asks for a dimension that may differ."""
+    name = letters(len(item.shape))[dim]
+    return name if item.role == "sample" else f"{'.'.join(item.path)}[{dim}]={name}"

@@ -80,6 +80,11 @@ def solve(dim: Dim, size: int, known: dict[str, int]) -> bool:
     return value > 0 and evaluate(known) == size
 
 
+def letters(rank: int) -> str:
+    """What the dimensions of a sample are called: an image's, a video's (F frames), a sequence's; else by number."""
+    return {3: "BSC", 4: "BCHW", 5: "BCFHW"}.get(rank, "BCDEFGHIJKLMNOPQRSTUVWXYZ"[:rank])
+
+
 def written(shape: Sequence[Dim]) -> str:
     """`Bx4x64x64`."""
     if not shape:

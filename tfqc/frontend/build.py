@@ -18,9 +18,11 @@ from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 from tfqc.ir.calls import canonical
 from tfqc.ir.ops import op_by_name, op_name
-from tfqc.ir.program import STEP, Input, Program
+from tfqc.ir.program import STEP, Input, Origin, Program, Role
 from tfqc.ir.schema import check_call
 from tfqc.ir.types import TensorType, Type, storable
+
+aten = torch.ops.aten
 
 
 def build_program(
@@ -39,6 +41,7 @@ def build_program(
     naming = Symbols(program)
     graph = program.step
     mapping: dict[fx.Node, Any] = {}
+    columns: dict[fx.Node, TensorType] = {}  # a time as the model wants it: [B, 1]; a program's is [B]
     parameters = [n for n in root.graph.nodes if n.op == "placeholder"]
     leaves, _ = pytree.tree_flatten_with_path(call_tree(exported, parameters))
     for path, parameter in leaves:
@@ -53,6 +56,9 @@ def build_program(
         mapping[parameter] = graph.create_node("placeholder", word, name=word)
         type_ = naming.type(value)
         assert isinstance(type_, TensorType)
+        if by_path[keys].role is Role.TIME and len(type_.shape) > 1:
+            columns[parameter] = type_
+            type_ = TensorType(type_.dtype, type_.shape[:1])
         by_path[keys] = dataclasses.replace(by_path[keys], type=type_)
         program.types[by_path[keys].name] = type_
     program.inputs = tuple(by_path.values())
@@ -77,6 +83,13 @@ def build_program(
         if node.op == "get_attr":
             mapping[node] = program.tensor_node(mapping[node])
     graph.erase_node(output)
+    for parameter, type_ in columns.items():
+        shape = [-1, *type_.shape[1:]]
+        mapping[parameter] = graph.create_node(
+            "call_function", aten.reshape.default, *canonical(aten.reshape.default, (mapping[parameter], shape), {})
+        )
+        program.types[mapping[parameter].name] = type_
+        program.origins[mapping[parameter].name] = Origin("", "")
     for node in root.graph.nodes:
         if node.op == "call_function":
             args = fx.map_arg(node.args, lambda n: mapping[n])

@@ -16,6 +16,7 @@ from tfqc.errors import CaptureError
 from tfqc.frontend.names import input_names
 from tfqc.ir.program import Constant, Input, Role
 from tfqc.ir.types import TensorType
+from tfqc.runtime.sizes import written
 
 # What diffusers calls the inputs of its denoisers. Anything else that is a tensor is constant over one image.
 SAMPLE_NAMES = {"sample", "hidden_states", "x", "latents", "noisy_latents", "x_t"}
@@ -134,13 +135,30 @@ def assign_roles(
     for needed, hint in ((Role.TIME, "the timestep"), (Role.SAMPLE, "the noisy sample")):
         found = [i for i in inputs if i.role is needed]
         if not found:
+            outside = ", or write a module that embeds it if that is done outside of this one"
             raise CaptureError(
-                f"No input has the role {str(needed)!r}: name {hint} with roles={{...: {str(needed)!r}}}; the inputs "
-                f"are {', '.join(names)}."
+                f"No input has the role {str(needed)!r}: name {hint} with roles={{...: {str(needed)!r}}}"
+                f"{outside if needed is Role.TIME else ''}; the inputs are {', '.join(names)}."
             )
         if needed is Role.TIME and len(found) > 1:
             raise CaptureError(f"Only one input can be the time, not {', '.join('.'.join(i.path) for i in found)}.")
+    _check_time(inputs, flat)
     return inputs
+
+
+def _check_time(inputs: list[Input], flat: Mapping[tuple[str, ...], Tensor]) -> None:
+    """Refuse a time that is not one number for each image: no table can have a row for it."""
+    paths = {i.role: i.path for i in reversed(inputs)}
+    time, sample = flat[paths[Role.TIME]], flat[paths[Role.SAMPLE]]
+    images = sample.shape[0] if sample.dim() else 1
+    if time.numel() == 1 or (time.shape[0] == images and time.numel() == images):
+        return
+    raise CaptureError(
+        f"{'.'.join(paths[Role.TIME])} is {written(time.shape)} for {images} image{'s' if images > 1 else ''}: a "
+        "timestep is one number for each of them, known in advance. Times of single tokens or frames, and times that "
+        "are embedded already, have no row in a table: give one number an image where the model takes that, too, or "
+        "write a module that embeds it."
+    )
 
 
 def inputs_of(
@@ -167,7 +185,8 @@ def prepare(
         value = flat[item.path].detach()
         dims[item.path] = dict(dynamic.get(item.path, {}))
         if item.role is Role.TIME:
-            value = value.reshape(-1)[:1].expand(batch * repeat)
+            ones = [1] * (value.dim() - 1)  # some models want [B, 1], or as many dimensions as the sample has
+            value = value.reshape(-1)[:1].reshape(1, *ones).expand(batch * repeat, *ones)
         if item.role is Role.TIME or (value.dim() and value.shape[0] == batch):
             # torch.export takes sizes 0 and 1 for constants.
             value = value if value.shape[0] > 1 else torch.cat([value] * repeat)

@@ -36,6 +36,7 @@ temporal codegen
 models
 arguments report
 driver
+integrations
 __init__
 cli
 __main__

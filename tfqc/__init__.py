@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tfqc.driver import compile, load
     from tfqc.errors import TfqcError
     from tfqc.frontend import capture
+    from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
     from tfqc.ir import Program, parse, render
     from tfqc.models.spec import ModelSpec
     from tfqc.passing.base import Pass
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from tfqc.sampling.schedule import SamplingSchedule
 
 __all__ = [
-    "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "SamplingSchedule", "Target", "TfqcError",
+    "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "SamplingSchedule", "Target", "TfqcDenoiser",
+    "TfqcError",
     "capture", "compile", "load", "parse", "render",
 ]  # fmt: skip
 
@@ -37,6 +39,7 @@ _HOMES = {
     "Calibration": "tfqc.sampling.data", "Context": "tfqc.passing", "ModelSpec": "tfqc.models.spec",
     "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir",
     "SamplingSchedule": "tfqc.sampling.schedule", "Target": "tfqc.codegen.target", "TfqcError": "tfqc.errors",
+    "ModelMixin": "diffusers", "TfqcDenoiser": "tfqc.integrations.diffusers.denoiser",
     "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
     "render": "tfqc.ir",
 }  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tfqc.files.storage import file_hash, said, save_tensors, sync
 from tfqc.runtime.cache import locked
 from tfqc.runtime.tensors import read_header
 
-__all__ = ["MANIFEST", "VERSION", "Artifact", "check_files", "check_output", "read_manifest"]
+__all__ = ["MANIFEST", "VERSION", "Artifact", "check_files", "check_output", "copy_artifact", "read_manifest"]
 
 
 @dataclass
@@ -63,29 +64,52 @@ class Artifact:
             ArtifactError: `directory` holds files that are no artifact's, or it cannot be written; what was there
                 still is.
         """
-        given, directory = Path(directory), _place(directory)
-        if bad := [name for name in [*self.texts, *self.tensors] if not manifests.is_name(name)]:
-            raise ArtifactError(f"{bad[0]!a} is no name for a file of an artifact.")
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            placing.repair(directory, _whole)
-            with locked(directory.parent):
-                _check_output(directory)
-                checked = _state(directory)
-            placing.clean(directory)
-            with placing.part_of(directory) as part:
-                placing.begin(part, [*self.texts, *self.tensors])
-                self._write(part)
-                (part / placing.NAMES).unlink()
+        return _put(directory, [*self.texts, *self.tensors], self._write)
 
-                def unchanged() -> None:
-                    if _state(directory) != checked:  # another process has saved here, or a user: look again
-                        _check_output(directory)
 
-                placing.put(part, directory, unchanged)
-        except OSError as error:
-            raise ArtifactError(f"{given} cannot be written: {said(error)}.") from error
-        return given
+def copy_artifact(source: str | Path, directory: str | Path) -> Path:
+    """Write a saved artifact to another directory, as `Artifact.save` writes one.
+
+    Raises:
+        ArtifactError: the source is not whole, or the directory cannot be written.
+    """
+    source, names = Path(source), list(check_files(source)["files"])
+    if os.path.lexists(directory) and os.path.samefile(source, directory):
+        return Path(directory)
+
+    def write(part: Path) -> None:
+        for name in [*names, MANIFEST]:
+            shutil.copyfile(source / name, part / name)
+            sync(part / name)
+
+    return _put(directory, names, write)
+
+
+def _put(directory: str | Path, names: list[str], write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a directory beside, and rename that."""
+    given, directory = Path(directory), _place(directory)
+    if bad := [name for name in names if not manifests.is_name(name)]:
+        raise ArtifactError(f"{bad[0]!a} is no name for a file of an artifact.")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        placing.repair(directory, _whole)
+        with locked(directory.parent):
+            _check_output(directory)
+            checked = _state(directory)
+        placing.clean(directory)
+        with placing.part_of(directory) as part:
+            placing.begin(part, names)
+            write(part)
+            (part / placing.NAMES).unlink()
+
+            def unchanged() -> None:
+                if _state(directory) != checked:  # another process has saved here, or a user: look again
+                    _check_output(directory)
+
+            placing.put(part, directory, unchanged)
+    except OSError as error:
+        raise ArtifactError(f"{given} cannot be written: {said(error)}.") from error
+    return given
 
 
 def check_output(directory: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""tfqc in the place of what other libraries have."""

@@ -1,0 +1,1 @@
+"""Compiled denoisers in diffusers' pipelines."""

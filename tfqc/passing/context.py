@@ -60,9 +60,11 @@ class Context:
             return "needs a schedule: give one (schedule=...)"
         if "calibration" in data and self.calibration is None:
             return "needs a calibration: give one (calibration=...)"
-        if "sampler" in data and self.schedule is not None and "_class_name" not in self.schedule.sampler:
+        if "sampler" not in data or self.schedule is None or not (why := self.schedule.cannot_sample):
+            return ""
+        if self.schedule.own is None:
             return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
-        return ""
+        return f"samples images, and {why}: give another scheduler (schedule=...)"
 
     def _lacking(self, data: str) -> PassError:
         return PassError(f"{self.pass_name or 'What was called'} {self.lacks({data})}.")

@@ -17,6 +17,7 @@ from tfqc.instruments import Instrument
 from tfqc.ir.rows import QuantPlan
 from tfqc.passing.pipeline import Pipeline
 from tfqc.quant.plan_text import read_plan as check_plan
+from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
 from tfqc.sampling.scheduler import is_scheduler
@@ -101,12 +102,18 @@ def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:
     return SamplingSchedule.of(given, steps)
 
 
-def check_calibration_argument(given: Any) -> None:
-    """Raises:
-    CalibrationError: neither calibration data nor a number of images.
+def read_calibration(given: Any) -> Calibration | ModelCalls | int | None:
+    """Calibration data, calls of the model, or a number of images; None for None.
+
+    Raises:
+        CalibrationError: none of these.
     """
-    if given is not None and not isinstance(given, Calibration):
-        whole("calibration", given, CalibrationError, least=1, beside=", or Calibration data")
+    if given is None or isinstance(given, (Calibration, ModelCalls)):
+        return given
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Tensor)):
+        return ModelCalls.of(given)  # pyright: ignore[reportUnknownArgumentType]
+    others = ", Calibration data, or a list of calls of the model, each a mapping by argument"
+    return whole("calibration", given, CalibrationError, least=1, beside=others)
 
 
 def check_others(

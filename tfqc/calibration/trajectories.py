@@ -71,7 +71,7 @@ class Trajectories:
     """
 
     def __init__(self, program: Program, ctx: Context) -> None:
-        if ctx.calibration is None or ctx.schedule is None:
+        if not isinstance(ctx.calibration, Calibration) or ctx.schedule is None:
             raise CalibrationError("Trajectories need calibration data and a schedule.")
         self._program, self._calibration, self._schedule = program, ctx.calibration, ctx.schedule
         self._cached = ctx.workdir is None  # others use it, too
@@ -92,6 +92,10 @@ class Trajectories:
     def path(self, number: int) -> Path:
         """Where a batch is kept."""
         return self._directory / f"trajectory-{self.key}-{number:04d}.safetensors"
+
+    def is_there(self, number: int) -> bool:
+        """It need not be sampled."""
+        return self.path(number).exists()
 
     def read(self, number: int) -> TrajectoryBatch | None:
         """A batch as it was written; None if it is not there, or broken."""
@@ -176,20 +180,25 @@ def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return call
 
 
-def _key(program: Program, calibration: Calibration, schedule: str) -> str:
-    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
-    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
+def model_key(program: Program, facts: object, tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """Identifies a model with its weights, facts, and data."""
     digest = hashlib.sha256(repr(facts).encode())
     # What passes have added (codes, scales) is read by no operation yet: another pass finds the same trajectories.
     read: set[str] = set()
     for name, graph in program.functions.items():
         digest.update(f"@{name}\n{graph.python_code('self').src}".encode())
         read |= {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
+    digest.update(tensors_hash([*tensors, *weights]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _key(program: Program, calibration: Calibration, schedule: str) -> str:
+    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
+    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
-    weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
-    digest.update(tensors_hash([("latents", calibration.latents), *own, *weights]).encode())
-    return digest.hexdigest()[:32]
+    return model_key(program, facts, [("latents", calibration.latents), *own])
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:

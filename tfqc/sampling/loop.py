@@ -5,6 +5,7 @@ The reference model and a compiled one go through the same code, so two results 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,7 +82,8 @@ def sample(
         c = {name: value[rows] for name, value in cond.items()}
         if uncond is not None:
             c = {name: torch.cat([uncond[name][rows], value]) for name, value in c.items()}
-        solver = Solver(set_to(scheduler, steps), seed, range(first, first + len(latents[rows])))
+        own = copy.deepcopy(scheduler) if steps is None else set_to(scheduler, steps)
+        solver = Solver(own, seed, range(first, first + len(latents[rows])))
         given = latents[rows]
         x, rest = (given * solver.scale).to(given.dtype), Rest()
         total = len(solver.timesteps) * -(-len(latents) // batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +109,7 @@ class SamplingSchedule:
                 configured as that wants, or visits other timesteps.
         """
         if self.own is not None:
-            return set_to(self.own, None)
+            return copy.deepcopy(self.own)
         if "_class_name" not in self.sampler:
             raise CalibrationError("Calibration samples images, so it needs a diffusers scheduler, not bare timesteps.")
         scheduler = rebuild(self.sampler)

@@ -175,7 +175,7 @@ def _is_of_diffusers(scheduler: Any) -> bool:
 def _fresh(scheduler: Any) -> Any:
     """One of the same class and configuration that has not been set; None if it cannot be made."""
     try:
-        return type(scheduler).from_config(scheduler.config)
+        return type(scheduler).from_config({k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")})
     except Exception:
         return None
 

@@ -29,7 +29,9 @@ def tib_trajectory_deviation(program: Program, ctx: Context, bits: tuple[int, in
         CalibrationError: features that depend on request inputs (they would have to be
             disturbed for each image apart).
     """
-    data = _first(ctx.need_calibration(), images)
+    if not isinstance(given := ctx.need_calibration(), Calibration):
+        raise CalibrationError("The trajectory's deviation is measured on images: give Calibration data, not calls.")
+    data = _first(given, images)
     run = tib_run(program, ctx)
     with torch.no_grad():
         exact = run()

@@ -79,7 +79,7 @@ def test_unknown_classes_need_example_inputs(subject: Subjects, tmp_path: Path) 
         ({"strategy": "fould"}, SpecError, "Did you mean 'fold'"),
         ({"pipeline": "normalize,fold-cache"}, PipelineError, "#2 fold-cache needs stage analyzed"),
         ({"pipeline": "normalise"}, SpecError, "Did you mean 'normalize'"),
-        ({"schedule": [10.0, 20.0]}, CalibrationError, "unsorted"),
+        ({"schedule": [10.0, 1e39]}, CalibrationError, "no timestep"),
         ({"schedule": []}, CalibrationError, "empty"),
         ({"schedule": None}, PipelineError, "needs a schedule"),
     ],

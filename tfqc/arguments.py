@@ -17,8 +17,10 @@ from tfqc.instruments import Instrument
 from tfqc.ir.rows import QuantPlan
 from tfqc.passing.pipeline import Pipeline
 from tfqc.quant.plan_text import read_plan as check_plan
+from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
+from tfqc.sampling.scheduler import is_scheduler
 
 
 def read_target(given: Any) -> Target:
@@ -92,25 +94,26 @@ def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:
         if strange := [t for t in given if not _is_number(t)]:
             raise CalibrationError(f"The schedule holds {_shown(strange[0])}, which is no timestep.")
         return SamplingSchedule.of([float(t) for t in given])
-    if isinstance(given, type) or not (hasattr(given, "config") and hasattr(given, "set_timesteps")):
+    if not is_scheduler(given):
         raise CalibrationError(
             f"schedule={_shown(given)} is no schedule: give a diffusers scheduler, a list of timesteps, or a "
             "SamplingSchedule."
         )
-    try:
-        return SamplingSchedule.of(given, steps)
-    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # what diffusers refuses
-        raise CalibrationError(
-            f"{type(given).__name__} cannot be set to {steps} steps: {_first_line(error)}"
-        ) from error
+    return SamplingSchedule.of(given, steps)
 
 
-def check_calibration_argument(given: Any) -> None:
-    """Raises:
-    CalibrationError: neither calibration data nor a number of images.
+def read_calibration(given: Any) -> Calibration | ModelCalls | int | None:
+    """Calibration data, calls of the model, or a number of images; None for None.
+
+    Raises:
+        CalibrationError: none of these.
     """
-    if given is not None and not isinstance(given, Calibration):
-        whole("calibration", given, CalibrationError, least=1, beside=", or Calibration data")
+    if given is None or isinstance(given, (Calibration, ModelCalls)):
+        return given
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Tensor)):
+        return ModelCalls.of(given)  # pyright: ignore[reportUnknownArgumentType]
+    others = ", Calibration data, or a list of calls of the model, each a mapping by argument"
+    return whole("calibration", given, CalibrationError, least=1, beside=others)
 
 
 def check_others(
@@ -176,7 +179,3 @@ def _is_number(value: Any) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 and "\n" not in text else f"<{type(value).__name__}>"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

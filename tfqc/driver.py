@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.analysis.weighted import WEIGHTED, check_weights, multiplies_stored
 from tfqc.arguments import (
-    check_calibration_argument,
     check_others,
+    read_calibration,
     read_pipeline,
     read_plan,
     read_schedule,
@@ -36,6 +36,7 @@ from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan
 from tfqc.models.find import find_model, from_diffusers
+from tfqc.models.recorded import recorded_schedule
 from tfqc.models.spec import ModelSpec
 from tfqc.passing.context import Context
 from tfqc.passing.order import tables_of
@@ -44,7 +45,10 @@ from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress, Silent
 from tfqc.quant.plan import is_float
 from tfqc.runtime import VERSION, Stepper
+from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
+from tfqc.sampling.schedule import SamplingSchedule
+from tfqc.sampling.scheduler import is_scheduler
 from tfqc.version import __version__
 
 Compilable = str | ModelSpec | torch.nn.Module | Program | Any
@@ -56,7 +60,7 @@ def compile(
     *,
     schedule: Any = None,
     steps: int | None = None,
-    calibration: Calibration | int | None = None,
+    calibration: Calibration | ModelCalls | Iterable[Mapping[str, Any]] | int | None = None,
     pipeline: str | Pipeline | None = None,
     strategy: str = "fold",
     plan: str | Path | None = None,
@@ -76,7 +80,8 @@ def compile(
         target: such as `fake-quant{weights=4 activations=8}`.
         schedule: a diffusers scheduler, a sequence of timesteps, or a SamplingSchedule; the model's own by default.
         steps: how many steps of it; needed unless the scheduler has been set.
-        calibration: data, or a number of images to draw (16 by default).
+        calibration: data, a number of images to draw (16 by default), or calls of the model that you recorded: for each
+            its arguments by name. With calls, the schedule may be a list of times, and is theirs by default.
         pipeline: your own, instead of the target's default for `strategy`.
         strategy: how temporal features are kept (`tfqc.codegen.recipes.STRATEGIES`).
         plan: what is quantized to what, layer by layer: text as `tfqc inspect --plan` prints it, or the Path of a file;
@@ -103,21 +108,25 @@ def compile(
     passes = read_pipeline(pipeline, target, strategy) + Pipeline(backend.legalize(target.options))
     own_plan = read_plan(plan, passes)
     check_others(roles, example_inputs, dynamic, seed, workdir, instruments, progress)
-    check_calibration_argument(calibration)
+    data = read_calibration(calibration)
     own_schedule = read_schedule(schedule, steps)
     spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles, dynamic)
-    if own_schedule is None and spec is not None:
-        own_schedule = read_schedule(spec.scheduler, steps)
+    if own_schedule is None and steps is None and spec is not None and isinstance(data, ModelCalls):
+        own_schedule = SamplingSchedule(data.times(spec.time_name()))
+    own_schedule, not_recorded = _schedule(model, spec, own_schedule, steps)
     context = Context(
         schedule=own_schedule,
-        calibration=_calibration(spec, calibration, seed),
+        calibration=_calibration(spec, data, seed),
         seed=seed,
         workdir=None if workdir is None else Path(workdir),
         progress=progress or Silent(),
         plan=own_plan,
     )
     context.remarks += backend.remarks(target.options)
-    if spec is not None and spec.conditions_are_random and not isinstance(calibration, Calibration):
+    if not_recorded:
+        told = {"pipeline": type(model).__name__, "why": not_recorded}
+        context.remarks.append(Remark("compile", "times-not-recorded", "", told))
+    if spec is not None and spec.conditions_are_random and not isinstance(data, (Calibration, ModelCalls)):
         context.remarks.append(Remark("compile", "random-conditions"))
     # Everything that can be refused is refused before the model is captured.
     start = model if isinstance(model, Program) else None
@@ -131,7 +140,7 @@ def compile(
         program = capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=spec.dynamic)
         shared = {".".join(i.path) for i in program.input(Role.REQUEST) if i.type.shape[:1] != ("B",)}
         if not shared.isdisjoint(context.calibration.cond if context.calibration else ()):
-            context.calibration = _calibration(replace(spec, shared=frozenset(shared)), calibration, seed)
+            context.calibration = _calibration(replace(spec, shared=frozenset(shared)), data, seed)
     else:
         program = start.clone()
         if own_plan:
@@ -255,13 +264,28 @@ def _of_module(model: Any, example: Mapping[str, Any] | None) -> ModelSpec:
     return ModelSpec(type(denoiser).__name__, denoiser, example, getattr(model, "scheduler", None))
 
 
+def _schedule(
+    model: Compilable, spec: ModelSpec | None, given: SamplingSchedule | None, steps: int | None
+) -> tuple[SamplingSchedule | None, str]:
+    """The schedule to compile for: the one given, or what a pipeline calls its model with, or the model's own
+    scheduler; and why what a pipeline does could not be recorded."""
+    if given is not None or spec is None:
+        return given, ""
+    why = ""
+    if callable(model) and not isinstance(model, torch.nn.Module) and is_scheduler(spec.scheduler):
+        given, why = recorded_schedule(model, spec, steps)
+    return given or read_schedule(spec.scheduler, steps), why
+
+
 def _denoiser(pipeline: Any) -> torch.nn.Module | None:
     parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
     return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
 
 
-def _calibration(spec: ModelSpec | None, given: Calibration | int | None, seed: int) -> Calibration | None:
-    if isinstance(given, Calibration):
+def _calibration(
+    spec: ModelSpec | None, given: Calibration | ModelCalls | int | None, seed: int
+) -> Calibration | ModelCalls | None:
+    if isinstance(given, (Calibration, ModelCalls)):
         return given
     if spec is None:
         return None

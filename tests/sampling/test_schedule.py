@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tfqc.errors import CalibrationError
 from tfqc.sampling.schedule import SamplingSchedule
 
-FALLING = st.lists(st.floats(0, 1e4), min_size=1, unique=True).map(lambda t: tuple(sorted(t, reverse=True)))
+TIMES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, unique=True).map(tuple)
 
 
-@given(FALLING)
+@given(TIMES)
 def test_json_loses_nothing(timesteps: tuple[float, ...]) -> None:
     schedule = SamplingSchedule(timesteps, {"_class_name": "DDIMScheduler", "steps_offset": 1})
     assert SamplingSchedule.from_json(schedule.to_json()) == schedule
@@ -30,9 +30,7 @@ def test_json_loses_nothing(timesteps: tuple[float, ...]) -> None:
     ("timesteps", "message"),
     [
         ((), "The schedule is empty: give at least one timestep, or steps=N."),
-        ((1.0, 2.0), "timestep 2 follows 1;"),
-        ((2.0, 1.0, 1.0), "timestep 1 follows 1;"),
-        ((2.0, -1.0), "The schedule holds -1.0, which is no timestep."),
+        ((1e39,), "The schedule holds 1e+39, which is no timestep."),
         ((float("nan"),), "The schedule holds nan, which is no timestep."),
         ((float("inf"), 1.0), "The schedule holds inf, which is no timestep."),
     ],
@@ -82,11 +80,18 @@ def test_the_text_is_plain_json() -> None:
     assert json.loads(text)["sampler"]["_class_name"] == "EulerDiscreteScheduler"
 
 
-@given(FALLING)
-def test_any_order_but_the_falling_one_is_refused(timesteps: tuple[float, ...]) -> None:
-    if len(timesteps) > 1:
-        with pytest.raises(CalibrationError, match="unsorted"):
-            SamplingSchedule(timesteps[::-1])
+@given(TIMES)
+def test_times_in_any_order_each_once(timesteps: tuple[float, ...]) -> None:
+    """Flow times rise from 0 to 1, a sampler of second order comes back, ln(sigma) is negative below 1."""
+    assert SamplingSchedule((*timesteps, *timesteps[::-1])).timesteps == tuple(dict.fromkeys(timesteps))
+
+
+def test_times_are_known_in_float32() -> None:
+    """As calls bring them: a consistency model's are float64."""
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    want = (float(third.float()),)
+    assert SamplingSchedule((1 / 3,)).timesteps == SamplingSchedule.of(third[None]).timesteps == want
+    assert SamplingSchedule.of(np.array([1 / 3, np.float32(1 / 3)])).timesteps == want
 
 
 @pytest.mark.parametrize("given", [("a",), (True,), (None,), ([1],), (10**400,), (1 + 2j,)])
@@ -122,7 +127,7 @@ def test_text_that_holds_no_schedule(text: str) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("text", ["[NaN]", "[Infinity]", "[1e999]", "[-1]", "[]", "[1, 2]", "[2, 2]"])
+@pytest.mark.parametrize("text", ["[NaN]", "[Infinity]", "[1e999]", "[]", "[-1e39]"])
 def test_text_of_what_no_sampler_visits(text: str) -> None:
     with pytest.raises(CalibrationError, match=r"The schedule (is|holds)"):
         SamplingSchedule.from_json(text)

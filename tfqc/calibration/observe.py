@@ -21,12 +21,15 @@ from tfqc.calibration.executors import Executor
 from tfqc.calibration.executors.in_process import InProcess
 from tfqc.calibration.kept import Kept, Wish
 from tfqc.calibration.observers.base import Observer, State
+from tfqc.calibration.replayed import Replayed
 from tfqc.calibration.trajectories import Trajectories, nested
 from tfqc.calibration.watch import Watch
 from tfqc.ir.program import Program
 from tfqc.passing.context import Context
+from tfqc.sampling.calls import ModelCalls
 
 R = TypeVar("R")
+Source = Trajectories | Replayed
 
 
 def observe(
@@ -48,7 +51,7 @@ def observe(
         return {name: observer.unknown() for name, (_, observer) in wishes.items()}
     if not wishes:
         return {}
-    trajectories = Trajectories(program, ctx)
+    trajectories = _trajectories(program, ctx)
     asked: dict[Wish, Observer[Any]] = {
         (trajectories.key, value, observer.key): observer for value, observer in wishes.values()
     }
@@ -67,7 +70,11 @@ def observe(
 
 
 def _measure(
-    program: Program, ctx: Context, trajectories: Trajectories, wanted: Mapping[Wish, Observer[Any]], executor: Executor
+    program: Program,
+    ctx: Context,
+    trajectories: Source,
+    wanted: Mapping[Wish, Observer[Any]],
+    executor: Executor,
 ) -> dict[Wish, Observer[Any]]:
     """Observers that have seen all images: read where they are kept, the others run with the model."""
     kept = None if ctx.workdir is None else Kept(ctx.workdir, trajectories.key)
@@ -86,12 +93,16 @@ def _measure(
 
 
 def _run(
-    program: Program, ctx: Context, trajectories: Trajectories, wanted: Mapping[Wish, Observer[Any]], executor: Executor
+    program: Program,
+    ctx: Context,
+    trajectories: Source,
+    wanted: Mapping[Wish, Observer[Any]],
+    executor: Executor,
 ) -> tuple[dict[Wish, Observer[Any]], int]:
     """One run of the model for all observers; with the bytes of its activations."""
     watch = Watch(program, trajectories.timesteps)
     steps = _steps(wanted.values(), len(trajectories.timesteps))
-    there = sum(trajectories.path(number).exists() for number in range(len(trajectories)))
+    there = sum(trajectories.is_there(number) for number in range(len(trajectories)))
     sampled = trajectories.calls + (0 if trajectories.exact else len(steps))
     total = there * len(steps) + (len(trajectories) - there) * sampled
     what = "measuring activations" if there == len(trajectories) else "sampling calibration images in full precision"
@@ -136,6 +147,12 @@ def _run(
     for _ in ticks:
         pass
     return merged, watch.activations
+
+
+def _trajectories(program: Program, ctx: Context) -> Source:
+    if isinstance(ctx.calibration, ModelCalls):
+        return Replayed(program, ctx.calibration, ctx.need_schedule())
+    return Trajectories(program, ctx)
 
 
 def _steps(observers: Iterable[Observer[Any]], count: int) -> set[int]:

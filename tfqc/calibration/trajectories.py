@@ -23,6 +23,7 @@ from tfqc.files.storage import read_tensors, write_tensors
 from tfqc.ir.program import Program, Role
 from tfqc.passing.context import Context
 from tfqc.runtime.cache import private_directory, used_now
+from tfqc.runtime.plan import as_time
 from tfqc.runtime.pruning import prune
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.loop import sample
@@ -70,14 +71,14 @@ class Trajectories:
     """
 
     def __init__(self, program: Program, ctx: Context) -> None:
-        if ctx.calibration is None or ctx.schedule is None:
+        if not isinstance(ctx.calibration, Calibration) or ctx.schedule is None:
             raise CalibrationError("Trajectories need calibration data and a schedule.")
         self._program, self._calibration, self._schedule = program, ctx.calibration, ctx.schedule
         self._cached = ctx.workdir is None  # others use it, too
         self._directory = ctx.workdir or private_directory("trajectories")
-        self.key = _key(program, ctx.calibration, ctx.schedule.to_json())
+        self.key = _key(program, ctx.calibration, ctx.schedule.identity())
         self.timesteps = ctx.schedule.timesteps
-        visited = [float(t.float()) for t in self._schedule.scheduler().timesteps]  # as `sample` calls with them
+        visited = [ctx.schedule.time(t) for t in ctx.schedule.scheduler().timesteps]
         self.calls, self.exact = len(visited), set(visited) >= set(self._schedule.timesteps)
 
     def __len__(self) -> int:
@@ -91,6 +92,10 @@ class Trajectories:
     def path(self, number: int) -> Path:
         """Where a batch is kept."""
         return self._directory / f"trajectory-{self.key}-{number:04d}.safetensors"
+
+    def is_there(self, number: int) -> bool:
+        """It need not be sampled."""
+        return self.path(number).exists()
 
     def read(self, number: int) -> TrajectoryBatch | None:
         """A batch as it was written; None if it is not there, or broken."""
@@ -127,30 +132,32 @@ class Trajectories:
         request: dict[str, Tensor] = {}
 
         def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
+            time = as_time(t)
             if before is not None:
-                before(None if float(t) in seen else position.get(float(t)))
+                before(None if time in seen else position.get(time))
             conditions |= calibration.shared
             if lacking := [n for n in wanted if n not in conditions]:
                 raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
             request.update({item.name: conditions[k] for k, item in wanted.items()})
-            seen.setdefault(float(t), x)  # samplers of higher order visit a timestep twice
+            seen.setdefault(time, x)  # samplers of higher order visit a timestep twice
             given = {item.path: conditions[k] for k, item in wanted.items()}
-            noisy, time = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
-            result = (network or program)(**nested({noisy: x, time: t, **given}))
+            noisy, clock = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
+            result = (network or program)(**nested({noisy: x, clock: t, **given}))
             output = result[0] if isinstance(result, tuple) else result
             if not bool(torch.isfinite(output).all()):
-                raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {float(t):g}.")
+                raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {time:g}.")
             return output
 
         sample(
             denoiser,
             schedule.scheduler(),
-            steps=schedule.sampler["_steps"],
             latents=calibration.latents[rows],
             cond={k: v[rows] for k, v in calibration.cond.items()},
             uncond={k: v[rows] for k, v in calibration.uncond.items()} if calibration.uncond is not None else None,
             guidance=calibration.guidance,
             batch_size=calibration.batch_size,
+            seed=calibration.seed,
+            time_of=schedule.time,
         )
         visited = sorted(seen)
         samples = torch.stack([seen[nearest(t, visited)] for t in schedule.timesteps])
@@ -173,20 +180,25 @@ def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return call
 
 
-def _key(program: Program, calibration: Calibration, schedule: str) -> str:
-    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
-    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
+def model_key(program: Program, facts: object, tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """Identifies a model with its weights, facts, and data."""
     digest = hashlib.sha256(repr(facts).encode())
     # What passes have added (codes, scales) is read by no operation yet: another pass finds the same trajectories.
     read: set[str] = set()
     for name, graph in program.functions.items():
         digest.update(f"@{name}\n{graph.python_code('self').src}".encode())
         read |= {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
+    digest.update(tensors_hash([*tensors, *weights]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _key(program: Program, calibration: Calibration, schedule: str) -> str:
+    """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
+    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
-    weights = [(f"weight.{name}", program.tensors[name]) for name in sorted(read)]
-    digest.update(tensors_hash([("latents", calibration.latents), *own, *weights]).encode())
-    return digest.hexdigest()[:32]
+    return model_key(program, facts, [("latents", calibration.latents), *own])
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:

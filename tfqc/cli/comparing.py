@@ -56,6 +56,7 @@ def compare(
                 steps=count,
                 images=images,
                 seed=seed,
+                time_of=compiled.time_of,
                 progress=progress,
                 what=f"sampling {found.name}",
             )

@@ -26,7 +26,9 @@ def compile_model(
         str, typer.Option(help="How temporal features are kept: tib (naive), fold, cache8, select, ...")
     ] = "fold",
     plan: options.PlanFile = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler to compile for.")] = 50,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler to compile for; as it is set, or 50.")
+    ] = None,
     schedule: options.ScheduleFile = None,
     dynamic: options.Dynamic = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="Images to draw for calibration.")] = 16,
@@ -48,8 +50,10 @@ def compile_model(
     """
     import tfqc
     from tfqc.cli.progress import StderrProgress
+    from tfqc.cli.subjects import STEPS
     from tfqc.codegen.artifact import check_output
     from tfqc.models.find import find_model
+    from tfqc.sampling.scheduler import steps_of
 
     check_output(out)
     watchers, timing = options.instruments(
@@ -66,6 +70,8 @@ def compile_model(
     parsed = tfqc.Target.parse(target)
     with kept_work(beside(out, "work")) as work, StderrProgress() as progress:
         spec = find_model(model)
+        if steps is None and steps_of(spec.scheduler) is None:
+            steps = STEPS
         artifact = tfqc.compile(
             spec,
             parsed,

@@ -74,7 +74,7 @@ def read_schedule(path: Path) -> SamplingSchedule:
     except CalibrationError as error:
         raise CalibrationError(f"The schedule {error}") from error
     schedule = SamplingSchedule.from_json(text, str(path))
-    if "_class_name" in schedule.sampler:
+    if not schedule.cannot_sample:
         schedule.scheduler()  # what it cannot be set to is said before the time is spent
     return schedule
 

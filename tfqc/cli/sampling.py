@@ -52,6 +52,7 @@ def sample(
             images=images,
             seed=seed,
             guidance=guidance,
+            time_of=found.time_of,
             progress=progress,
             what=f"sampling {found.name}",
         )

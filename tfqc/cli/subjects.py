@@ -12,6 +12,7 @@ from tfqc.codegen.artifact import MANIFEST, read_manifest
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.models.find import builtin_names, find_model
 from tfqc.models.spec import ModelSpec
+from tfqc.runtime.plan import as_time
 from tfqc.sampling.schedule import SamplingSchedule
 
 STEPS = 50  # of a model that has no schedule of its own
@@ -21,7 +22,8 @@ STEPS = 50  # of a model that has no schedule of its own
 class Subject:
     """A denoiser and how to sample it.
 
-    steps: the number that it was compiled for, None for a model. sizes: bytes by what they are.
+    steps: the number that it was compiled for, None for a model. sizes: bytes by what they are. time_of: what it is
+    called with, for a timestep of the scheduler.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Subject:
     scheduler: Any
     steps: int | None
     sizes: dict[str, int]
+    time_of: Callable[[Any], float] = as_time
 
 
 def subject(name: str, model: str | None = None) -> Subject:
@@ -91,7 +94,11 @@ def _artifact(name: str, model: str | None) -> Subject:
     denoiser = tfqc.load(name)
     spec = find_model(model or made_from)
     schedule = manifest["schedule"]
-    if schedule is not None and "_class_name" in schedule["sampler"]:
-        own = SamplingSchedule(tuple(schedule["timesteps"]), schedule["sampler"])
-        return Subject(name, denoiser, spec, own.scheduler(), own.sampler["_steps"], artifact_sizes(manifest))
-    return Subject(name, denoiser, spec, spec.scheduler, None, artifact_sizes(manifest))
+    sizes = artifact_sizes(manifest)
+    if schedule is None:
+        return Subject(name, denoiser, spec, spec.scheduler, None, sizes)
+    own = SamplingSchedule(tuple(schedule["timesteps"]), schedule["sampler"])
+    steps = own.sampler.get("_steps")
+    # A scheduler that is not of diffusers is made again by nobody but the model's factory.
+    scheduler = own.scheduler() if "_class_name" in own.sampler else spec.scheduler
+    return Subject(name, denoiser, spec, scheduler, steps, sizes, own.time)

@@ -57,6 +57,14 @@ class ModelSpec:
         arguments.pop("return_dict", None)
         return replaced(arguments, values)
 
+    def time_name(self) -> str:
+        """The argument that the time is in."""
+        return next(item.path[0] for item, _ in self._inputs() if item.role is Role.TIME)
+
+    def request_rows(self) -> dict[str, Tensor]:
+        """The example's first row of each request input, as a batch of one."""
+        return {name: value[:1] for name, value in self._per_image().items()}
+
     def _inputs(self) -> list[tuple[Input, Tensor]]:
         return inputs_of(self.model, self.example_inputs, self.roles)
 

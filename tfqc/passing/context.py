@@ -11,6 +11,7 @@ from typing import Any
 from tfqc.errors import PassError
 from tfqc.passing.remarks import Number, Remark
 from tfqc.progress import Progress, Silent
+from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
 
@@ -30,7 +31,7 @@ class Context:
     """
 
     schedule: SamplingSchedule | None = None
-    calibration: Calibration | None = None
+    calibration: Calibration | ModelCalls | None = None
     seed: int = 0
     workdir: Path | None = None
     progress: Progress = field(default_factory=Silent)
@@ -48,7 +49,7 @@ class Context:
             raise self._lacking("schedule")
         return self.schedule
 
-    def need_calibration(self) -> Calibration:
+    def need_calibration(self) -> Calibration | ModelCalls:
         """The calibration data, which passes have that declare `calibration` in `data`."""
         if self.calibration is None:
             raise self._lacking("calibration")
@@ -60,9 +61,13 @@ class Context:
             return "needs a schedule: give one (schedule=...)"
         if "calibration" in data and self.calibration is None:
             return "needs a calibration: give one (calibration=...)"
-        if "sampler" in data and self.schedule is not None and "_class_name" not in self.schedule.sampler:
+        if "sampler" not in data or self.schedule is None or isinstance(self.calibration, ModelCalls):
+            return ""
+        if not (why := self.schedule.cannot_sample):
+            return ""
+        if self.schedule.own is None:
             return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
-        return ""
+        return f"samples images, and {why}: give another scheduler (schedule=...)"
 
     def _lacking(self, data: str) -> PassError:
         return PassError(f"{self.pass_name or 'What was called'} {self.lacks({data})}.")

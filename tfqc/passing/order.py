@@ -13,6 +13,7 @@ from tfqc.ir.types import Dim
 from tfqc.passing.base import ALL_TABLES, Contract, Pass
 from tfqc.passing.context import Context
 from tfqc.passing.known import sound_passes
+from tfqc.sampling.calls import ModelCalls
 
 
 def check_order(
@@ -81,6 +82,8 @@ def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) ->
     data = ctx.calibration
     if data is None or not any("calibration" in item.draws_on(program) for item in passes):
         return
+    if isinstance(data, ModelCalls):
+        return _check_calls(data, program)
     given = {**data.cond, **data.shared}
     taken = [".".join(item.path) for item in program.input(Role.REQUEST)]
     for name in given:
@@ -95,6 +98,15 @@ def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) ->
             _check_shape(f"uncond {path}", data.uncond[path], item.type.shape, rows)
     if noisy := program.input(Role.SAMPLE):
         _check_shape("latents", data.latents, noisy[0].type.shape, True)
+
+
+def _check_calls(data: ModelCalls, program: Program) -> None:
+    for number, call in enumerate(data.calls):
+        for item in program.inputs:
+            if (path := ".".join(item.path)) not in call:
+                raise CalibrationError(f"calibration[{number}] has no {path!r}, which the model needs.")
+            if item.role is not Role.TIME:
+                _check_shape(path, call[path], item.type.shape, item.type.shape[:1] == ("B",))
 
 
 def _check_shape(name: str, given: Tensor, shape: tuple[Dim, ...], rows: bool) -> None:

@@ -19,6 +19,8 @@ Number = int | float | str
 _TEMPLATES: dict[str, str] = {
     # the driver and backends
     "random-conditions": "calibrated on random conditions: give your own for quality that counts",
+    "times-not-recorded": "what {pipeline} calls its model with could not be recorded ({why}): taken for the times of "
+    "its scheduler; give schedule=SamplingSchedule.of(scheduler, steps, times=...) where they are others",
     "instruction": "{mode} on {arch}: {instruction}",
     "another-way": "{at}: {because}",
     "another-way-each": "{count} x {operation} ({places}): {because}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor
 from tfqc.errors import TfqcError
 from tfqc.models.spec import ModelSpec
 from tfqc.progress import Progress
+from tfqc.runtime.plan import as_time
 from tfqc.sampling.loop import sample
+from tfqc.sampling.scheduler import set_to
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ def draw(
     progress: Progress,
     what: str = "sampling",
     batch_size: int = 64,
+    time_of: Callable[[Any], float] = as_time,
 ) -> Run:
     """Sample `images` images; the same seed gives the same noise and conditions to every denoiser.
 
     Args:
         spec: says what the denoiser is asked (conditions), and how latents become images.
         guidance: the spec's own by default.
+        time_of: what the denoiser is called with, for a timestep of the scheduler.
 
     Raises:
         TfqcError: the denoiser refuses its inputs (such as a timestep that it was not compiled for).
@@ -72,9 +75,8 @@ def draw(
             steps_seen.append([])
         steps_seen[index].append(latent)
 
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
-    visited = tuple(float(t) for t in scheduler.timesteps)
+    scheduler = set_to(scheduler, steps)
+    visited = tuple(map(time_of, scheduler.timesteps))
     ticks = progress.track(range(len(visited) * -(-images // batch_size)), what)
     began = time.perf_counter()
     try:
@@ -82,12 +84,13 @@ def draw(
         final = sample(
             _by_name(denoiser, spec, data.shared),
             scheduler,
-            steps=steps,
             latents=data.latents,
             cond=data.cond,
             uncond=data.uncond,
             guidance=data.guidance if guidance is None else guidance,
             batch_size=batch_size,
+            seed=seed,
+            time_of=time_of,
             progress=lambda done, total: next(ticks, None),
             on_step=on_step,
         )

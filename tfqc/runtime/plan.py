@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,29 @@ class Output(tuple[Any, ...]):
     def sample(self) -> Any:
         """The first output."""
         return self[0]
+
+
+class UnknownTimestepWarning(UserWarning):
+    """The first call of a loaded model is at a time that it was not compiled for."""
+
+
+def as_time(value: Any) -> float:
+    """A time as schedules, tables and calls know it: a number, or a tensor of one, rounded to float32.
+
+    Raises:
+        OverflowError: it is beyond float32.
+    """
+    return struct.unpack("f", struct.pack("f", float(value)))[0]
+
+
+def as_called(timesteps: Sequence[float], dtype: torch.dtype) -> list[float]:
+    """Times of a schedule as they arrive in a model that was captured with times of a dtype, bfloat16 say.
+
+    Where two would be the same, all stay as they are: each has a row of its own.
+    """
+    exact = torch.tensor(timesteps, dtype=torch.float32)
+    called = exact.to(dtype).to(torch.float32) if dtype.is_floating_point else exact
+    return (called if len(called.unique()) == len(exact) else exact).tolist()
 
 
 def buffer_name(tensor: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tfqc.runtime.call import Call
 from tfqc.runtime.encoding import encode_row
-from tfqc.runtime.plan import Output, Plan, buffer_name
+from tfqc.runtime.plan import Output, Plan, UnknownTimestepWarning, as_called, buffer_name
 from tfqc.runtime.requests import Request, all_finite, broken_images
 from tfqc.runtime.untraced import untraced
 from tfqc.runtime.watching import first_not_finite
@@ -47,9 +48,9 @@ class Stepper(torch.nn.Module):
         self.reload: tuple[Callable[..., Any], str] | None = None
         self._device = torch.device("cpu")
         self._calls = Call(plan)
-        # Calls bring timesteps in float32 at best, so the schedule is known by what it is in float32.
-        self._schedule = torch.tensor(plan.timesteps, dtype=torch.float32).tolist()
+        self._schedule = as_called(plan.timesteps, plan.time.dtype)
         self._known: dict[float, int] = {t: i for i, t in enumerate(self._schedule)}
+        self._called = False
         self._original: dict[str, Tensor] = {}
         self._requests: list[Request] = []
         self._row_tensors: dict[tuple[int, torch.device], Tensor] = {}
@@ -154,6 +155,10 @@ class Stepper(torch.nn.Module):
         """Row of each batch entry's timestep: [1] where they are all equal, else [B]."""
         device, timesteps = values[self._clock].device, self._timesteps(values)
         unknown = {t for t in timesteps if t not in self._known}
+        if not self._called:
+            self._called = True
+            if self.reload is not None and self.plan.policy != "error" and len(unknown) == len(set(timesteps)):
+                self._warn(timesteps[0])
         if unknown and len(self._known) - len(self._schedule) + len(unknown) > self.MAX_EXTRA_ROWS:
             self._forget_extra_rows()  # before any row of this call is looked up
         if len(timesteps) > 1:
@@ -183,10 +188,25 @@ class Stepper(torch.nn.Module):
                 f"Timestep {t:g} is not in the schedule of {len(self._schedule)} steps that this model was "
                 "compiled for, and its policy is 'error': compile it for this schedule, or with policy=recompute."
             )
-        nearest = min(range(len(self._schedule)), key=lambda i: abs(self._schedule[i] - t))
+        nearest = self._nearest(t)
         if self.plan.policy == "nearest":
             return nearest
         return self._add_row(t, nearest, values)
+
+    def _nearest(self, t: float) -> int:
+        return min(range(len(self._schedule)), key=lambda i: abs(self._schedule[i] - t))
+
+    def _warn(self, t: float) -> None:
+        """Calls of a model may be at times of another unit than its schedule, and look right."""
+        schedule = self._schedule
+        does = "its rows are computed now, with ranges of" if self.plan.policy == "recompute" else "it is computed as"
+        warnings.warn(
+            f"The model was compiled for {len(schedule)} timesteps from {schedule[0]:g} to {schedule[-1]:g}, and is "
+            f"first called at {t:g}: {does} the nearest, {schedule[self._nearest(t)]:g}. Compile it for the times that "
+            "its pipeline calls it with.",
+            UnknownTimestepWarning,
+            stacklevel=2,
+        )
 
     def _add_row(self, t: float, nearest: int, values: Mapping[str, Tensor]) -> int:
         """Compute the rows of an unknown timestep in full precision, once, and append them to every table."""

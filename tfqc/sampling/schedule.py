@@ -3,100 +3,143 @@
 from __future__ import annotations
 
 import bisect
-import functools
+import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from tfqc.errors import CalibrationError, suggest
+from tfqc.errors import CalibrationError
 from tfqc.files.storage import parse_json
-from tfqc.quiet import quiet_import
+from tfqc.runtime.plan import as_time
+from tfqc.sampling.scheduler import (
+    cannot_sample,
+    describe,
+    identity,
+    is_scheduler,
+    rebuild,
+    scheduler_class,
+    set_to,
+    steps_of,
+)
 
 _LARGEST = 3e38  # models take timesteps in float32
-MOST_STEPS = 10_000  # of a sampler, and of what it was trained with: some need memory for their product
 
 
 @dataclass(frozen=True)
 class SamplingSchedule:
-    """`timesteps` in visiting order (strictly falling), and the diffusers scheduler that visits them.
+    """`timesteps` as the model is called with them, in visiting order, each once, and the scheduler that visits them.
 
-    `sampler` holds the scheduler's class name under `_class_name` and its configuration; empty when only the
-    timesteps are known, which is enough for everything but calibration data.
+    Times are numbers in float32, of any sign and order: timesteps, sigmas, their logarithms, flow times from 0 to 1.
+
+    `sampler` describes the scheduler as JSON: its class name under `_class_name`, its configuration, its number of
+    steps (`_steps`), what else it was set to (`_state`), and pairs of its timestep and what the model is called with
+    there (`_times`) where these are not the same. It is empty when only the times are known, which is enough for
+    everything but sampling. `own` is the scheduler itself where an object was given; it is copied for each use.
 
     Raises:
-        CalibrationError: no timesteps, or timesteps that do not fall.
+        CalibrationError: no timesteps, or one that is no finite number.
     """
 
     timesteps: tuple[float, ...]
     sampler: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    own: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.timesteps:
             raise CalibrationError("The schedule is empty: give at least one timestep, or steps=N.")
         if bad := [t for t in self.timesteps if not _is_timestep(t)]:
             raise CalibrationError(f"The schedule holds {str(bad[0])[:50]}, which is no timestep.")
-        falling = list(zip(self.timesteps, self.timesteps[1:], strict=False))
-        if rising := [(a, b) for a, b in falling if b >= a]:
-            a, b = rising[0]
-            raise CalibrationError(
-                f"The schedule is unsorted: timestep {b:g} follows {a:g}; a sampler visits timesteps from high to low."
-            )
+        pairs = self.sampler.get("_times", ())
+        if not isinstance(pairs, (list, tuple)) or not all(map(_is_pair, pairs)):
+            raise CalibrationError("The schedule's sampler has _times that are no pairs of timesteps.")
+        object.__setattr__(self, "timesteps", tuple(dict.fromkeys(map(as_time, self.timesteps))))
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @classmethod
-    def of(cls, scheduler: Any, steps: int | None = None) -> SamplingSchedule:
-        """From a diffusers scheduler (set to `steps` if given), a sequence of timesteps, or a schedule.
+    def of(
+        cls, scheduler: Any, steps: int | None = None, times: Callable[[Any], Any] | None = None
+    ) -> SamplingSchedule:
+        """From a scheduler (set to `steps` if given and it is not), a sequence of timesteps, or a schedule.
+
+        Args:
+            times: what the model is called with where the scheduler is at a timestep, if that is another number, such
+                as `lambda t: t / 1000`.
 
         Raises:
-            CalibrationError: the scheduler has not been set to a number of steps, or visits no falling sequence.
+            CalibrationError: the scheduler has not been set to a number of steps, or cannot be.
         """
         if isinstance(scheduler, SamplingSchedule):
             return scheduler
-        scheduler = scheduler.tolist() if hasattr(scheduler, "tolist") else scheduler
-        if isinstance(scheduler, Sequence):
-            return cls(tuple(float(t) if _is_timestep(t) else t for t in scheduler))
-        if not hasattr(scheduler, "config") or not hasattr(type(scheduler), "from_config"):
-            raise CalibrationError(
-                f"A {type(scheduler).__name__} is no scheduler of diffusers, nor a list of timesteps."
-            )
-        config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-        config["_class_name"] = type(scheduler).__name__
-        steps = getattr(scheduler, "num_inference_steps", None) if steps is None else steps
-        if steps is None or steps < 1:
-            raise CalibrationError("The scheduler has no number of steps: give steps=N, or call set_timesteps(N).")
-        own = _set(type(scheduler), config, steps)
-        # Samplers of higher order visit some timesteps twice.
-        timesteps = dict.fromkeys(float(t) for t in own.timesteps)
-        return cls(tuple(timesteps), {**config, "_steps": steps})
+        if not is_scheduler(scheduler):
+            given = scheduler.tolist() if hasattr(scheduler, "tolist") else scheduler
+            if not isinstance(given, Sequence):
+                raise CalibrationError(
+                    f"A {type(scheduler).__name__} is no scheduler of diffusers, has no set_timesteps as they have, "
+                    "and is no list of timesteps."
+                )
+            return cls(tuple(given))
+        if steps is not None and steps < 1:
+            raise CalibrationError(f"A schedule of {steps} steps visits nothing: give steps=N, at least 1.")
+        own = set_to(scheduler, steps)
+        sampler = describe(own, steps or steps_of(own) or len(own.timesteps))
+        if times is None:
+            return cls(tuple(float(t) for t in own.timesteps), sampler, own)
+        pairs = {as_time(t): as_time(times(t)) for t in own.timesteps}
+        return cls(tuple(pairs.values()), {**sampler, "_times": [list(pair) for pair in pairs.items()]}, own)
+
+    @property
+    def cannot_sample(self) -> str:
+        """Why images cannot be sampled with it: the end of a sentence; empty if they can."""
+        if self.own is not None:
+            return cannot_sample(self.own)
+        return "" if "_class_name" in self.sampler else "of the schedule only the timesteps are known"
 
     def scheduler(self) -> Any:
-        """The diffusers scheduler, made anew and set to its number of steps.
+        """The scheduler, a copy of the one that was given or made anew, set as it was.
 
         Raises:
             CalibrationError: the schedule is a bare list of timesteps, or its sampler is none of diffusers, is not
                 configured as that wants, or visits other timesteps.
         """
+        if self.own is not None:
+            return copy.deepcopy(self.own)
         if "_class_name" not in self.sampler:
             raise CalibrationError("Calibration samples images, so it needs a diffusers scheduler, not bare timesteps.")
-        steps = self.sampler.get("_steps")
-        if type(steps) is not int or not 0 < steps <= MOST_STEPS:
-            raise CalibrationError(f"The schedule's sampler has no number of steps (_steps) from 1 to {MOST_STEPS}.")
-        numbers = {k: abs(v) for k, v in self.sampler.items() if isinstance(v, (int, float))}
-        if big := [k for k, v in numbers.items() if MOST_STEPS < v < math.inf]:
-            raise CalibrationError(f"The schedule's sampler has {big[0]} above {MOST_STEPS}.")
-        scheduler = _set(scheduler_class(self.sampler["_class_name"]), self.sampler, steps)
-        visited = sorted(float(t) for t in scheduler.timesteps)
+        scheduler = rebuild(self.sampler)
+        visited = sorted(self.time(t) for t in scheduler.timesteps)
         for t in self.timesteps:
             if not math.isclose(t, nearest(t, visited), rel_tol=1e-4, abs_tol=1e-6):
-                raise CalibrationError(f"The schedule's sampler does not visit timestep {t:g} in {steps} steps.")
+                raise CalibrationError(
+                    f"The schedule's sampler does not visit timestep {t:g} in {self.sampler['_steps']} steps."
+                )
         return scheduler
+
+    def time(self, t: Any) -> float:
+        """What the model is called with where the scheduler is at its timestep t.
+
+        Raises:
+            CalibrationError: that was told for other timesteps alone, which do not lie on a line.
+        """
+        t, known = as_time(t), {as_time(a): as_time(b) for a, b in self.sampler.get("_times", ())}
+        if not known or t in known:
+            return known[t] if known else t
+        first, last = min(known), max(known)
+        slope = (known[last] - known[first]) / ((last - first) or math.inf)
+        line = {a: known[first] + slope * (a - first) for a in (*known, t)}
+        if len(known) < 2 or any(not math.isclose(line[a], b, rel_tol=1e-3, abs_tol=1e-6) for a, b in known.items()):
+            raise CalibrationError(f"What the model is called with at the scheduler's timestep {t:g} is not known.")
+        return as_time(line[t])
+
+    def identity(self) -> str:
+        """What tells it from another: timesteps, the scheduler and all that it was set to."""
+        return self.to_json() + ("" if self.own is None else identity(self.own))
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -132,43 +175,6 @@ class _Schedule(BaseModel):
     sampler: dict[str, JsonValue] = {}
 
 
-def scheduler_class(name: Any) -> Any:
-    """A scheduler of diffusers by the name of its class; nothing else of diffusers is reached.
-
-    Raises:
-        CalibrationError: it has none of this name.
-    """
-    with quiet_import():
-        from diffusers import schedulers
-        from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-        found = getattr(schedulers, name, None) if isinstance(name, str) and name in _scheduler_names() else None
-    if not isinstance(found, type) or not issubclass(found, SchedulerMixin) or not hasattr(found, "set_timesteps"):
-        close = suggest(name, _scheduler_names()) if isinstance(name, str) and len(name) < 100 else ""
-        raise CalibrationError(f"diffusers has no scheduler {str(name)[:100]!a}.{close}")
-    return found
-
-
-@functools.cache
-def _scheduler_names() -> list[str]:
-    """What diffusers says it has, without loading it."""
-    from diffusers import schedulers
-
-    return [name for name in dir(schedulers) if name.endswith("Scheduler")]
-
-
-def _set(cls: Any, config: Mapping[str, Any], steps: int) -> Any:
-    """A scheduler set to a number of steps. What it makes of a configuration from outside is its own affair."""
-    try:
-        scheduler = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-        scheduler.set_timesteps(steps)
-        [float(t) for t in scheduler.timesteps]
-    except Exception as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise CalibrationError(f"{cls.__name__} cannot be set to {steps} steps: {why[:300]}.") from error
-    return scheduler
-
-
 def nearest(t: float, of: Sequence[float]) -> float:
     """The number that is nearest to a timestep, of ascending ones; infinity if there are none."""
     at = bisect.bisect(of, t)
@@ -176,4 +182,9 @@ def nearest(t: float, of: Sequence[float]) -> float:
 
 
 def _is_timestep(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < _LARGEST)
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return is_number and bool(-_LARGEST < value < _LARGEST)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_timestep, value))

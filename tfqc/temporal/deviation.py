@@ -13,8 +13,10 @@ from tfqc.calibration.simulate import Simulation
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role
 from tfqc.passing.context import Context
+from tfqc.runtime.plan import as_time
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.loop import sample
+from tfqc.sampling.schedule import nearest
 from tfqc.temporal.features import tib_run
 from tfqc.temporal.strategies import disturbed
 
@@ -27,7 +29,9 @@ def tib_trajectory_deviation(program: Program, ctx: Context, bits: tuple[int, in
         CalibrationError: features that depend on request inputs (they would have to be
             disturbed for each image apart).
     """
-    data = _first(ctx.need_calibration(), images)
+    if not isinstance(given := ctx.need_calibration(), Calibration):
+        raise CalibrationError("The trajectory's deviation is measured on images: give Calibration data, not calls.")
+    data = _first(given, images)
     run = tib_run(program, ctx)
     with torch.no_grad():
         exact = run()
@@ -55,14 +59,14 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
     run = Simulation(program, program.step)
     paths = {".".join(i.path): i.name for i in program.input(Role.REQUEST)}
     noisy, time = (program.input(role)[0].name for role in (Role.SAMPLE, Role.TIME))
-    position = {t: i for i, t in enumerate(schedule.timesteps)}
+    position, ascending = {t: i for i, t in enumerate(schedule.timesteps)}, sorted(schedule.timesteps)
     what = "sampling with the TIB quantized" if features else "sampling in full precision"
     bar = ctx.progress.track(range(len(schedule.scheduler().timesteps)), what)
     latents: list[Tensor] = []
 
     def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Tensor:
         next(bar, None)
-        at = position[float(t)]
+        at = position[nearest(as_time(t), ascending)]
         run.values = {name: value[at].expand(len(x), *value.shape[1:]) for name, value in features.items()}
         request = {paths[k]: v for k, v in {**conditions, **data.shared}.items() if k in paths}
         result = run.call({noisy: x, time: t.expand(len(x)), **request})
@@ -71,12 +75,13 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
     final = sample(
         denoiser,
         schedule.scheduler(),
-        steps=schedule.sampler["_steps"],
         latents=data.latents,
         cond=data.cond,
         uncond=data.uncond,
         guidance=data.guidance,
         batch_size=data.batch_size,
+        seed=data.seed,
+        time_of=schedule.time,
         on_step=lambda _index, _t, latent, _output: latents.append(latent),
     )
     for _ in bar:

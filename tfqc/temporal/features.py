@@ -17,6 +17,7 @@ from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role
 from tfqc.ir.rows import Tib
 from tfqc.passing.context import Context
+from tfqc.sampling.calls import ModelCalls
 
 REQUESTS = 4  # request inputs tried with every timestep, where features depend on them
 LABELS = 16  # class labels tried with every timestep, where features depend on labels of a declared domain
@@ -75,16 +76,18 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
             raise CalibrationError(
                 f"The temporal features depend on {'.'.join(wanted[0].path)!r}, so calibration data are needed."
             )
-        count = min(REQUESTS, len(ctx.calibration))
+        given, shared = {**ctx.calibration.cond, **ctx.calibration.shared}, set(ctx.calibration.shared)
+        if isinstance(ctx.calibration, ModelCalls):
+            shared = {".".join(i.path) for i in wanted if i.type.shape[:1] != ("B",)}
         for item in wanted:
-            path = ".".join(item.path)
-            if path in ctx.calibration.shared:
-                inputs[item.name] = ctx.calibration.shared[path]
-                continue
-            if path not in ctx.calibration.cond:
+            if (path := ".".join(item.path)) not in given:
                 raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
-            rows = ctx.calibration.cond[path][:count]
-            inputs[item.name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
+            inputs[item.name] = given[path]
+        per_image = [item.name for item in wanted if ".".join(item.path) not in shared]
+        count = min(REQUESTS, *(len(inputs[name]) for name in per_image)) if per_image else 1
+        for name in per_image:
+            rows = inputs[name][:count]
+            inputs[name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
     inputs[program.input(Role.TIME)[0].name] = t.repeat_interleave(count)
     for node in graph.nodes:
         if node.op == "placeholder" and node.name not in inputs:

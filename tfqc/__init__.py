@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tfqc.errors import TfqcError
     from tfqc.frontend import capture
     from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
+    from tfqc.integrations.diffusers.quantize import quantize
     from tfqc.ir import Program, parse, render
     from tfqc.models.spec import ModelSpec
     from tfqc.passing.base import Pass
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "SamplingSchedule", "Target", "TfqcDenoiser",
     "TfqcError",
-    "capture", "compile", "load", "parse", "render",
+    "capture", "compile", "load", "parse", "quantize", "render",
 ]  # fmt: skip
 
 _HOMES = {
@@ -40,7 +41,7 @@ _HOMES = {
     "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir",
     "SamplingSchedule": "tfqc.sampling.schedule", "Target": "tfqc.codegen.target", "TfqcError": "tfqc.errors",
     "ModelMixin": "diffusers", "TfqcDenoiser": "tfqc.integrations.diffusers.denoiser",
-    "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
+    "quantize": "tfqc.integrations.diffusers.quantize", "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
     "render": "tfqc.ir",
 }  # fmt: skip
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.modeling_utils import ModelMixin
 
 from tfqc.codegen.artifact import copy_artifact
 from tfqc.driver import load
@@ -55,6 +55,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         self.facts = {"quant_method": "tfqc", "version": __version__, **facts}
         self._internal_dict = FrozenDict({**config, _FACTS: self.facts})
         self._artifact, self._dtype = directory, getattr(torch, self.facts["dtype"])
+        self.kept: Any = None  # a temporary directory that the artifact lies in
         self.eval()
 
     # -- a call -----------------------------------------------------------------------------------------------------
@@ -81,16 +82,16 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         """Where it computes."""
         return next((t.device for t in self.compiled.buffers()), torch.device("cpu"))
 
-    def to(self, *args: Any, **kwargs: Any) -> TfqcDenoiser:
+    def to(self, *args: Any, **kwargs: Any) -> TfqcDenoiser:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Move to a device that it was compiled for; a dtype is that of inputs and outputs, and of nothing within."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if dtype is not None:
             self._dtype = dtype
         if device is not None:
             self.compiled.to(device)
         return self
 
-    def half(self) -> TfqcDenoiser:
+    def half(self, *args: Any) -> TfqcDenoiser:
         """`to(torch.float16)`."""
         return self.to(torch.float16)
 
@@ -98,7 +99,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         """`to(torch.bfloat16)`."""
         return self.to(torch.bfloat16)
 
-    def float(self) -> TfqcDenoiser:
+    def float(self, *args: Any) -> TfqcDenoiser:
         """`to(torch.float32)`."""
         return self.to(torch.float32)
 
@@ -107,7 +108,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         return 0 if only_trainable else self._skeleton.num_parameters(exclude_embeddings=exclude_embeddings)
 
     @functools.cached_property
-    def _skeleton(self) -> torch.nn.Module:
+    def _skeleton(self) -> Any:
         """The model without values: what is read of it, is read there."""
         with torch.device("meta"):
             return _of_diffusers(self.facts["model_class"]).from_config(dict(self.config))
@@ -124,7 +125,9 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TfqcDenoiser:
-        return type(self)(self._artifact, _without_facts(self.config), self.facts)
+        made = type(self)(self._artifact, _without_facts(self.config), self.facts)
+        made.kept = self.kept
+        return made.to(self.dtype)
 
     def extra_repr(self) -> str:
         """What it was compiled from."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
 
 from tfqc.codegen.artifact import read_manifest
 from tfqc.errors import TfqcError
@@ -29,6 +29,11 @@ def denoiser_of(pipe: Any) -> str:
     part = next((name for name in PARTS if isinstance(getattr(pipe, name, None), torch.nn.Module)), None)
     if part is None:
         raise TfqcError(f"{type(pipe).__name__} has neither a unet nor a transformer to compile.")
+    if isinstance(getattr(pipe, f"{part}_2", None), torch.nn.Module):
+        raise TfqcError(
+            f"{type(pipe).__name__} has two denoisers, {part} and {part}_2: compile each with tfqc.compile, on calls "
+            "of its own."
+        )
     if isinstance(getattr(pipe, part), TfqcDenoiser):
         raise TfqcError(f"The {part} of this {type(pipe).__name__} is compiled already: load the pipeline anew.")
     return part

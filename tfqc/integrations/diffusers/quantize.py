@@ -1,0 +1,119 @@
+"""`tfqc.quantize`: the denoiser of a diffusers pipeline compiled and put back, in one line."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tfqc.codegen.artifact import check_output
+from tfqc.codegen.target import Target
+from tfqc.driver import compile
+from tfqc.errors import CalibrationError
+from tfqc.frontend.dynamic import DynamicDims
+from tfqc.frontend.inputs import inputs_of
+from tfqc.integrations.diffusers.place import denoiser_of, into
+from tfqc.integrations.diffusers.prompts import Prompts, runs_of
+from tfqc.ir.program import Role
+from tfqc.passing.pipeline import Pipeline
+from tfqc.progress import Progress, Silent
+from tfqc.sampling.recording import Recording, record
+
+
+def quantize(
+    pipe: Any,
+    target: str | Target = "cpu-int8",
+    *,
+    steps: int | None = None,
+    calibration: Prompts = None,
+    call: Mapping[str, Any] | None = None,
+    strategy: str = "fold",
+    pipeline: str | Pipeline | None = None,
+    plan: str | Path | None = None,
+    dynamic: DynamicDims | None = None,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    progress: Progress | None = None,
+    require_real: bool = False,
+) -> Any:
+    """Compile the denoiser of a diffusers pipeline, put the result in its place, and return the pipeline.
+
+    The pipeline is run for calibration, so text encoders, guidance, scheduler and sizes are its own. Until the new
+    denoiser is ready it is left as it is.
+
+    Args:
+        pipe: a loaded pipeline with a `unet` or a `transformer`.
+        target: what to compile for.
+        steps: of the sampler; the pipeline's default if None. Other numbers of steps work afterwards, too.
+        calibration: how many of the default prompts (4), prompts, the Path of a file with a prompt in each line, or
+            keyword arguments of the pipeline for each run (`[{"prompt": ..., "image": ...}]`).
+        call: keyword arguments of the pipeline in every run, such as `height`, `width` and `guidance_scale`.
+        strategy, pipeline, plan, dynamic, require_real: as `tfqc.compile` has them.
+        seed: of the noise.
+        directory: where the artifact is kept; a temporary one if None (`pipe.save_pretrained` copies it).
+        progress: told what is done.
+
+    Raises:
+        TfqcError: what, where, and what to do.
+    """
+    part = denoiser_of(pipe)
+    model = getattr(pipe, part)
+    if directory is not None:
+        check_output(directory)
+    progress = progress or Silent()
+    runs = runs_of(pipe, calibration, _common(pipe, steps, call or {}), seed)
+    calls: list[dict[str, Any]] = []
+    first: Recording | None = None
+    with _quiet(pipe):
+        for run in progress.track(runs, "running the pipeline for calibration", len(runs)):
+            recording = record(pipe, model, run, run_denoiser=True)
+            if not recording.calls:
+                raise CalibrationError(f"{type(pipe).__name__} did not call its {part}.")
+            first = first or recording
+            calls += recording.calls
+    assert first is not None
+    example = {name: value for name, value in calls[0].items() if name != "return_dict"}
+    time = next(item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME)
+    artifact = compile(
+        model,
+        target,
+        schedule=first.schedule(time),
+        calibration=calls,
+        pipeline=pipeline,
+        strategy=strategy,
+        plan=plan,
+        example_inputs=example,
+        dynamic=dynamic,
+        seed=seed,
+        progress=progress,
+        require_real=require_real,
+    )
+    kept = None if directory is not None else tempfile.TemporaryDirectory(prefix="tfqc-")
+    where = Path(kept.name) / "artifact" if kept else Path(str(directory))
+    artifact.save(where)
+    into(where, pipe)
+    getattr(pipe, part).kept = kept  # as long as the denoiser is
+    return pipe
+
+
+def _common(pipe: Any, steps: int | None, call: Mapping[str, Any]) -> dict[str, Any]:
+    takes = inspect.signature(pipe.__call__).parameters
+    count = {} if steps is None or "num_inference_steps" not in takes else {"num_inference_steps": steps}
+    return {**count, **call}
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Generator[None]:
+    """No progress bars of the pipeline: there is one for all runs."""
+    own = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if own is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = own

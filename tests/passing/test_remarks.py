@@ -26,6 +26,13 @@ ROOT = Path(__file__).parents[2]
 # kind: numbers and the sentence, of one and of several
 SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
     "random-conditions": (({}, "calibrated on random conditions: give your own for quality that counts"),),
+    "times-not-recorded": (
+        (
+            {"pipeline": "FluxPipeline", "why": "no VAE"},
+            "what FluxPipeline calls its model with could not be recorded (no VAE): taken for the times of its "
+            "scheduler; give schedule=SamplingSchedule.of(scheduler, steps, times=...) where they are others",
+        ),
+    ),
     "instruction": (({"mode": "w4a4", "arch": "sm_86", "instruction": "mma"}, "w4a4 on sm_86: mma"),),
     "another-way": (({"at": "%a (m)", "because": "runs in torch"}, "%a (m): runs in torch"),),
     "another-way-each": (

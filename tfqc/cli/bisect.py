@@ -42,7 +42,7 @@ def bisect(
 
     passes = tfqc.Pipeline.parse(options.read_pipeline(pipeline))
     own = None if schedule is None else options.read_schedule(schedule)
-    data = None if calibration is None else tfqc.Calibration.load(calibration)
+    data = None if calibration is None else options.read_calibration(calibration)
     if Path(subject).is_file():
         program = load_program(Path(subject))
     else:

@@ -64,7 +64,7 @@ def compile_model(
         print_after=print_ir_after,
         as_json=as_json,
     )
-    data = calibration_images if calibration is None else tfqc.Calibration.load(calibration)
+    data = calibration_images if calibration is None else options.read_calibration(calibration)
     own_schedule = None if schedule is None else options.read_schedule(schedule)
     text = None if pipeline is None else options.read_pipeline(pipeline)
     parsed = tfqc.Target.parse(target)

@@ -46,7 +46,7 @@ def opt(
     passes = tfqc.Pipeline.parse(options.read_pipeline(pipeline))
     context = tfqc.Context(
         schedule=None if schedule is None else options.read_schedule(schedule),
-        calibration=None if calibration is None else tfqc.Calibration.load(calibration),
+        calibration=None if calibration is None else options.read_calibration(calibration),
         seed=seed,
         plan=read_plan(plan, passes),
     )

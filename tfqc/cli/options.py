@@ -12,6 +12,8 @@ from tfqc.errors import CalibrationError, PipelineError
 
 if TYPE_CHECKING:
     from tfqc.instruments import Instrument, Timing
+    from tfqc.sampling.calls import ModelCalls
+    from tfqc.sampling.data import Calibration
     from tfqc.sampling.schedule import SamplingSchedule
 
 Verify = Annotated[
@@ -77,6 +79,17 @@ def read_schedule(path: Path) -> SamplingSchedule:
     if not schedule.cannot_sample:
         schedule.scheduler()  # what it cannot be set to is said before the time is spent
     return schedule
+
+
+def read_calibration(path: Path) -> Calibration | ModelCalls:
+    """Calibration data, or calls of the model, from a file.
+
+    Raises:
+        CalibrationError: it holds neither.
+    """
+    from tfqc.sampling.calls import load_calibration
+
+    return load_calibration(path)
 
 
 def instruments(

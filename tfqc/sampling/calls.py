@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tfqc.errors import CalibrationError
 from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.sampling.data import Calibration
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,18 @@ class ModelCalls:
                 raise CalibrationError(f"{path} holds no calls of a model: {name[:100]!a} is no input of one.")
             calls.setdefault(number, {})[own] = tensors[name]
         return cls(tuple(calls.values()))
+
+
+def load_calibration(path: Path) -> Calibration | ModelCalls:
+    """What `Calibration.save` or `ModelCalls.save` wrote.
+
+    Raises:
+        CalibrationError: the file holds neither.
+    """
+    try:
+        return ModelCalls.load(path)
+    except CalibrationError:
+        return Calibration.load(path)
 
 
 def _flatten(path: str, value: Any, into: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from tfqc.errors import CalibrationError, suggest
 from tfqc.quiet import quiet_import
 
 MOST_STEPS = 10_000  # of a sampler, and of what it was trained with: some need memory for their product
+_USED = ("is_scale_input_called",)  # truths that tell of use, not of what a scheduler was set to
 _STEP = ("model_output", "timestep", "sample")  # what every sampler is given
 
 
@@ -73,13 +74,14 @@ def describe(scheduler: Any, steps: int) -> dict[str, Any]:
     text = {**config, "_class_name": type(scheduler).__name__, "_steps": steps}
     if _is_of_diffusers(scheduler):
         fresh = _fresh(scheduler)
-        if _set_somehow(fresh, steps) and _equal(_arrays(fresh), _arrays(scheduler)):
+        as_usual, known = _set_somehow(fresh, steps), _held(fresh)
+        own = {k: v for k, v in _held(scheduler).items() if k in vars(fresh)}
+        if as_usual and _equal(_arrays(known), _arrays(own)):
             return text
-        of_class = vars(fresh)
-        held = {k: v for k, v in _held(scheduler).items() if k not in of_class or not _equal(v, of_class[k])}
-        text["_state"] = {k: _plain(v, typed=True) for k, v in sorted(held.items())}
+        changed = {k: v for k, v in own.items() if k not in known or not _equal(v, known[k])}
+        text["_state"] = {k: _plain(v, typed=True) for k, v in sorted(changed.items())}
         try:
-            if _equal(_arrays(rebuild(text)), _arrays(scheduler)):
+            if _equal(_arrays(_held(rebuild(text))), _arrays(own)):
                 return text
         except CalibrationError:
             pass
@@ -128,7 +130,11 @@ def cannot_sample(scheduler: Any) -> str:
 def identity(scheduler: Any) -> str:
     """What tells one set scheduler from another: its class, with the source of one that is not of diffusers, its
     configuration, and the numbers that it holds."""
-    held = {k: _plain(v, typed=True) for k, v in sorted(_held(scheduler).items())}
+    fresh = _fresh(scheduler)
+    if fresh is not None:
+        _set_somehow(fresh, steps_of(scheduler) or 1)
+    names = vars(scheduler if fresh is None else fresh)  # what step() adds beside tells nothing
+    held = {k: _plain(v, typed=True) for k, v in sorted(_held(scheduler).items()) if k in names}
     source = ""
     if not _is_of_diffusers(scheduler):
         try:
@@ -150,6 +156,8 @@ def scheduler_class(name: Any) -> Any:
         from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
         found = getattr(schedulers, name, None) if isinstance(name, str) and name in _scheduler_names() else None
+    if packages := getattr(found, "_backends", None):  # diffusers has a stand-in for what is not installed
+        raise CalibrationError(f"{name} needs {', '.join(packages)}, which must be installed for it.")
     if not isinstance(found, type) or not issubclass(found, SchedulerMixin) or not hasattr(found, "set_timesteps"):
         close = suggest(name, _scheduler_names()) if isinstance(name, str) and len(name) < 100 else ""
         raise CalibrationError(f"diffusers has no scheduler {str(name)[:100]!a}.{close}")
@@ -215,17 +223,17 @@ def _rested(scheduler: Any) -> Any:
 def _held(scheduler: Any) -> dict[str, Any]:
     """What a scheduler was set to: its own arrays, truths and fractions."""
     own = getattr(scheduler, "__dict__", {})
-    return {k: v for k, v in own.items() if isinstance(v, (bool, float)) or _is_array(v)}
+    return {k: v for k, v in own.items() if (isinstance(v, (bool, float)) and k not in _USED) or _is_array(v)}
 
 
-def _arrays(scheduler: Any) -> dict[str, Any]:
-    return {k: v for k, v in _held(scheduler).items() if _is_array(v)}
+def _arrays(held: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in held.items() if _is_array(v)}
 
 
 def _is_array(value: Any) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 1 and len(value) > 0
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(v) in (int, float) for v in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return type(value) in (list, tuple) and len(value) > 0 and all(type(v) in (int, float) for v in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -79,11 +79,11 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
         for item in wanted:
             path = ".".join(item.path)
             if path in ctx.calibration.shared:
-                inputs[item.name] = ctx.calibration.shared[path]
+                inputs[item.name] = ctx.calibration.shared[path].to(item.type.dtype)
                 continue
             if path not in ctx.calibration.cond:
                 raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
-            rows = ctx.calibration.cond[path][:count]
+            rows = ctx.calibration.cond[path][:count].to(item.type.dtype)
             inputs[item.name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
     inputs[program.input(Role.TIME)[0].name] = t.repeat_interleave(count)
     for node in graph.nodes:

@@ -11,6 +11,7 @@ from torch import fx
 
 from tfqc.errors import PassError
 from tfqc.frontend.canonical import canonical_rules
+from tfqc.frontend.widen import has_half_weights, widen
 from tfqc.ir.calls import canonical
 from tfqc.ir.edit import Rewriter, rewrite
 from tfqc.ir.infer import infer_type
@@ -19,7 +20,7 @@ from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
 from tfqc.ir.verify import is_assertion
-from tfqc.passing import EXACT, Numerics, Pass
+from tfqc.passing import EXACT, LOSSY, Numerics, Pass
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
@@ -35,7 +36,8 @@ _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 @dataclass(frozen=True)
 class Normalize(Pass):
     """Name all operands; remove assertions, in-place operations, identities and dead nodes; let created tensors say
-    their sizes, and products with stored weights be `linear` and `conv2d`.
+    their sizes, and products with stored weights be `linear` and `conv2d`. A model with weights in f16 or bf16 is
+    computed in f32 from here on.
 
     Refuses operations in place whose target is an input, or is shared with a view: that effect is not visible in
     the graph.
@@ -45,6 +47,10 @@ class Normalize(Pass):
     reaches: ClassVar[Stage] = Stage.NORMALIZED
     numerics: ClassVar[Numerics] = EXACT
 
+    def moves(self, program: Program) -> Numerics:
+        """Nothing, unless what was rounded to half precision is not any more."""
+        return LOSSY if has_half_weights(program) else self.numerics
+
     def run(self, program: Program, ctx: object) -> None:
         """Rewrite @step."""
         edit = Rewriter(program)
@@ -53,6 +59,8 @@ class Normalize(Pass):
                 program.step.erase_node(node)
             elif is_call(node):
                 node.args, node.kwargs = canonical(node.target, node.args, node.kwargs)
+        if has_half_weights(program):
+            widen(program)
         # Aliases go before operations in place are rewritten, which then need not know them; copies go after.
         _remove_identities(edit, only_aliases=True)
         for node in program.nodes():

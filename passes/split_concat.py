@@ -67,7 +67,7 @@ def _split(roles: dict[str, Roles], edit: Rewriter, node: fx.Node, values: list[
     plan, made = program.tables.get(QuantPlan.table, {}), list[fx.Node]()
     row = plan.pop(node.name, None)
     for value, name in zip(values, program.add_tensors(weight, parts), strict=True):
-        own = {its.input: value, its.weight: program.tensor_node(name), **({its.bias: None} if made else {})}
+        own = {its.input: value, its.weight: edit.read(node, name), **({its.bias: None} if made else {})}
         made.append(edit.insert(node, node.target, **{**node.kwargs, **own}, name=f"{node.name}_part", like=node))
         if row is not None:
             plan[made[-1].name] = row

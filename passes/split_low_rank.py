@@ -52,7 +52,7 @@ class SplitLowRank(Pass):
         split, edit = 0, Rewriter(program)
         for nodes in ctx.progress.track(readers.values(), "splitting weights", len(readers)):
             x = Linear(nodes[0]).input  # which may be what a linear before was split into
-            weights = [program.tensors[str(weight_of(n))] for n in nodes]
+            weights = [program.tensors[str(weight_of(n))].float() for n in nodes]
             if min(weights[0].shape[1], sum(len(w) for w in weights)) > self.rank:
                 self._split(edit, x, nodes, weights)
                 split += len(nodes)

@@ -41,7 +41,8 @@ _HOMES = {
     "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir",
     "SamplingSchedule": "tfqc.sampling.schedule", "Target": "tfqc.codegen.target", "TfqcError": "tfqc.errors",
     "ModelMixin": "diffusers", "TfqcDenoiser": "tfqc.integrations.diffusers.denoiser",
-    "quantize": "tfqc.integrations.diffusers.quantize", "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
+    "quantize": "tfqc.integrations.diffusers.quantize",
+    "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
     "render": "tfqc.ir",
 }  # fmt: skip
 

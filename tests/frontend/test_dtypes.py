@@ -53,10 +53,10 @@ def test_buffers_of_every_dtype(dtype: torch.dtype, target: str, tmp_path: Path)
         assert float((got - want).norm() / want.norm()) < 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("target", ["fake-quant{weights=8 activations=8}", "cpu-int8", "cuda-int4{arch=sm_86}"])
 def test_weights_in_other_dtypes_are_refused(dtype: torch.dtype, target: str) -> None:
-    with pytest.raises(TfqcError, match=r"Weight @inner.weight of %linear .* compiled from float32: .*model.float\(\)"):
+    with pytest.raises(TfqcError, match=r"Weight @inner.weight of %linear .* compiled from float32, .*model.float\(\)"):
         tfqc.compile(spec(Scaled(dtype).to(dtype), dtype), target, steps=4, calibration=2)
 
 

@@ -14,6 +14,7 @@ from tfqc.ir.match import is_call, is_stored
 from tfqc.ir.ops import is_view
 from tfqc.ir.program import STEP, Program
 from tfqc.ir.rows import Maintenance, Tib
+from tfqc.ir.views import stored_in
 
 aten, ours = torch.ops.aten, torch.ops.tfqc
 
@@ -89,8 +90,7 @@ def weight_of(node: fx.Node) -> str | None:
     """Name of the stored weight [O, ...] of a node that is quantized; None for any other node."""
     if not is_weighted(node):
         return None
-    weight = node.kwargs[WEIGHTED[node.target].weight]
-    return str(weight.target) if is_stored(weight) else None  # type: ignore[union-attr]
+    return stored_in(node.kwargs[WEIGHTED[node.target].weight])
 
 
 def multiplies_stored(node: fx.Node) -> bool:
@@ -119,17 +119,17 @@ def left_weights(program: Program, node: fx.Node) -> list[str]:
 
 
 def check_weights(program: Program) -> None:
-    """Refuse weights that are not float32, in which models are calibrated.
+    """Refuse weights that are neither float32, in which models are calibrated, nor become it without a rounding.
 
     Raises:
         TfqcError: naming one.
     """
     for node in weighted_nodes(program):
         weight = str(weight_of(node))
-        if (dtype := program.tensors[weight].dtype) != torch.float32:
+        if (dtype := program.tensors[weight].dtype) not in (torch.float32, torch.float16, torch.bfloat16):
             raise TfqcError(
-                f"Weight @{weight} of {program.at(node)} is {dtype}, and models are compiled from float32: convert it "
-                "with model.float() first (what is compiled takes inputs of any float dtype)."
+                f"Weight @{weight} of {program.at(node)} is {dtype}, and models are compiled from float32, bfloat16 or "
+                "float16: convert it with model.float() first (what is compiled takes inputs of any float dtype)."
             )
 
 

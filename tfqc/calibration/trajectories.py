@@ -138,7 +138,7 @@ class Trajectories:
             conditions |= calibration.shared
             if lacking := [n for n in wanted if n not in conditions]:
                 raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
-            request.update({item.name: conditions[k] for k, item in wanted.items()})
+            request.update({item.name: conditions[k].to(item.type.dtype) for k, item in wanted.items()})
             seen.setdefault(time, x)  # samplers of higher order visit a timestep twice
             given = {item.path: conditions[k] for k, item in wanted.items()}
             noisy, clock = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))

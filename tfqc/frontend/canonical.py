@@ -14,7 +14,7 @@ from torch import fx
 from tfqc.ir.edit import Rewriter, Rule
 from tfqc.ir.match import call, capture, is_call, is_stored
 from tfqc.ir.program import Program
-from tfqc.ir.views import PaddedConv
+from tfqc.ir.views import PaddedConv, stored_in
 
 aten = torch.ops.aten
 _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
@@ -65,7 +65,7 @@ def _as_linear(
         return False
     if not is_transposed and name not in transposed:  # a view, so that its product is computed as the model does
         transposed[name] = program.add_tensor(f"{name}.transposed", own.t())
-    weight = program.tensor_node(name if is_transposed else transposed[name])
+    weight = edit.read(node, name if is_transposed else transposed[name])
     edit.become(node, aten.linear.default, input=x, weight=weight, bias=bias)
     return True
 
@@ -78,9 +78,8 @@ def _stored(program: Program, value: Any) -> tuple[str, bool] | None:
             return None
         transposed ^= swaps
         value = value.kwargs["self"]
-    if not is_stored(value):
-        return None
-    return (str(value.target), transposed) if program.tensors[str(value.target)].dim() == 2 else None
+    name = stored_in(value)
+    return (name, transposed) if name is not None and program.tensors[name].dim() == 2 else None
 
 
 def _swaps(node: fx.Node) -> bool | None:

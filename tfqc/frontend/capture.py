@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from tfqc.errors import CaptureError
 from tfqc.frontend.build import build_program
 from tfqc.frontend.dynamic import DynamicDims, places, ranges, read_dynamic
 from tfqc.frontend.export import export, shared_by_all
@@ -35,8 +39,8 @@ def capture(
 
     Args:
         model: called as `model(**example_inputs)` (or positionally). Put in eval mode for the capture.
-        example_inputs: tensors of any device; the first dimension of the sample is the batch, and so is that of every
-            input with the same first dimension. Not-tensor values are captured as constants.
+        example_inputs: tensors of any device and floating point type; the first dimension of the sample is the batch,
+            and so is that of every input with the same first dimension. Not-tensor values are captured as constants.
         roles: input name (dotted for nested ones) -> `sample`, `time` or `request`. By default inputs are
             recognised by the names that diffusers gives them.
         domains: request inputs of integer class labels -> how many labels there are.
@@ -56,13 +60,31 @@ def capture(
     paths = {i.path for i in inputs}
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
     arguments, dims = prepare(arguments, inputs, flat, asked_at)
-    exported = export(model, arguments, dims)
+    exported = _export(model, arguments, dims)
     if shared := shared_by_all(exported, inputs, dims):
         for path in shared:
             del dims[path][0]
-        exported = export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
+        exported = _export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
     program = build_program(model, exported, inputs, dims, name or type(model).__name__)
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
     program.constants = constants
     program.guards = (*program.guards, *ranges(asked))
     return program
+
+
+def _export(
+    model: torch.nn.Module, arguments: dict[str, Any], dims: dict[tuple[str, ...], dict[int, str]]
+) -> torch.export.ExportedProgram:
+    """With the example as it was given; where that is refused, in the floating point type of the weights."""
+    try:
+        return export(model, arguments, dims)
+    except CaptureError as error:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        cast = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, arguments)
+        before, after = (pytree.tree_leaves(each) for each in (arguments, cast))
+        if all(a is b for a, b in zip(before, after, strict=True)):
+            raise
+        try:
+            return export(model, cast, dims)
+        except CaptureError:
+            raise error from error.__cause__

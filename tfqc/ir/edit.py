@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from tfqc.errors import IRError, PassError
@@ -28,6 +29,7 @@ from tfqc.ir.match import Call, match
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.ir.schema import check_call
+from tfqc.ir.types import HALVES
 
 _MOST = 64  # times that rules may apply for each node that there was: rules that undo each other would never end
 
@@ -54,6 +56,14 @@ class Rewriter:
         made = self.program.insert(before, target, args, operands, name=name, function=self.function, like=like)
         self.touched[made] = None
         return made
+
+    def read(self, before: fx.Node, tensor: str) -> fx.Node:
+        """A stored tensor as operations compute with it: as it is, or in f32 where it is stored in half precision."""
+        stored = self.program.tensor_node(tensor, self.function)
+        if self.program.tensors[tensor].dtype not in HALVES:
+            return stored
+        cast = torch.ops.aten.to.dtype
+        return self.insert(before, cast, stored, torch.float32, name=f"{stored.name}_f32", like=before)
 
     def become(self, node: fx.Node, target: Any, /, *args: Any, **operands: Any) -> None:
         """Let a node compute its value in another way: it keeps its name, its readers, its place, its rows.

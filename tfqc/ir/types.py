@@ -25,6 +25,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Those of them that tensors in files can have: safetensors has no other. The others are of values alone.
 STORABLE = frozenset(DTYPES.values()) - {torch.complex128}
 
+# Those of which models are made that are computed in f32.
+HALVES = (torch.float16, torch.bfloat16)
+
 _DEEPEST, _MOST_DIMS, _LONGEST_DIM = 16, 64, 1000
 
 

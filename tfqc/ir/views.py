@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfqc.ir.match import View, operand
+from tfqc.ir.match import View, is_stored, operand
 
 aten, ours = torch.ops.aten, torch.ops.tfqc
 
@@ -173,6 +173,13 @@ class Cast(View):
     x = operand[fx.Node]("self")
     dtype = operand[torch.dtype]()
     copy = operand[bool]()
+
+
+def stored_in(value: Any) -> str | None:
+    """Name of the stored tensor that a value is: itself, or cast from the dtype that it is stored in."""
+    while cast := Cast.of(value):
+        value = cast.x
+    return str(value.target) if is_stored(value) else None
 
 
 class TableRead(View):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
 
 
 def example_inputs(model: torch.nn.Module, batch: int = 2) -> dict[str, Any]:
-    """Keyword arguments of the right shapes, by the class of the model.
+    """Keyword arguments of the right shapes and in the weights' dtype, by the class of the model.
 
     Raises:
         CaptureError: the class is not known; its inputs must be given.
@@ -22,7 +23,10 @@ def example_inputs(model: torch.nn.Module, batch: int = 2) -> dict[str, Any]:
             f"The inputs of a {type(model).__name__} are not known: give example_inputs "
             f"(known classes: {', '.join(_EXAMPLES)})."
         )
-    return make(config, batch)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, make(config, batch)
+    )
 
 
 def _latent(config: Any, batch: int) -> torch.Tensor:

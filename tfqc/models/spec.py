@@ -50,9 +50,14 @@ class ModelSpec:
         return tuple(self._noisy().shape[1:])
 
     def call(self, noisy: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of the model: the example's, with a sample, timesteps [N], conditions by dotted name."""
-        given = {Role.SAMPLE: noisy, Role.TIME: time}
-        values = {i.path: given.get(i.role, conditions.get(".".join(i.path), v)) for i, v in self._inputs()}
+        """Keyword arguments of the model: the example's, with a sample, timesteps [N], conditions by dotted name.
+
+        All but timesteps are in the example's dtypes.
+        """
+        values: dict[tuple[str, ...], Tensor] = {}
+        for item, example in self._inputs():
+            given = noisy if item.role is Role.SAMPLE else conditions.get(".".join(item.path), example)
+            values[item.path] = time if item.role is Role.TIME else given.to(example.dtype)
         arguments = arguments_by_name(self.model, self.example_inputs)
         arguments.pop("return_dict", None)
         return replaced(arguments, values)

@@ -21,9 +21,10 @@ _NEEDED = ("latents", "guidance", "batch_size", "seed")
 class Calibration:
     """What to sample for calibration.
 
-    latents: unit normal noise [N, ...] f32. cond, uncond: request inputs by dotted name (`added_cond_kwargs.time_ids`),
-    [N, ...] each; `uncond` is None without classifier-free guidance. shared: request inputs that have no row for each
-    image (rotary ids), as the model takes them. seed: what `latents` were drawn from, for the record.
+    latents: unit normal noise [N, ...]; f32 here, whatever it was given in. cond, uncond: request inputs by dotted name
+    (`added_cond_kwargs.time_ids`), [N, ...] each; `uncond` is None without classifier-free guidance. shared: request
+    inputs that have no row for each image (rotary ids), as the model takes them. seed: what `latents` were drawn from,
+    for the record.
 
     Raises:
         CalibrationError: no images, row counts that differ, NaN or infinity, names or types that do not agree, a
@@ -51,6 +52,7 @@ class Calibration:
                 f"Calibration: latents must be noise [N, ...] in floating point, not {self.latents.dtype} of rank "
                 f"{self.latents.dim()}."
             )
+        object.__setattr__(self, "latents", self.latents.float())
         if len(self.latents) == 0:
             raise CalibrationError("Calibration needs at least one image: latents has no rows.")
         for name, tensor in per_image:

@@ -57,7 +57,7 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
     """Latents before each step and at the end, with the given features [T, ...] in the place of computed ones."""
     schedule = ctx.need_schedule()
     run = Simulation(program, program.step)
-    paths = {".".join(i.path): i.name for i in program.input(Role.REQUEST)}
+    wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
     noisy, time = (program.input(role)[0].name for role in (Role.SAMPLE, Role.TIME))
     position, ascending = {t: i for i, t in enumerate(schedule.timesteps)}, sorted(schedule.timesteps)
     what = "sampling with the TIB quantized" if features else "sampling in full precision"
@@ -68,7 +68,8 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
         next(bar, None)
         at = position[nearest(as_time(t), ascending)]
         run.values = {name: value[at].expand(len(x), *value.shape[1:]) for name, value in features.items()}
-        request = {paths[k]: v for k, v in {**conditions, **data.shared}.items() if k in paths}
+        given = {**conditions, **data.shared}
+        request = {i.name: given[k].to(i.type.dtype) for k, i in wanted.items() if k in given}
         result = run.call({noisy: x, time: t.expand(len(x)), **request})
         return result[0] if isinstance(result, tuple) else result
 

@@ -82,7 +82,7 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
         for item in wanted:
             if (path := ".".join(item.path)) not in given:
                 raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
-            inputs[item.name] = given[path]
+            inputs[item.name] = given[path].to(item.type.dtype)
         per_image = [item.name for item in wanted if ".".join(item.path) not in shared]
         count = min(REQUESTS, *(len(inputs[name]) for name in per_image)) if per_image else 1
         for name in per_image:

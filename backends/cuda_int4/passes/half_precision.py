@@ -14,7 +14,7 @@ from tfqc.ir.match import is_call
 from tfqc.ir.ops import SHAPE_ONLY
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
-from tfqc.ir.views import Cast, Stores
+from tfqc.ir.views import Cast, Stores, stored_in
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 
 # What works in f32 whatever it is given: quantizers that no kernel took, stored weights, reads of tables.
@@ -39,13 +39,13 @@ class HalfPrecision(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Rewrite @step, operation by operation: each gets operands of the type that it reads."""
         edit = Rewriter(program)
-        casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        casts: dict[tuple[fx.Node | str, torch.dtype], fx.Node] = {}
         halves: set[fx.Node] = set()  # whose type is another than it was
         for node in program.nodes():
             if node.op == "output":
                 for value in node.all_input_nodes:
                     node.replace_input_with(value, _cast(edit, node, value, torch.float32, casts))
-            if node.op != "call_function":
+            if node.op != "call_function" or stored_in(node):  # readers of a stored tensor find it cast already
                 continue
             before = (node.args, node.kwargs)
             for value in node.all_input_nodes:
@@ -87,11 +87,11 @@ def _cast(
     type_ = program.types[value.name]
     if dtype is None or not isinstance(type_, TensorType) or type_.dtype not in _FLOATS or type_.dtype is dtype:
         return value
-    if value.op == "get_attr":
-        if (value, dtype) not in casts:
-            narrow = program.tensors[str(value.target)].to(dtype)
-            casts[value, dtype] = program.tensor_node(program.add_tensor(f"{value.target}.f16", narrow))
-        return casts[value, dtype]
+    if stored := stored_in(value):
+        if (stored, dtype) not in casts:
+            narrow = program.tensors[stored].to(dtype)
+            casts[stored, dtype] = program.tensor_node(program.add_tensor(f"{stored}.f16", narrow))
+        return casts[stored, dtype]
     if (value, dtype) not in casts:
         short = "f16" if dtype is torch.float16 else "f32"
         before = reader if value.op == "placeholder" else value.next

@@ -71,11 +71,10 @@ def _listed(given: Prompts, takes_prompts: bool) -> Sequence[str | Mapping[str, 
         return DEFAULT[: max(count, 0)]
     if isinstance(given, Path):
         return [line.strip() for line in read_text(given, CalibrationError).splitlines() if line.strip()]
-    given = [given] if isinstance(given, str) else given
-    items: Any = given  # what a caller gives may be anything
+    items: Any = [given] if isinstance(given, str) else given  # what a caller gives may be anything
     if not isinstance(items, Sequence) or not all(isinstance(item, (str, Mapping)) for item in items):
         raise CalibrationError(
             f"calibration={str(given)[:50]!r} is neither a number, prompts, the Path of a file with a prompt in each "
             "line, nor keyword arguments of the pipeline for each run."
         )
-    return given
+    return items

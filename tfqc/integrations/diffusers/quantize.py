@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import tempfile
+import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,12 +93,19 @@ def quantize(
         progress=progress,
         require_real=require_real,
     )
-    kept = None if directory is not None else tempfile.TemporaryDirectory(prefix="tfqc-")
-    where = Path(kept.name) / "artifact" if kept else Path(str(directory))
-    artifact.save(where)
+    kept = None if directory is not None else _Temporary()
+    where = artifact.save(kept.path / "artifact" if kept else Path(str(directory)))
     into(where, pipe)
     getattr(pipe, part).kept = kept  # as long as the denoiser is
     return pipe
+
+
+class _Temporary:
+    """A directory that lives as long as this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="tfqc-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _common(pipe: Any, steps: int | None, call: Mapping[str, Any]) -> dict[str, Any]:

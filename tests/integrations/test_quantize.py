@@ -1,0 +1,192 @@
+"""tfqc.quantize: complete pipelines with a compiled denoiser in the place of their own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tfqc
+from tests.integrations.pipelines import PIPELINES, pipeline, sd, unet
+from tfqc.errors import ArtifactError, CalibrationError, TfqcError
+from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
+
+PLAIN = "fake-quant{weights=none activations=none}"
+
+
+def images(pipe: Any, call: dict[str, Any], **more: Any) -> Any:
+    """Two images of a prompt where the pipeline makes several, of the same seed each time."""
+    two = "num_images_per_prompt" in inspect.signature(pipe.__call__).parameters and "prompt" in call
+    given = {**call, "num_inference_steps": 4, "output_type": "np", **({"num_images_per_prompt": 2} if two else {})}
+    return pipe(**{**given, "generator": torch.Generator().manual_seed(1), **more}).images
+
+
+def denoiser(pipe: Any) -> Any:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_makes_the_same_images(name: str, tmp_path: Path) -> None:
+    """As it is called by its users: two images a prompt, another number of steps, saved and loaded."""
+    pipe, call = pipeline(name, tmp_path)
+    wanted = {steps: images(pipe, call, num_inference_steps=steps) for steps in (4, 3)}
+    own = denoiser(pipe)
+    assert tfqc.quantize(pipe, PLAIN, steps=4, calibration=[call]) is pipe
+    made = denoiser(pipe)
+    assert isinstance(made, TfqcDenoiser) and made.num_parameters() == own.num_parameters()
+    assert dict(own.config).items() <= dict(made.config).items() and made.dtype == torch.float32
+    for steps, want in wanted.items():
+        assert np.abs(images(pipe, call, num_inference_steps=steps) - want).max() < 1e-4
+    pipe.save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["unet" if hasattr(pipe, "unet") else "transformer"] == ["tfqc", "TfqcDenoiser"]
+    absent = {part: None for part, found in pipe.components.items() if found is None}
+    loaded = type(pipe).from_pretrained(tmp_path / "saved", **absent)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(images(loaded, call), images(pipe, call))
+
+
+@pytest.mark.parametrize(("name", "target"), [("sd", "cpu-int8"), ("flux", "cpu-int8"), ("sdxl", PLAIN)])
+def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
+    pipe, call = pipeline(name, tmp_path)
+    pipe.to(torch.bfloat16)
+    call = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    want = images(pipe, call)
+    tfqc.quantize(pipe, target, steps=4, calibration=[call])
+    assert denoiser(pipe).dtype == torch.bfloat16
+    got = images(pipe, call)
+    assert np.abs(got - want).mean() < 0.1 * want.std()
+    assert np.array_equal(got, images(pipe, call))
+
+
+def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
+    pipe, call = pipeline("sd", tmp_path)
+    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=2)
+    assert denoiser(pipe).facts["target"] == "cpu-int8"
+    want = images(pipe, call)
+    pipe.save_pretrained(tmp_path / "saved")
+    code = (
+        "import sys, tfqc, torch, numpy\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        f"made = pipe({call['prompt']!r}, num_inference_steps=4, num_images_per_prompt=2, output_type='np',\n"
+        "            generator=torch.Generator().manual_seed(1)).images\n"
+        "numpy.save(sys.argv[2], made)\n"
+    )
+    given = [sys.executable, "-c", code, tmp_path / "saved", tmp_path / "made.npy"]
+    subprocess.run(given, check=True, capture_output=True)
+    assert np.array_equal(np.load(tmp_path / "made.npy"), want)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A pipeline of Stable Diffusion's kind with a compiled denoiser; tests leave it as it is."""
+    pipe, _ = pipeline("sd", tmp_path_factory.mktemp("sd"))
+    return tfqc.quantize(pipe, PLAIN, steps=3, calibration=1)
+
+
+def test_what_pipelines_read_of_a_denoiser(compiled: Any) -> None:
+    made = compiled.unet
+    assert made.config.in_channels == 4 and made.config["sample_size"] == 8
+    assert made.time_embedding.linear_1.in_features == 32  # of a copy without values
+    assert next(iter(made.time_embedding.parameters())).is_meta
+    assert (made.device, made.to(torch.bfloat16).dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert made.to("cpu").float().dtype == torch.float32
+    call = {"sample": torch.zeros(2, 4, 8, 8), "timestep": 667, "encoder_hidden_states": torch.zeros(2, 16, 32)}
+    output = made(**call)
+    assert type(output).__name__ == "UNet2DConditionOutput" and output.sample.shape == (2, 4, 8, 8)
+    assert torch.equal(made(**call, return_dict=False)[0], output.sample)
+    assert torch.equal(copy.deepcopy(made)(**call).sample, output.sample)
+    assert "UNet2DConditionModel, compiled by tfqc for fake-quant" in repr(made)
+
+
+def test_other_pipelines_take_it(compiled: Any) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+
+    pipe = StableDiffusionImg2ImgPipeline(**compiled.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16)
+    made = pipe("a red fox", image=picture, strength=0.5, num_inference_steps=4, output_type="np").images
+    assert made.shape == (1, 16, 16, 3) and np.isfinite(made).all()
+    seen: list[int] = []
+
+    def watch(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(int(timestep))
+        return values
+
+    pipe("a red fox", image=picture, num_inference_steps=5, strength=0.6, output_type="np", callback_on_step_end=watch)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.enable_freeu(1.0, 1.0, 1.0, 1.0),
+        lambda pipe: pipe.unet.load_lora_adapter({}),
+        lambda pipe: pipe.unet.set_attn_processor(None),
+        lambda pipe: pipe.unet.enable_gradient_checkpointing(),
+        lambda pipe: pipe.unet.enable_layerwise_casting(),
+    ],
+)  # fmt: skip
+def test_what_would_change_it_is_refused(change: Any, compiled: Any) -> None:
+    with pytest.raises(
+        (AttributeError, TfqcError), match=r"A compiled model cannot do \w+\(\): its layers and weights"
+    ):
+        change(compiled)
+
+
+def test_what_is_not_taken(compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("run")
+
+    with pytest.raises(TfqcError, match="The unet of this StableDiffusionPipeline is compiled already"):
+        tfqc.quantize(compiled)
+    with pytest.raises(TfqcError, match="A UNet2DConditionModel is no pipeline of diffusers"):
+        tfqc.quantize(unet())
+    pipe = sd(tmp_path)
+    own = pipe.unet
+    monkeypatch.setattr("tfqc.integrations.diffusers.quantize.record", never)
+    for given, said in (
+        ([], "at least one run"),
+        (99, "There are 8 default prompts, not 99"),
+        (2.5, "neither a number, prompts"),
+        ([{"promt": "a"}], "StableDiffusionPipeline takes no 'promt'"),
+        (tmp_path / "none.txt", r"none\.txt"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            tfqc.quantize(pipe, PLAIN, steps=2, calibration=given)  # pyright: ignore[reportArgumentType]
+    assert pipe.unet is own
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red fox\n\n  two birds  \n")
+    pipe = sd(tmp_path)
+    tfqc.quantize(pipe, PLAIN, steps=2, calibration=tmp_path / "prompts.txt", directory=tmp_path / "kept")
+    (tmp_path / "prompts.txt").unlink()
+    assert isinstance(tfqc.load(tmp_path / "kept"), torch.nn.Module)
+
+
+def test_files_of_strangers(compiled: Any, tmp_path: Path) -> None:
+    compiled.unet.save_pretrained(tmp_path / "unet")
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    config["quantization_config"]["output_class"] = "os.system"
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    made = TfqcDenoiser.from_pretrained(tmp_path / "unet")
+    with pytest.raises(ArtifactError, match=r"'os\.system' is no class of diffusers"):
+        made(sample=torch.zeros(1, 4, 8, 8), timestep=1, encoder_hidden_states=torch.zeros(1, 16, 32))
+    del config["quantization_config"]
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="is not that of a model which tfqc compiled"):
+        TfqcDenoiser.from_pretrained(tmp_path, subfolder="unet")
+    weights = tmp_path / "unet" / "artifact" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArtifactError):
+        tfqc.load(tmp_path / "unet" / "artifact")

@@ -19,7 +19,7 @@ from tfqc.passing.pipeline import Pipeline
 from tfqc.quant.plan_text import read_plan as check_plan
 from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
-from tfqc.sampling.schedule import SamplingSchedule
+from tfqc.sampling.schedule import SamplingSchedule, number
 from tfqc.sampling.scheduler import is_scheduler
 
 
@@ -91,6 +91,7 @@ def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:
     if isinstance(given, Tensor) or hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        given = [number(t) for t in given]  # pyright: ignore[reportUnknownVariableType]
         if strange := [t for t in given if not _is_number(t)]:
             raise CalibrationError(f"The schedule holds {_shown(strange[0])}, which is no timestep.")
         return SamplingSchedule.of([float(t) for t in given])

@@ -185,7 +185,8 @@ def _artifact_text(value: dict[str, Any]) -> str:
     from tfqc.report.tables import facts, size, table
 
     schedule: dict[str, Any] = value["schedule"] or {"timesteps": []}
-    timesteps, calibration = schedule["timesteps"], value["calibration"]
+    timesteps, sampler = schedule["timesteps"], schedule.get("sampler", {})
+    calibration = value["calibration"]
     files = [(name, size(entry["bytes"])) for name, entry in value["files"].items()]
     files.append(("together", size(sum(entry["bytes"] for entry in value["files"].values()))))
     blocks = [
@@ -195,7 +196,7 @@ def _artifact_text(value: dict[str, Any]) -> str:
                 "target": value["target"],
                 "pipeline": value["pipeline"],
                 "schedule": f"{len(timesteps)} steps from {timesteps[0]:g} to {timesteps[-1]:g}, "
-                f"{schedule['sampler'].get('_class_name', 'no sampler')}"
+                f"{sampler.get('_class_name') or sampler.get('_scheduler', 'no sampler')}"
                 if timesteps
                 else "",
                 "calibration": f"{calibration['images']} images, seed {calibration['seed']}" if calibration else "",

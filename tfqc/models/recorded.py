@@ -32,14 +32,14 @@ def recorded_schedule(pipeline: Any, spec: ModelSpec, steps: int | None) -> tupl
         spec: of its denoiser.
         steps: of the sampler; as the pipeline's scheduler is set if None.
     """
-    why, own = "it is not called", steps_of(pipeline.scheduler)
+    why, own = "", steps_of(pipeline.scheduler)
     count = steps or own
     for call in _calls(pipeline, spec, count):
         try:
             as_set = count is not None and count == own
             return record(pipeline, spec.model, call, as_set=as_set).schedule(spec.time_name()), ""
         except Exception as error:  # whatever a pipeline refuses, or needs and does not have
-            why = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")[:200]
+            why = why or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")[:200]
     return None, why
 
 

@@ -84,7 +84,7 @@ class SamplingSchedule:
                     f"A {type(scheduler).__name__} is no scheduler of diffusers, has no set_timesteps as they have, "
                     "and is no list of timesteps."
                 )
-            return cls(tuple(given))
+            return cls(tuple(map(number, given)))
         if steps is not None and steps < 1:
             raise CalibrationError(f"A schedule of {steps} steps visits nothing: give steps=N, at least 1.")
         own = set_to(scheduler, steps)
@@ -173,6 +173,11 @@ class _Schedule(BaseModel):
 
     timesteps: list[float]
     sampler: dict[str, JsonValue] = {}
+
+
+def number(value: Any) -> Any:
+    """A tensor or an array of one value as a number; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
 def nearest(t: float, of: Sequence[float]) -> float:

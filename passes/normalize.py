@@ -9,28 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from tfqc.errors import PassError
 from tfqc.frontend.canonical import canonical_rules
+from tfqc.frontend.functional import CASTS, COPIES, DROPOUTS, functionalize, is_alias
 from tfqc.frontend.widen import has_half_weights, widen
 from tfqc.ir.calls import canonical
 from tfqc.ir.edit import Rewriter, rewrite
-from tfqc.ir.infer import infer_type
-from tfqc.ir.match import is_call, item_of
-from tfqc.ir.ops import op_name, works_in_place
+from tfqc.ir.match import is_call
+from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
 from tfqc.ir.verify import is_assertion
 from tfqc.passing import EXACT, LOSSY, Numerics, Pass
 
 aten = torch.ops.aten
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
-_COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
 # Return their first operand whenever the type stays the same.
 _SAME_IF_TYPE_IS = (
-    *_CASTS, *_COPIES, aten.type_as.default, aten.expand.default, aten.view.default, aten.reshape.default,
+    *CASTS, *COPIES, aten.type_as.default, aten.expand.default, aten.view.default, aten.reshape.default,
     aten.alias.default, aten.detach.default,
 )  # fmt: skip
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,7 @@ class Normalize(Pass):
     their sizes, and products with stored weights be `linear` and `conv2d`. A model with weights in f16 or bf16 is
     computed in f32 from here on.
 
-    Refuses operations in place whose target is an input, or is shared with a view: that effect is not visible in
-    the graph.
+    Refuses operations in place on inputs and on the model's tensors: that effect is not visible in the graph.
     """
 
     name: ClassVar[str] = "normalize"
@@ -63,9 +58,7 @@ class Normalize(Pass):
             widen(program)
         # Aliases go before operations in place are rewritten, which then need not know them; copies go after.
         _remove_identities(edit, only_aliases=True)
-        for node in program.nodes():
-            if works_in_place(node.target):
-                _functionalize(edit, node)
+        functionalize(edit)
         _remove_identities(edit, only_aliases=False)
         for node in program.nodes():
             if is_call(node):
@@ -76,50 +69,10 @@ class Normalize(Pass):
 
 def _remove_identities(edit: Rewriter, only_aliases: bool) -> None:
     for node in edit.program.nodes():
-        if not is_call(node) or (only_aliases and not _is_alias(edit.program, node)):
+        if not is_call(node) or (only_aliases and not is_alias(edit.program, node)):
             continue
         if (same := _identity(edit.program, node)) is not None:
             edit.program.replace(node, same)
-
-
-def _functionalize(edit: Rewriter, node: fx.Node) -> None:
-    """Replace an operation in place by its functional form, and later reads of its target by the result."""
-    program, name = edit.program, op_name(node.target)
-    packet, _, overload = name.removeprefix("aten.").partition(".")
-    functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
-    victim = next(iter(node.kwargs.values()), None)
-    if not packet.endswith("_") or functional is None or not isinstance(victim, fx.Node):
-        raise PassError(f"{program.at(node)}: {name} works in place and has no functional form that tfqc knows.")
-    earlier = [u for u in victim.users if u < node and _is_alias(program, u)]
-    if victim.op != "call_function" or _is_alias(program, victim) or earlier:
-        raise PassError(
-            f"{program.at(node)}: {name} changes a value that others share; write the model without it there."
-        )
-    dtype = program.tensor_type(victim).dtype  # type: ignore[union-attr]
-    whole = program.type(victim)
-    node.target = functional
-    result = node
-    if infer_type(program, node) != whole:  # in place, the target keeps its dtype
-        edit.retype(node)
-        readers = list(node.users)
-        result = edit.insert(node.next, aten.to.dtype, node, dtype, like=node)
-        for reader in readers:
-            edit.reread(reader, node, result)
-    for later in [user for user in victim.users if node < user]:
-        edit.reread(later, victim, result)
-
-
-def _is_alias(program: Program, node: Any) -> bool:
-    """True for a view, and for what may return its operand itself."""
-    if not is_call(node) or is_call(node, *_COPIES):
-        return False
-    if item := item_of(node):  # one of the views that `chunk` makes
-        return _is_alias(program, item[0])
-    if is_call(node, *_CASTS):  # a copy for another type, or when asked for one
-        return not node.kwargs["copy"] and program.type(node) == program.type(node.all_input_nodes[0])
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return is_call(node, *_DROPOUTS) or is_view
 
 
 _CREATIONS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
@@ -151,9 +104,9 @@ def _identity(program: Program, node: fx.Node) -> fx.Node | None:
         return None
     if is_call(node, *_SAME_IF_TYPE_IS) and program.type(node) == program.type(first):
         # A copy may be there for its strides: what views it needs them.
-        ordered = is_call(node, *_COPIES) and (given.get("memory_format") or _is_alias(program, first))
+        ordered = is_call(node, *COPIES) and (given.get("memory_format") or is_alias(program, first))
         return None if ordered else first
-    if is_call(node, *_DROPOUTS) and (given["p"] == 0.0 or given["train"] is False):
+    if is_call(node, *DROPOUTS) and (given["p"] == 0.0 or given["train"] is False):
         return first
     if is_call(node, aten.slice.Tensor) and _whole(program, first, given):
         return first

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import args_of, find, run_pass
+from tests.helpers import args_of, find, first, run_pass
 from tests.models import MODELS
 from tfqc.errors import PassError
 from tfqc.frontend import capture
-from tfqc.ir.ops import op_name
+from tfqc.ir.ops import op_name, works_in_place
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render
 from tfqc.passes.normalize import Normalize
@@ -174,27 +174,112 @@ def part(self: Any, x: Tensor, t: Tensor) -> Tensor:
     return hidden
 
 
-def assignment(self: Any, x: Tensor, t: Tensor) -> Tensor:
+def rotary(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    """As rotary embeddings are written: halves of a new tensor, one after the other."""
     hidden = self.inner(x)
-    hidden[:, 0] = t.float()
+    even, odd = hidden[..., 0::2], hidden[..., 1::2]
+    turned = torch.empty_like(hidden)
+    turned[..., 0::2] = even * 2 - odd
+    turned[..., 1::2] = even + odd * t[:, None]
+    return turned
+
+
+def number(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x)
+    hidden[:, 0] = t  # an integer into a float
+    hidden[:, 1:3].fill_(7)
+    hidden[:, 3:4] = 1.5
     return hidden
 
 
-@pytest.mark.parametrize("forward", [view_first, part, assignment])
-def test_in_place_on_what_is_shared_is_refused(forward: Forward) -> None:
-    sentence = r"\(test_normalize.py:\d+\): aten\.\w+_\.\w+ changes a value that others share; write the model"
-    with pytest.raises(PassError, match=sentence):
-        run_pass(program_of(forward), Normalize())
+def deep(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    """Through several views at once, with readers of each before and after."""
+    hidden = self.inner(x)
+    square = hidden.view(-1, 2, 3)
+    turned = square.transpose(1, 2).unsqueeze(0)
+    before = square.sum((1, 2)) + turned.sum((0, 2, 3))
+    turned[0, :, 1].mul_(t[:, None]).sub_(1)
+    square.unbind(1)[0][:, 2:].zero_()
+    return hidden + (before + square.mean((1, 2)))[:, None] + turned.permute(1, 0, 3, 2).reshape(-1, 6)
 
 
-def test_in_place_on_an_input_is_refused() -> None:
-    model = Model(lambda self, x, t: self.inner(x.add_(t[:, None])))
-    with pytest.raises(PassError, match=r"aten.add_.Tensor changes a value that others share"):
-        run_pass(capture(model, {"x": X.clone(), "t": T}), Normalize())
+def masked(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x).clone()
+    hidden[hidden > 0.1] = 0.0
+    hidden.narrow(1, 1, 2)[:, torch.tensor([0, 1])] = 3.0
+    hidden.split([2, 4], 1)[1].clamp_(max=0.05)
+    return hidden * t[:, None]
+
+
+def swapped(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    """What is written is read from the same memory."""
+    hidden = self.inner(x)
+    hidden[:, :3], hidden[:, 3:] = hidden[:, 3:] + t[:, None], hidden[:, :3] * 1
+    return hidden
+
+
+@pytest.mark.parametrize("forward", [view_first, part, rotary, number, deep, masked, swapped])
+def test_what_lies_in_the_same_memory_follows(forward: Forward) -> None:
+    program = program_of(forward)
+    run_pass(program, Normalize())
+    assert not any(works_in_place(n.target) for n in program.step.nodes)
+    for batch in (2, 3):
+        x, t = torch.randn(batch, 6), torch.arange(batch) + 3
+        assert torch.equal(first(program(x=x, t=t)), Model(forward)(x, t))
+
+
+def test_what_is_overwritten_is_not_read() -> None:
+    """So a temporal feature that is written into a new tensor stays one."""
+
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        made = torch.empty_like(t[:, None].expand(-1, 6)).float()
+        made.copy_(torch.sin(t)[:, None])
+        return self.inner(x) + made
+
+    program = run_pass(program_of(forward), Normalize())
+    assert "aten.full.default" not in ops(program) and "aten.expand.default" in ops(program)
+
+
+def of_input(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    return self.inner(x[:, :6].add_(t[:, None]))
+
+
+def of_the_model(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    self.inner.weight[0].add_(1.0)
+    return self.inner(x) + t[:, None]
+
+
+def through_reshape(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x)
+    hidden.t().reshape(-1).add_(1)
+    return hidden + t[:, None]
+
+
+def through_expand(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    hidden = self.inner(x)
+    hidden.unsqueeze(0).unfold(2, 2, 2).add_(1)
+    return hidden + t[:, None]
+
+
+@pytest.mark.parametrize(
+    ("forward", "sentence"),
+    [
+        (
+            of_input,
+            r"aten.add_.Tensor changes the input 'x', which is not this call's own: let the model change a copy",
+        ),
+        (of_the_model, r"aten.add_.Tensor changes the model's tensor 'inner.weight', which"),
+        (through_reshape, r"aten.add_.Tensor may change %linear or not, as %reshape is a view of it or a copy: use"),
+        (through_expand, r"the model writes through aten.unfold.default, which tfqc cannot turn around: write to"),
+    ],
+)
+def test_what_cannot_be_said_as_values_is_refused(forward: Forward, sentence: str) -> None:
+    with pytest.raises(PassError, match=rf"\(test_normalize.py:\d+\): {sentence}"):
+        run_pass(capture(Model(forward), {"x": X.clone(), "t": T}), Normalize())
 
 
 def test_a_failed_pass_leaves_the_program_as_it_was() -> None:
-    program = program_of(assignment)
+    program = capture(Model(of_input), {"x": X, "t": T})
     text = render(program)
     with pytest.raises(PassError):
         run_pass(program, Normalize())

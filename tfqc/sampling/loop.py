@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfqc.runtime.outputs import prediction_of
+
 Denoiser = Callable[..., Any]
-"""``denoiser(sample, t, **conditions)``: returns a tensor, a tuple that starts with it, or ``.sample``."""
+"""``denoiser(sample, t, **conditions)``: returns a tensor, or a tuple, a dictionary or a dataclass that holds it."""
 
 
 def initial_noise(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -79,7 +81,7 @@ def sample(
             seen = solver.scale_model_input(x, t)
             with torch.no_grad():
                 seen = seen if uncond is None else torch.cat([seen, seen])
-                output = _prediction(_tensor(denoiser(seen, _whole(t), **c)), x, solver)
+                output = _prediction(prediction_of(denoiser(seen, _whole(t), **c), seen), x, solver)
             if uncond is not None:
                 u, output = output.chunk(2)
                 output = u + guidance * (output - u)
@@ -110,10 +112,3 @@ def _prediction(output: Tensor, x: Tensor, solver: Any) -> Tensor:
     """Without the variance that some models (DiT, PixArt) predict beside, unless the sampler wants it."""
     learned = "learned" in str(getattr(solver.config, "variance_type", ""))
     return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] and not learned else output
-
-
-def _tensor(output: Any) -> Tensor:
-    """What a denoiser returned, as a tensor."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample

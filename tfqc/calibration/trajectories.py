@@ -23,6 +23,7 @@ from tfqc.files.storage import read_tensors, write_tensors
 from tfqc.ir.program import Program, Role
 from tfqc.passing.context import Context
 from tfqc.runtime.cache import private_directory, used_now
+from tfqc.runtime.outputs import prediction_of
 from tfqc.runtime.plan import as_time
 from tfqc.runtime.pruning import prune
 from tfqc.sampling.data import Calibration
@@ -143,7 +144,7 @@ class Trajectories:
             given = {item.path: conditions[k] for k, item in wanted.items()}
             noisy, clock = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
             result = (network or program)(**nested({noisy: x, clock: t, **given}))
-            output = result[0] if isinstance(result, tuple) else result
+            output = prediction_of(result, x)
             if not bool(torch.isfinite(output).all()):
                 raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {time:g}.")
             return output

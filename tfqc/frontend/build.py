@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError, IRError
-from tfqc.frontend.export import call_tree, graph_module, inline_regions, origin_of
+from tfqc.frontend.export import Returned, call_tree, graph_module, inline_regions, origin_of
 from tfqc.frontend.guards import check_guards, guards_of
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
@@ -21,6 +21,7 @@ from tfqc.ir.ops import op_by_name, op_name
 from tfqc.ir.program import STEP, Input, Origin, Program, Role
 from tfqc.ir.schema import check_call
 from tfqc.ir.types import TensorType, Type, storable
+from tfqc.runtime.outputs import prediction_at, renumbered
 
 aten = torch.ops.aten
 
@@ -28,6 +29,7 @@ aten = torch.ops.aten
 def build_program(
     model: torch.nn.Module,
     exported: torch.export.ExportedProgram,
+    returned: Returned,
     inputs: list[Input],
     dims: Mapping[tuple[str, ...], dict[int, str]],
     name: str,
@@ -102,13 +104,24 @@ def build_program(
             program.types[new.name] = naming.type(node.meta.get("val"))
             program.origins[new.name] = origin_of(node)
         elif node.op == "output":
-            structure = pytree.tree_unflatten(
-                [mapping[n] if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(node.args[0])],
-                exported.call_spec.out_spec or pytree.tree_structure(node.args[0]),
-            )
-            graph.output(structure)
+            _return(program, returned, [mapping[n] for n in pytree.tree_leaves(node.args[0])])
     program.prune()
     return program
+
+
+def _return(program: Program, returned: Returned, values: list[fx.Node]) -> None:
+    """The function's output: what is predicted of the sample first, and the structure unless it is that of `Output`."""
+    structure = returned.structure
+    plain = all(part[0] == "tensor" for part in structure[1]) if structure[0] == "tuple" else structure[0] == "tensor"
+    if plain:
+        program.step.output(values[0] if structure[0] == "tensor" else tuple(values))
+        return
+    sample = next(i.type.shape for i in program.inputs if i.role is Role.SAMPLE)
+    types = [program.tensor_type(value) for value in values]
+    first = prediction_at(returned.places, [t.shape if t else () for t in types], sample)
+    order = [first, *(i for i in range(len(values)) if i != first)]
+    program.step.output(tuple(values[i] for i in order))
+    program.outputs = renumbered(structure, {old: new for new, old in enumerate(order)})
 
 
 def _on_cpu(value: Any) -> Any:

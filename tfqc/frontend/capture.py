@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from tfqc.errors import CaptureError
 from tfqc.frontend.build import build_program
 from tfqc.frontend.dynamic import DynamicDims, places, ranges, read_dynamic
-from tfqc.frontend.export import export, shared_by_all
+from tfqc.frontend.export import Returned, export, shared_by_all
 from tfqc.frontend.inputs import (
     Example,
     arguments_by_name,
@@ -60,12 +60,12 @@ def capture(
     paths = {i.path for i in inputs}
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
     arguments, dims = prepare(arguments, inputs, flat, asked_at)
-    exported = _export(model, arguments, dims)
+    exported, returned = _export(model, arguments, dims)
     if shared := shared_by_all(exported, inputs, dims):
         for path in shared:
             del dims[path][0]
-        exported = _export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
-    program = build_program(model, exported, inputs, dims, name or type(model).__name__)
+        exported, returned = _export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
+    program = build_program(model, exported, returned, inputs, dims, name or type(model).__name__)
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
     program.constants = constants
     program.guards = (*program.guards, *ranges(asked))
@@ -74,7 +74,7 @@ def capture(
 
 def _export(
     model: torch.nn.Module, arguments: dict[str, Any], dims: dict[tuple[str, ...], dict[int, str]]
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, Returned]:
     """With the example as it was given; where that is refused, in the floating point type of the weights."""
     try:
         return export(model, arguments, dims)

@@ -8,6 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tfqc.errors import CaptureError
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.names import printable, tensor_names
 from tfqc.ir.program import Input, Origin, Role
+from tfqc.runtime.outputs import Structure, taken_apart
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
@@ -30,9 +32,22 @@ _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, Ou
 _NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, version)), "<")
 
 
+@dataclass(frozen=True)
+class Returned:
+    """What a model returns: the place of each tensor, and the structure around them (`tfqc.runtime.outputs`)."""
+
+    places: tuple[tuple[str, ...], ...]
+    structure: Structure
+
+
+class _Unreturnable(Exception):
+    """The model returns something else than tensors and constants: what, as the end of a sentence."""
+
+
 def export(
     model: torch.nn.Module, arguments: dict[str, Any], dims: Mapping[tuple[str, ...], dict[int, str]]
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, Returned]:
+    """The graph of a model that returns its tensors in a tuple, and how it returns them itself."""
     symbols = {s for d in dims.values() for s in d.values()}
     auto = torch.export.Dim.AUTO
 
@@ -49,11 +64,31 @@ def export(
     arguments = pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments)
     training = model.training
     model.eval()
+    returned = Returned((), ["tensor", 0])
+
+    def take_apart(_module: torch.nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:
+        nonlocal returned
+        try:
+            tensors, structure = taken_apart(output)
+        except TypeError as error:
+            raise _Unreturnable(str(error)) from error
+        if not tensors:
+            raise _Unreturnable("there is no tensor in it")
+        returned = Returned(tuple(place for place, _ in tensors), structure)
+        return tuple(tensor for _, tensor in tensors)
+
+    hook = model.register_forward_hook(take_apart)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             dynamic_shapes = {k: shapes(v, (k,)) for k, v in arguments.items()}
-            return torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
+            exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
+            return exported, returned
+    except _Unreturnable as error:
+        raise CaptureError(
+            f"{type(model).__name__} returns what no compiled model can: {error}; return tensors, numbers, texts and "
+            "None, in dictionaries, lists, tuples and dataclasses, from a module around it."
+        ) from error
     except Exception as error:
         where = _source_of(error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -62,6 +97,7 @@ def export(
             f"symbolic dimensions: {sorted(symbols)}",
         ) from error
     finally:
+        hook.remove()
         model.train(training)
 
 

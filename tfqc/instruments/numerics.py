@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from tfqc.errors import PassError
 from tfqc.ir.program import Program, Role
@@ -14,6 +13,7 @@ from tfqc.ir.rows import Schedule
 from tfqc.ir.types import evaluate
 from tfqc.passing.base import Pass
 from tfqc.passing.instrument import Instrument
+from tfqc.runtime.outputs import taken_apart
 
 
 class CheckNumerics(Instrument):
@@ -95,6 +95,4 @@ def example_call(program: Program, seed: int = 0, timestep: float = 10) -> dict[
 
 def tensors_of(result: object) -> list[Tensor]:
     """The tensors that a program returned, in order."""
-    # A tuple subclass is a leaf to pytree.
-    leaves = pytree.tree_leaves(tuple(result) if isinstance(result, tuple) else result)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [tensor for _, tensor in taken_apart(result)[0]]

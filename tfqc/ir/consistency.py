@@ -9,6 +9,7 @@ from torch import fx
 
 from tfqc.ir.data import BEGIN, STEP, TIME, ProgramData
 from tfqc.ir.rows import BINDING_TIMES, BindingTime, Maintenance, Memory, Quantizer, RowSource, Schedule, Tib
+from tfqc.runtime.outputs import check_structure
 
 _KINDS = ("row", "begin", "time", "table", "activation")
 _ENCODINGS = ("fp", "int8", "int4")
@@ -31,6 +32,10 @@ def inconsistencies(program: ProgramData) -> Iterator[str]:
     for name, source in program.table(RowSource).items():
         if reason := _source(program, name, source, parameters, outputs):
             yield f"table rows, row {name}: {reason}."
+    if program.outputs is not None:
+        wanted = set(check_structure(program.outputs))
+        if wanted != set(range(len(wanted))) or len(wanted) != outputs[STEP]:
+            yield f"outputs names the tensors {sorted(wanted)}, and @step returns {outputs[STEP]}, counted from 0."
     for name, row in program.table(Memory).items():
         if row.buffer < 0 or not 0 <= row.first <= row.last:
             yield f"the memory of %{name} is {row.buffer} from {row.first} to {row.last}, which no buffer has."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, fx
 
@@ -75,11 +75,12 @@ class ProgramData:
     """A captured model on its way to an artifact: what it holds, and reading it.
 
     `tensors` holds every parameter, buffer and table by dotted name; `get_attr` nodes refer to it. `symbols` gives a
-    small example value for each symbolic dimension. `outputs` in a graph keep the model's own structure.
+    small example value for each symbolic dimension.
 
     How it is called: `arguments` are the names of the model's arguments in order, `constants` what was captured of
     those that are no tensors (path in the call -> None, bool, int, float or str), `guards` comparisons over the
-    symbols that calls have to fulfil, such as `H % 2 == 0`.
+    symbols that calls have to fulfil, such as `H % 2 == 0`. What it returns: `outputs` is the structure around the
+    tensors that @step returns (`tfqc.runtime.outputs`), None where it is a tensor or a tuple of them.
     """
 
     functions: dict[str, fx.Graph]
@@ -94,6 +95,7 @@ class ProgramData:
     arguments: tuple[str, ...] = ()
     constants: dict[tuple[str, ...], Constant] = field(default_factory=dict[tuple[str, ...], Constant])
     guards: tuple[str, ...] = ()
+    outputs: Any = None
     _numbers: dict[str, int] = field(default_factory=dict[str, int], init=False, repr=False, compare=False)
     _nodes: dict[fx.Graph, dict[str, fx.Node]] = field(
         default_factory=dict[fx.Graph, dict[str, fx.Node]], init=False, repr=False, compare=False

@@ -38,6 +38,7 @@ def plan_of(program: ProgramData) -> Plan:
         ),
         activations=tuple(sorted(by_kind["activation"])),
         hoisted={name: row.output for name, row in sorted(by_kind["begin"].items())},
+        outputs=program.outputs,
         request_tables={name: row.output for name, row in sorted(by_kind["time"].items())},
     )
 
@@ -103,6 +104,7 @@ def interpreter(program: ProgramData) -> Interpreter:
         *((name, id(t), 0 if t.is_inference() else t._version) for name, t in program.tensors.items()),
         repr(sorted(program.table(RowSource).items())),
         repr(program.table(Schedule)),
+        repr(program.outputs),
     ))  # fmt: skip
     cached = _CACHE.get(program.step)
     if cached is None or cached[0] != state:

@@ -25,6 +25,7 @@ from tfqc.ir.render import VERSION
 from tfqc.ir.schema import check_call
 from tfqc.ir.tables import row_class, row_from_json
 from tfqc.ir.types import TensorType, Type, check_size, symbols_of
+from tfqc.runtime.outputs import check_structure
 
 _LONGEST_TEXT, _LONGEST_LINE = 1 << 28, 1 << 22
 _LARGEST_SYMBOL, _MOST_SYMBOLS = 1 << 31, 32
@@ -71,6 +72,7 @@ class _Reader:
         self.header: dict[str, Callable[[str], None]] = {
             "tfqc-ir": self.version, "model": self.model, "stage": self.stage, "symbols": self.symbols,
             "input": self.input, "arguments": self.arguments, "constant": self.constant, "guard": self.guard,
+            "outputs": self.outputs,
             "tensor": self.tensor, "func": self.open, "table": self.open_table, "": _nothing,
         }  # fmt: skip
 
@@ -87,7 +89,7 @@ class _Reader:
         word, _, rest = line.partition(" ")
         if word not in self.header:
             raise IRError(f"{word[:80]!r} begins no line of IR text.")
-        if word in ("tfqc-ir", "model", "stage", "symbols", "arguments"):
+        if word in ("tfqc-ir", "model", "stage", "symbols", "arguments", "outputs"):
             self.once(word)
         self.header[word](rest)
 
@@ -166,6 +168,10 @@ class _Reader:
         guard = printable(json.loads(rest), "a guard")
         holds(guard, self.program.symbols)
         self.program.guards = (*self.program.guards, guard)
+
+    def outputs(self, rest: str) -> None:
+        self.program.outputs = json.loads(rest)
+        list(check_structure(self.program.outputs))
 
     def tensor(self, rest: str) -> None:
         cursor = Cursor(rest, _no_node, _no_node)

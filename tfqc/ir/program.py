@@ -181,6 +181,7 @@ class Program(ProgramData):
             self.arguments,
             dict(self.constants),
             self.guards,
+            self.outputs,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

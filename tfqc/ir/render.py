@@ -44,6 +44,8 @@ def _lines(program: ProgramData) -> Iterator[str]:
     for path, value in sorted(program.constants.items()):
         yield f"constant {_json(list(path))} {_json(value)}"
     yield from (f"guard {_json(guard)}" for guard in program.guards)
+    if program.outputs is not None:
+        yield f"outputs {_json(program.outputs)}"
     for name in sorted(program.tensors):
         tensor = program.tensors[name]
         yield f"tensor @{_name(name)}: {TensorType(tensor.dtype, tuple(tensor.shape))}"

@@ -6,7 +6,8 @@ Nothing of the compiler is imported here. README.md beside this file says what i
 from tfqc.runtime.encoding import encode_row
 from tfqc.runtime.files import VERSION
 from tfqc.runtime.loading import load
-from tfqc.runtime.plan import Input, Output, Plan, Table, UnknownTimestepWarning, buffer_name
+from tfqc.runtime.outputs import Output
+from tfqc.runtime.plan import Input, Plan, Table, UnknownTimestepWarning, buffer_name
 from tfqc.runtime.stepper import Stepper
 
 __all__ = [

@@ -48,7 +48,8 @@ class Plan:
     tensors (path in the call, value), `guards` comparisons over the symbols of the shapes. `label_rows` maps parameters
     of the step function to (input of class labels, how many labels there are): the parameter is row * labels + label.
     `per_image` are the request inputs that have a row for each image. The other dictionaries map parameters of the step
-    function to outputs of `begin` and of `time`.
+    function to outputs of `begin` and of `time`. `outputs` is the structure of what the model returns
+    (`tfqc.runtime.outputs`); None for a tensor, or a tuple of them.
     """
 
     inputs: tuple[Input, ...]
@@ -64,6 +65,7 @@ class Plan:
     activations: tuple[str, ...] = ()
     hoisted: Mapping[str, int] = field(default_factory=dict)
     request_tables: Mapping[str, int] = field(default_factory=dict)
+    outputs: Any = field(default=None, repr=False)  # emitted code that has one says so in a line of its own
 
     @property
     def sample(self) -> Input:
@@ -74,15 +76,6 @@ class Plan:
     def time(self) -> Input:
         """The timestep."""
         return next(i for i in self.inputs if i.role == "time")
-
-
-class Output(tuple[Any, ...]):
-    """The model's outputs as a tuple; `.sample` is the first, as in the outputs of diffusers."""
-
-    @property
-    def sample(self) -> Any:
-        """The first output."""
-        return self[0]
 
 
 class UnknownTimestepWarning(UserWarning):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tfqc.runtime.call import Call
 from tfqc.runtime.encoding import encode_row
-from tfqc.runtime.plan import Output, Plan, UnknownTimestepWarning, as_called, buffer_name
+from tfqc.runtime.outputs import Output, put_together
+from tfqc.runtime.plan import Plan, UnknownTimestepWarning, as_called, buffer_name
 from tfqc.runtime.requests import Request, all_finite, broken_images
 from tfqc.runtime.untraced import untraced
 from tfqc.runtime.watching import first_not_finite
@@ -112,6 +113,10 @@ class Stepper(torch.nn.Module):
         if self.check_finite:
             self._check_finite(values)
         result = self.step(**values)
+        if plan.outputs is not None:
+            tensors = result if isinstance(result, tuple) else (result,)
+            made = put_together(plan.outputs, [self._finished(out, dtype, broken) for out in tensors])
+            return Output(made) if type(made) is tuple else made
         if isinstance(result, tuple):
             return Output(self._finished(out, dtype, broken) for out in result)
         return self._finished(result, dtype, broken)

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfqc.runtime.outputs import prediction_of
 from tfqc.runtime.plan import as_time
 from tfqc.sampling.scheduler import set_to
 from tfqc.sampling.solver import Rest, Solver
 
 Denoiser = Callable[..., Any]
-"""``denoiser(sample, t, **conditions)``: returns a tensor, a tuple that starts with it, or ``.sample``."""
+"""``denoiser(sample, t, **conditions)``: returns a tensor, or a tuple, a dictionary or a dataclass that holds it."""
 
 
 def initial_noise(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -91,7 +92,7 @@ def sample(
             seen = rest.joined(solver.seen(x, t))
             with torch.no_grad():
                 seen = seen if uncond is None else torch.cat([seen, seen])
-                output = _tensor(denoiser(seen, _whole(torch.tensor(time_of(t))), **c))
+                output = prediction_of(denoiser(seen, _whole(torch.tensor(time_of(t))), **c), seen)
                 if index == 0:
                     rest = Rest.of(given, output)
                     x = rest.without(x)
@@ -126,10 +127,3 @@ def _prediction(output: Tensor, x: Tensor, solver: Solver) -> Tensor:
     """Without the variance that some models (DiT, PixArt) predict beside, unless the sampler wants it."""
     beside = output.shape[1] == 2 * x.shape[1] and not solver.learns_variance
     return output[:, : x.shape[1]] if beside else output
-
-
-def _tensor(output: Any) -> Tensor:
-    """What a denoiser returned, as a tensor."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample

@@ -74,7 +74,9 @@ class ModuleWriter:
         yield from textwrap.wrap(self.guide, 115)
         yield '"""'
         yield ""
-        yield from _IMPORTS.splitlines()
+        first, *others = _IMPORTS.split("from pathlib", 1)
+        replace = "from dataclasses import replace\n" if self.program.outputs is not None else ""
+        yield from f"{first}{replace}from pathlib{others[0]}".splitlines()
         yield ""
         yield from sorted([*self.imports, *operations_in(body), "from tfqc.runtime import Input, Plan, Table"])
         yield ""
@@ -88,6 +90,10 @@ class ModuleWriter:
             yield ""
         yield ""
         yield f"PLAN = {pprint.pformat(plan_of(self.program), width=110)}"
+        if self.program.outputs is not None:
+            yield ""
+            yield "# The structure of what the model returns, around the tensors of `step`."
+            yield f"PLAN = replace(PLAN, outputs={pprint.pformat(self.program.outputs, width=110)})"
         for name, (comment, value) in self.facts.items():
             yield ""
             yield f"# {comment}"

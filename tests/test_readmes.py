@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from tests.integrations.pipelines import sd
 
 ROOT = Path(__file__).parents[1]
 READMES = [
@@ -118,3 +121,19 @@ def test_the_example_of_the_ptx_interpreter_runs() -> None:
         r"^```python\n(.*?)^```$", (ROOT / "tests/ptx/README.md").read_text(), re.MULTILINE | re.DOTALL
     )
     exec(compile(code, "tests/ptx/README.md", "exec"), {})
+
+
+def test_the_example_of_a_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, on a folder with random weights; and what it saves is loaded again."""
+    (code,) = [
+        c
+        for c in re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+        if "tfqc.quantize(" in c
+    ]
+    sd(tmp_path).save_pretrained(tmp_path / "sd-folder")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["image"].size == (16, 16)  # pyright: ignore[reportAttributeAccessIssue]
+    loaded = DiffusionPipeline.from_pretrained("sd-int8")
+    assert type(loaded.unet).__name__ == "TfqcDenoiser"

@@ -66,7 +66,10 @@ class Context:
         if not (why := self.schedule.cannot_sample):
             return ""
         if self.schedule.own is None:
-            return "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...)"
+            return (
+                "samples images, so it needs a diffusers scheduler, not bare timesteps: give one (schedule=...), or "
+                "calls of the model (calibration=[{...}, ...])"
+            )
         return f"samples images, and {why}: give another scheduler (schedule=...)"
 
     def _lacking(self, data: str) -> PassError:

@@ -137,7 +137,7 @@ class Straight:
         self.timesteps = tuple(i / steps for i in range(steps))
 
     def step(self, output: Tensor, t: float, sample: Tensor) -> Tensor:
-        assert isinstance(t, Tensor) and output.shape == sample.shape
+        assert isinstance(t, float) and output.shape == sample.shape
         return sample + output / len(self.timesteps)
 
 

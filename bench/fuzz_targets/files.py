@@ -17,7 +17,8 @@ from tfqc.errors import ArtifactError, CalibrationError
 from tfqc.files.storage import read_tensors
 from tfqc.runtime.tensors import read_header
 from tfqc.sampling.data import Calibration
-from tfqc.sampling.schedule import SamplingSchedule, scheduler_class
+from tfqc.sampling.schedule import SamplingSchedule
+from tfqc.sampling.scheduler import scheduler_class
 
 _PROGRAM = """tfqc-ir 1
 model "chain"

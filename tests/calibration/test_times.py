@@ -116,6 +116,37 @@ def test_calibrating_twice_gives_the_same(model: Denoiser) -> None:
     assert all(torch.equal(texts[0][k], texts[1][k]) for k in texts[0])
 
 
+def test_a_suffix_is_calibrated_on_the_whole_run(model: Denoiser, tmp_path: Path) -> None:
+    """As an image-to-image pipeline asks for it: `strength` 0.6 of ten steps."""
+    whole = SamplingSchedule.of(diffusers.DDIMScheduler(), 10)
+    for number, own in enumerate((whole.own, None)):
+        suffix = SamplingSchedule(whole.timesteps[4:], whole.sampler, own)
+        loaded = compiled(model, tmp_path / str(number), torch.tensor(1), schedule=suffix)
+        assert tuple(loaded._known) == whole.timesteps[4:]
+        other = SamplingSchedule((*whole.timesteps[4:], 3.0), whole.sampler)
+        with pytest.raises(CalibrationError, match="does not visit timestep 3 in 10 steps"):
+            other.scheduler()
+
+
+class Straight:
+    """A scheduler that diffusers does not have."""
+
+    timesteps: tuple[float, ...] = ()
+
+    def set_timesteps(self, steps: int) -> None:
+        self.timesteps = tuple(i / steps for i in range(steps))
+
+    def step(self, output: Tensor, t: float, sample: Tensor) -> Tensor:
+        assert isinstance(t, float) and output.shape == sample.shape
+        return sample + output / len(self.timesteps)
+
+
+def test_a_scheduler_of_ones_own_is_sampled_with(model: Denoiser, tmp_path: Path) -> None:
+    loaded = compiled(model, tmp_path, torch.tensor(0.5), schedule=Straight(), steps=4)
+    assert tuple(loaded._known) == (0.0, 0.25, 0.5, 0.75)
+    assert first(loaded(torch.randn(2, 3, 8, 8), torch.tensor(0.75), torch.ones(2))).isfinite().all()
+
+
 # -- calls of the model in the place of a sampler --------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from tests.models import MODELS, unet2d
@@ -89,3 +89,29 @@ def sdxl() -> ModelSpec:
     """A UNet with nested request inputs."""
     model, inputs = MODELS["unet-sdxl"]()
     return ModelSpec("small-sdxl", model, inputs, DDIMScheduler())
+
+
+def shifted() -> ModelSpec:
+    """A scheduler of flow matching that its user has set, shifted by the size of an image."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(3, mu=0.8)
+    return ModelSpec("shifted", _seeded(Tiny), INPUTS, scheduler)
+
+
+class Straight:
+    """A scheduler that diffusers does not have: flow times from 0 to 1."""
+
+    timesteps: tuple[float, ...] = ()
+
+    def set_timesteps(self, steps: int) -> None:
+        """Evenly."""
+        self.timesteps = tuple(1000 * i / steps for i in range(steps))
+
+    def step(self, output: Tensor, t: float, sample: Tensor) -> Tensor:
+        """Straight on."""
+        return sample + output / len(self.timesteps)
+
+
+def straight() -> ModelSpec:
+    """A scheduler of one's own."""
+    return ModelSpec("straight", _seeded(Tiny), INPUTS, Straight())

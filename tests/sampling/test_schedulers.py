@@ -12,6 +12,7 @@ import torch
 from diffusers import schedulers
 from torch import Tensor
 
+from tfqc.arguments import read_schedule
 from tfqc.errors import CalibrationError
 from tfqc.passing import Context
 from tfqc.runtime.plan import as_time
@@ -262,6 +263,31 @@ def test_a_scheduler_of_ones_own() -> None:
     other = Straight()
     other.set_timesteps(4)
     assert SamplingSchedule.of(other).identity() == schedule.identity()
+
+
+def test_a_configuration_that_is_no_json_is_used_all_the_same() -> None:
+    """Betas as an array come back; what cannot be written down is kept in the object alone."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    schedule = SamplingSchedule.of(schedulers.DDIMScheduler(trained_betas=betas), 4)
+    again = SamplingSchedule.from_json(schedule.to_json())
+    assert torch.equal(drawn(schedule), drawn(again)) and "_state" not in schedule.sampler
+    strange = schedulers.DDIMScheduler()
+    strange.register_to_config(extra=object())
+    schedule = SamplingSchedule.of(strange, 4)
+    assert set(schedule.sampler) == {"_scheduler", "_steps"} and drawn(schedule).isfinite().all()
+    other = Straight()
+    other.config = object()  # type: ignore[attr-defined]
+    assert len(SamplingSchedule.of(other, 3)) == 3
+
+
+def test_lists_of_tensors_and_of_numpys_numbers() -> None:
+    times = [torch.tensor(3.0), np.float32(2), np.int64(1), 0]
+    assert SamplingSchedule.of(times).timesteps == (3.0, 2.0, 1.0, 0.0)
+    assert read_schedule(times, None) == read_schedule(range(3, -1, -1), None) == SamplingSchedule.of(times)
+    heun = schedulers.HeunDiscreteScheduler()
+    heun.set_timesteps(3)
+    for given in (heun.timesteps, list(heun.timesteps), heun.timesteps.numpy()):
+        assert read_schedule(given, None) == SamplingSchedule((999.0, 499.5, 0.0))
 
 
 def test_a_subclass_is_used_and_not_its_base() -> None:

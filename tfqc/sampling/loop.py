@@ -47,7 +47,7 @@ def sample(
     guidance: float = 2.0,
     batch_size: int = 64,
     seed: int = 0,
-    time_of: Callable[[Tensor], float] = as_time,
+    time_of: Callable[[Any], float] = as_time,
     progress: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:

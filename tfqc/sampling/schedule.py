@@ -133,7 +133,8 @@ class SamplingSchedule:
         first, last = min(known), max(known)
         slope = (known[last] - known[first]) / ((last - first) or math.inf)
         line = {a: known[first] + slope * (a - first) for a in (*known, t)}
-        if len(known) < 2 or any(not math.isclose(line[a], b, rel_tol=1e-3, abs_tol=1e-6) for a, b in known.items()):
+        lies = all(math.isclose(line[a], b, rel_tol=1e-3, abs_tol=1e-6) for a, b in known.items())
+        if not lies or len(known) < 2 or not _is_timestep(line[t]):
             raise CalibrationError(f"What the model is called with at the scheduler's timestep {t:g} is not known.")
         return as_time(line[t])
 

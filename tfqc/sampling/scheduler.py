@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -70,9 +71,8 @@ def describe(scheduler: Any, steps: int) -> dict[str, Any]:
     One that is no class of diffusers, or cannot be made again from what is written, has its name under `_scheduler`
     alone.
     """
-    config = {k: _plain(v) for k, v in dict(getattr(scheduler, "config", {})).items() if not k.startswith("_")}
-    text = {**config, "_class_name": type(scheduler).__name__, "_steps": steps}
-    if _is_of_diffusers(scheduler):
+    text = {**_config(scheduler), "_class_name": type(scheduler).__name__, "_steps": steps}
+    if _is_of_diffusers(scheduler) and _is_json(text):
         fresh = _fresh(scheduler)
         as_usual, known = _set_somehow(fresh, steps), _held(fresh)
         own = {k: v for k, v in _held(scheduler).items() if k in vars(fresh)}
@@ -141,8 +141,24 @@ def identity(scheduler: Any) -> str:
             source = inspect.getsource(type(scheduler))
         except (OSError, TypeError):
             source = ""
-    config = sorted((k, repr(_plain(v))) for k, v in dict(getattr(scheduler, "config", {})).items())
+    config = sorted((k, repr(v)) for k, v in _config(scheduler).items())
     return repr((type(scheduler).__module__, type(scheduler).__qualname__, source, config, held))
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler was made with, without what diffusers notes of it."""
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        return {}
+    return {str(k): _plain(v) for k, v in config.items() if not str(k).startswith("_")}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def scheduler_class(name: Any) -> Any:
@@ -183,7 +199,7 @@ def _is_of_diffusers(scheduler: Any) -> bool:
 def _fresh(scheduler: Any) -> Any:
     """One of the same class and configuration that has not been set; None if it cannot be made."""
     try:
-        return type(scheduler).from_config({k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")})
+        return type(scheduler).from_config(_config(scheduler))
     except Exception:
         return None
 
@@ -254,7 +270,7 @@ def _plain(value: Any, typed: bool = False) -> Any:
         values = array.tolist()
         kind = "tensor" if isinstance(value, Tensor) else "array"
         return {"kind": kind, "dtype": str(array.dtype).removeprefix("torch."), "values": values} if typed else values
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _restore(scheduler: Any, state: Any) -> None:

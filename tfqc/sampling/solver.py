@@ -24,7 +24,7 @@ class Solver:
 
     def __init__(self, scheduler: Any, seed: int, images: Sequence[int]) -> None:
         self._scheduler, self._seed, self._images = scheduler, seed % 2**64, images
-        self.timesteps = [torch.as_tensor(t) for t in scheduler.timesteps]
+        self.timesteps: list[Any] = list(scheduler.timesteps)
         self.scale = getattr(scheduler, "init_noise_sigma", 1.0)
         self.learns_variance = "learned" in str(getattr(getattr(scheduler, "config", None), "variance_type", ""))
         takes = inspect.signature(scheduler.step).parameters
@@ -33,12 +33,12 @@ class Solver:
             self._options["generator"] = [torch.Generator().manual_seed(self._drawn(i)) for i in images]
         self._done = 0
 
-    def seen(self, x: Tensor, t: Tensor) -> Tensor:
+    def seen(self, x: Tensor, t: Any) -> Tensor:
         """What the model is shown of a latent."""
         scale = getattr(self._scheduler, "scale_model_input", None)
         return x if scale is None else scale(x, t).to(x.dtype)
 
-    def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    def step(self, output: Tensor, t: Any, x: Tensor) -> Tensor:
         """The next latent.
 
         Raises:

@@ -109,8 +109,14 @@ def check_calibration_argument(given: Any) -> None:
     """Raises:
     CalibrationError: neither calibration data nor a number of images.
     """
-    if given is not None and not isinstance(given, Calibration):
-        whole("calibration", given, CalibrationError, least=1, beside=", or Calibration data")
+    data = isinstance(given, (Calibration, Mapping)) or (isinstance(given, Tensor) and not is_number(given))
+    if given is not None and not data:
+        whole("calibration", given, CalibrationError, least=1, beside=", Calibration data, noise, or inputs by name")
+
+
+def is_number(given: Any) -> bool:
+    """True for a tensor that stands for one whole number."""
+    return isinstance(given, Tensor) and given.numel() == 1 and not given.is_floating_point()
 
 
 def check_others(
@@ -120,9 +126,12 @@ def check_others(
     TfqcError: an argument that is of another kind than `compile` takes.
     """
     whole("seed", seed, TfqcError, least=0, below=2**63)
-    for name, value in (("roles", roles), ("dynamic", dynamic)):
-        if value is not None and not isinstance(value, Mapping):
-            raise TfqcError(f"{name}={_shown(value)} is no mapping from names of inputs.")
+    if dynamic is not None and not isinstance(dynamic, Mapping):
+        raise TfqcError(f"dynamic={_shown(dynamic)} is no mapping from names of inputs.")
+    if roles is not None and not isinstance(roles, (Mapping, list, tuple)) and not callable(roles):
+        raise TfqcError(
+            f"roles={_shown(roles)} is no mapping from names or positions of inputs, no list, and no function."
+        )
     if dynamic is not None:
         for name, dims in dynamic.items():
             if not isinstance(dims, Mapping) or not all(

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.analysis.weighted import WEIGHTED, check_weights
 from tfqc.arguments import (
     check_calibration_argument,
     check_others,
+    is_number,
     read_pipeline,
     read_plan,
     read_schedule,
@@ -27,9 +29,10 @@ from tfqc.codegen.known import find_backend
 from tfqc.codegen.left import MadeBy
 from tfqc.codegen.support import compromised, grouped, refused, remarks_on
 from tfqc.codegen.target import Target
-from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
+from tfqc.errors import ArtifactError, CalibrationError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
-from tfqc.frontend.inputs import DynamicDims, inputs_of
+from tfqc.frontend.inputs import DynamicDims, Example, Roles, inputs_of
+from tfqc.frontend.unwrap import unwrapped
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
@@ -55,12 +58,12 @@ def compile(
     *,
     schedule: Any = None,
     steps: int | None = None,
-    calibration: Calibration | int | None = None,
+    calibration: Calibration | Mapping[str, Any] | Tensor | int | None = None,
     pipeline: str | Pipeline | None = None,
     strategy: str = "fold",
     plan: str | Path | None = None,
-    example_inputs: Mapping[str, Any] | None = None,
-    roles: Mapping[str, str] | None = None,
+    example_inputs: Example | None = None,
+    roles: Roles | None = None,
     dynamic: DynamicDims | None = None,
     seed: int = 0,
     workdir: Path | None = None,
@@ -75,7 +78,8 @@ def compile(
         target: such as `fake-quant{weights=4 activations=8}`.
         schedule: a diffusers scheduler, a sequence of timesteps, or a SamplingSchedule; the model's own by default.
         steps: how many steps of it; needed unless the scheduler has been set.
-        calibration: data, or a number of images to draw (16 by default).
+        calibration: data, a number of images to draw (16 by default), unit noise [N, ...], or inputs by name, N rows
+            each; what they leave out is drawn.
         pipeline: your own, instead of the target's default for `strategy`.
         strategy: how temporal features are kept (`tfqc.codegen.recipes.STRATEGIES`).
         plan: what is quantized to what, layer by layer: text as `tfqc inspect --plan` prints it, or the Path of a file;
@@ -218,8 +222,8 @@ def _left(program: Program) -> list[Remark]:
     return found
 
 
-def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[str, str] | None) -> ModelSpec:
-    spec = find_model(model) if isinstance(model, str) else model
+def _spec(model: Compilable, example: Example | None, roles: Roles | None) -> ModelSpec:
+    spec = find_model(model) if isinstance(model, str) else unwrapped(model)
     if not isinstance(spec, ModelSpec):
         spec = _of_module(spec, example)
     spec = replace(spec, example_inputs=example or spec.example_inputs, roles=roles or spec.roles)
@@ -228,7 +232,7 @@ def _spec(model: Compilable, example: Mapping[str, Any] | None, roles: Mapping[s
     return spec
 
 
-def _of_module(model: Any, example: Mapping[str, Any] | None) -> ModelSpec:
+def _of_module(model: Any, example: Example | None) -> ModelSpec:
     if isinstance(model, type) or not (isinstance(model, torch.nn.Module) or _denoiser(model) is not None):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise CaptureError(
@@ -244,12 +248,18 @@ def _of_module(model: Any, example: Mapping[str, Any] | None) -> ModelSpec:
 
 def _denoiser(pipeline: Any) -> torch.nn.Module | None:
     parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
-    return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
+    return next((unwrapped(part) for part in parts if isinstance(part, torch.nn.Module)), None)
 
 
-def _calibration(spec: ModelSpec | None, given: Calibration | int | None, seed: int) -> Calibration | None:
+def _calibration(
+    spec: ModelSpec | None, given: Calibration | Mapping[str, Any] | Tensor | int | None, seed: int
+) -> Calibration | None:
     if isinstance(given, Calibration):
         return given
+    if isinstance(given, Mapping) or (isinstance(given, Tensor) and not is_number(given)):
+        if spec is None:
+            raise CalibrationError("A captured Program has no example inputs to complete these: give Calibration data.")
+        return spec.calibration_of(given, seed)
     if spec is None:
         return None
     return spec.calibration(16 if given is None else int(given), seed)

@@ -103,18 +103,25 @@ def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:
     return SamplingSchedule.of(given, steps)
 
 
-def read_calibration(given: Any) -> Calibration | ModelCalls | int | None:
+def read_calibration(given: Any) -> Calibration | ModelCalls | Mapping[str, Any] | Tensor | int | None:
     """Calibration data, calls of the model, or a number of images; None for None.
 
     Raises:
         CalibrationError: none of these.
     """
-    if given is None or isinstance(given, (Calibration, ModelCalls)):
+    if given is None or isinstance(given, (Calibration, ModelCalls, Mapping)):
         return given
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Tensor)):
+    if isinstance(given, Tensor) and not is_number(given):
+        return given
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Tensor)):
         return ModelCalls.of(given)  # pyright: ignore[reportUnknownArgumentType]
-    others = ", Calibration data, or a list of calls of the model, each a mapping by argument"
+    others = ", Calibration data, noise, inputs by name, or a list of calls of the model, each a mapping by argument"
     return whole("calibration", given, CalibrationError, least=1, beside=others)
+
+
+def is_number(given: Any) -> bool:
+    """True for a tensor that stands for one whole number."""
+    return isinstance(given, Tensor) and given.numel() == 1 and not given.is_floating_point()
 
 
 def check_others(
@@ -124,8 +131,10 @@ def check_others(
     TfqcError: an argument that is of another kind than `compile` takes.
     """
     whole("seed", seed, TfqcError, least=0, below=2**63)
-    if roles is not None and not isinstance(roles, Mapping):
-        raise TfqcError(f"roles={_shown(roles)} is no mapping from names of inputs.")
+    if roles is not None and not isinstance(roles, (Mapping, list, tuple)) and not callable(roles):
+        raise TfqcError(
+            f"roles={_shown(roles)} is no mapping from names or positions of inputs, no list, and no function."
+        )
     if dynamic is not None and not isinstance(dynamic, (str, Mapping)):
         raise TfqcError(f"dynamic={_shown(dynamic)} is neither text, such as 'H,W', nor a mapping.")
     if isinstance(dynamic, Mapping):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tfqc.analysis.left import check_quantized, left_in_floating_point
 from tfqc.analysis.weighted import WEIGHTED, check_weights, multiplies_stored
 from tfqc.arguments import (
     check_others,
+    is_number,
     read_calibration,
     read_pipeline,
     read_plan,
@@ -27,10 +29,11 @@ from tfqc.codegen.known import find_backend
 from tfqc.codegen.left import MadeBy
 from tfqc.codegen.support import compromised, grouped, refused, remarks_on
 from tfqc.codegen.target import Target
-from tfqc.errors import ArtifactError, CaptureError, PassError, TfqcError
+from tfqc.errors import ArtifactError, CalibrationError, CaptureError, PassError, TfqcError
 from tfqc.frontend import capture
 from tfqc.frontend.dynamic import DynamicDims, places, read_dynamic
-from tfqc.frontend.inputs import inputs_of
+from tfqc.frontend.inputs import Example, Roles, inputs_of
+from tfqc.frontend.unwrap import unwrapped
 from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
@@ -51,6 +54,7 @@ from tfqc.sampling.schedule import SamplingSchedule
 from tfqc.sampling.scheduler import is_scheduler
 from tfqc.version import __version__
 
+CalibrationData = Calibration | ModelCalls | Mapping[str, Any] | Tensor | int | None
 Compilable = str | ModelSpec | torch.nn.Module | Program | Any
 
 
@@ -60,12 +64,18 @@ def compile(
     *,
     schedule: Any = None,
     steps: int | None = None,
-    calibration: Calibration | ModelCalls | Iterable[Mapping[str, Any]] | int | None = None,
+    calibration: Calibration
+    | ModelCalls
+    | Mapping[str, Any]
+    | Tensor
+    | Iterable[Mapping[str, Any]]
+    | int
+    | None = None,
     pipeline: str | Pipeline | None = None,
     strategy: str = "fold",
     plan: str | Path | None = None,
-    example_inputs: Mapping[str, Any] | None = None,
-    roles: Mapping[str, str] | None = None,
+    example_inputs: Example | None = None,
+    roles: Roles | None = None,
     dynamic: DynamicDims | None = None,
     seed: int = 0,
     workdir: Path | None = None,
@@ -80,8 +90,9 @@ def compile(
         target: such as `fake-quant{weights=4 activations=8}`.
         schedule: a diffusers scheduler, a sequence of timesteps, or a SamplingSchedule; the model's own by default.
         steps: how many steps of it; needed unless the scheduler has been set.
-        calibration: data, a number of images to draw (16 by default), or calls of the model that you recorded: for each
-            its arguments by name. With calls, the schedule may be a list of times, and is theirs by default.
+        calibration: data, a number of images to draw (16 by default), unit noise [N, ...], inputs by name, N rows each
+            (what they leave out is drawn), or calls of the model that you recorded: for each its arguments by name.
+            With calls, the schedule may be a list of times, and is theirs by default.
         pipeline: your own, instead of the target's default for `strategy`.
         strategy: how temporal features are kept (`tfqc.codegen.recipes.STRATEGIES`).
         plan: what is quantized to what, layer by layer: text as `tfqc inspect --plan` prints it, or the Path of a file;
@@ -229,13 +240,8 @@ def _left(program: Program) -> list[Remark]:
     return found
 
 
-def _spec(
-    model: Compilable,
-    example: Mapping[str, Any] | None,
-    roles: Mapping[str, str] | None,
-    dynamic: DynamicDims | None,
-) -> ModelSpec:
-    spec = find_model(model) if isinstance(model, str) else model
+def _spec(model: Compilable, example: Example | None, roles: Roles | None, dynamic: DynamicDims | None) -> ModelSpec:
+    spec = find_model(model) if isinstance(model, str) else unwrapped(model)
     if not isinstance(spec, ModelSpec):
         spec = _of_module(spec, example)
     spec = replace(
@@ -250,7 +256,7 @@ def _spec(
     return spec
 
 
-def _of_module(model: Any, example: Mapping[str, Any] | None) -> ModelSpec:
+def _of_module(model: Any, example: Example | None) -> ModelSpec:
     if isinstance(model, type) or not (isinstance(model, torch.nn.Module) or _denoiser(model) is not None):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise CaptureError(
@@ -279,14 +285,16 @@ def _schedule(
 
 def _denoiser(pipeline: Any) -> torch.nn.Module | None:
     parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
-    return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
+    return next((unwrapped(part) for part in parts if isinstance(part, torch.nn.Module)), None)
 
 
-def _calibration(
-    spec: ModelSpec | None, given: Calibration | ModelCalls | int | None, seed: int
-) -> Calibration | ModelCalls | None:
+def _calibration(spec: ModelSpec | None, given: CalibrationData, seed: int) -> Calibration | ModelCalls | None:
     if isinstance(given, (Calibration, ModelCalls)):
         return given
+    if isinstance(given, Mapping) or (isinstance(given, Tensor) and not is_number(given)):
+        if spec is None:
+            raise CalibrationError("A captured Program has no example inputs to complete these: give Calibration data.")
+        return spec.calibration_of(given, seed)
     if spec is None:
         return None
     return spec.calibration(16 if given is None else int(given), seed)

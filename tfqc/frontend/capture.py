@@ -15,14 +15,17 @@ from tfqc.frontend.dynamic import DynamicDims, places, ranges, read_dynamic
 from tfqc.frontend.export import Returned, export, shared_by_all
 from tfqc.frontend.inputs import (
     Example,
+    Roles,
     arguments_by_name,
     assign_roles,
     constants_of,
     parameters_of,
     prepare,
     replaced,
+    roles_by_name,
     tensors_by_path,
 )
+from tfqc.frontend.unwrap import unwrapped
 from tfqc.ir.program import Program
 
 
@@ -30,7 +33,7 @@ def capture(
     model: torch.nn.Module,
     example_inputs: Example,
     *,
-    roles: Mapping[str, str] | None = None,
+    roles: Roles | None = None,
     domains: Mapping[str, int] | None = None,
     dynamic: DynamicDims | None = None,
     name: str | None = None,
@@ -38,11 +41,13 @@ def capture(
     """Capture a denoiser as a Program.
 
     Args:
-        model: called as `model(**example_inputs)` (or positionally). Put in eval mode for the capture.
+        model: called as `model(**example_inputs)` (or positionally). Put in eval mode for the capture. One inside
+            `torch.compile` or DataParallel is taken out of it.
         example_inputs: tensors of any device and floating point type; the first dimension of the sample is the batch,
             and so is that of every input with the same first dimension. Not-tensor values are captured as constants.
-        roles: input name (dotted for nested ones) -> `sample`, `time` or `request`. By default inputs are
-            recognised by the names that diffusers gives them.
+        roles: input name (dotted for nested ones) or position -> `sample`, `time` or `request`; or these in order, or a
+            function of an input's name and example. By default inputs are recognised by the names that diffusers
+            gives them.
         domains: request inputs of integer class labels -> how many labels there are.
         dynamic: further dimensions that may differ from call to call: `"H,W"` of the sample, `"H:16..128"` in a range,
             `"hidden_states[1]=S"` of any input, or a mapping `{"sample": {2: "H", 3: "W"}}`.
@@ -52,9 +57,11 @@ def capture(
         CaptureError: no input is the time or the sample, torch.export failed (the message names the line of the
             model's source at which it did), or the model's code took a way that is right for some batches only.
     """
+    model = unwrapped(model)
+    roles = roles_by_name(model, example_inputs, roles)
     arguments = arguments_by_name(model, example_inputs)
     flat = tensors_by_path(arguments, roles)
-    inputs = assign_roles(flat, roles or {}, domains or {})
+    inputs = assign_roles(flat, roles, domains or {})
     asked = read_dynamic(dynamic)
     asked_at = places(asked, inputs, {path: tuple(tensor.shape) for path, tensor in flat.items()})
     paths = {i.path for i in inputs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -25,6 +25,7 @@ TIME_NAMES = {"timestep", "timesteps", "t", "time", "time_step", "sigma"}
 _UNKNOWN = TensorType(torch.float32, ())  # until torch.export has told
 
 Example = Mapping[str, Any] | Sequence[Any]
+Roles = Mapping[Any, str] | Sequence[str | None] | Callable[[str, Tensor], str | None]
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, inspect.Parameter]:
@@ -61,6 +62,33 @@ def arguments_by_name(model: torch.nn.Module, example: Example) -> dict[str, Any
 def keys_of(path: Sequence[Any]) -> tuple[str, ...]:
     """A leaf's place in a call, from what pytree calls it."""
     return tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def roles_by_name(model: torch.nn.Module, example: Example, given: Roles | None) -> dict[str, str]:
+    """Dotted name of an input -> role.
+
+    Args:
+        given: a mapping by (dotted) name or by position among the arguments of `forward`; roles of the first arguments
+            in order; or a function of an input's name and example; None where the usual names are to tell.
+
+    Raises:
+        CaptureError: a position beyond the arguments.
+    """
+    if given is None:
+        return {}
+    arguments = arguments_by_name(model, example)
+    if callable(given):
+        leaves = [(".".join(keys_of(path)), leaf) for path, leaf in pytree.tree_flatten_with_path(arguments)[0]]
+        told = {name: given(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)}
+        return {name: role for name, role in told.items() if role is not None}
+    names = [name for name in arguments if name != "return_dict"]
+    found: dict[str, str] = {}
+    for key, role in given.items() if isinstance(given, Mapping) else enumerate(given):
+        if isinstance(key, int) and not 0 <= key < len(names):
+            raise CaptureError(f"There is no input number {key} to give a role; the inputs are {', '.join(names)}.")
+        if role is not None:
+            found[names[key] if isinstance(key, int) else key] = role
+    return found
 
 
 def tensors_by_path(
@@ -161,12 +189,11 @@ def _check_time(inputs: list[Input], flat: Mapping[tuple[str, ...], Tensor]) -> 
     )
 
 
-def inputs_of(
-    model: torch.nn.Module, example: Example, roles: Mapping[str, str] | None = None
-) -> list[tuple[Input, Tensor]]:
+def inputs_of(model: torch.nn.Module, example: Example, roles: Roles | None = None) -> list[tuple[Input, Tensor]]:
     """The tensor inputs of a model, with the example's values: names, places and roles as `capture` has them."""
-    flat = tensors_by_path(arguments_by_name(model, example), roles)
-    return [(item, flat[item.path]) for item in assign_roles(flat, roles or {}, {})]
+    named = roles_by_name(model, example, roles)
+    flat = tensors_by_path(arguments_by_name(model, example), named)
+    return [(item, flat[item.path]) for item in assign_roles(flat, named, {})]
 
 
 def prepare(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tfqc.errors import CaptureError, suggest
+from tfqc.frontend.unwrap import unwrapped
 from tfqc.models.examples import example_inputs
 from tfqc.models.spec import ModelSpec
 from tfqc.models.zoo import MODELS
@@ -54,6 +55,7 @@ def from_diffusers(model: Any, name: str | None = None) -> ModelSpec:
         if denoiser is None:
             raise CaptureError(f"{type(model).__name__} has neither a unet nor a transformer to compile.")
         model = denoiser
+    model = unwrapped(model)
     return ModelSpec(name or type(model).__name__, model, example_inputs(model), scheduler)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
-from tfqc.frontend.inputs import arguments_by_name, inputs_of, replaced
+from tfqc.frontend.inputs import Example, Roles, arguments_by_name, inputs_of, keys_of, replaced
+from tfqc.frontend.unwrap import unwrapped
 from tfqc.ir.program import Input, Role
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.loop import initial_noise
@@ -32,7 +35,7 @@ class ModelSpec:
 
     name: str
     model: torch.nn.Module
-    example_inputs: Mapping[str, Any]
+    example_inputs: Example
     scheduler: Any = None
     conditions: Conditions | None = None
     guidance: float = 1.0
@@ -40,10 +43,13 @@ class ModelSpec:
     labels: Callable[[int, int], Tensor] | None = None
     class_names: tuple[str, ...] = ()
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict[str, Any])
-    roles: Mapping[str, str] | None = None
+    roles: Roles | None = None
     note: str = ""
     dynamic: DynamicDims | None = None
     shared: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
 
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one noisy sample, from the example inputs."""
@@ -90,6 +96,37 @@ class ModelSpec:
         per_image = {*cond, *self._per_image()}
         shared = {k: v for k, v in self._requests().items() if k not in per_image}
         return Calibration(noise, cond, uncond, self.guidance, batch_size, seed, shared)
+
+    def calibration_of(self, given: Tensor | Mapping[str, Any], seed: int = 0) -> Calibration:
+        """Calibration data from unit noise [N, ...], or from inputs by name, nested as the model takes them.
+
+        Inputs of N rows are the images', others are shared by all. What is not given is drawn as by `calibration`.
+
+        Raises:
+            CalibrationError: a name that is no input, a time, or a shape that is not the example's behind the rows.
+        """
+        known = {".".join(item.path): (item.role, value) for item, value in self._inputs()}
+        noisy = next(name for name, (role, _) in known.items() if role is Role.SAMPLE)
+        if isinstance(given, Tensor):
+            given = {noisy: given}
+        leaves = pytree.tree_flatten_with_path(dict(given))[0]
+        tensors = {".".join(keys_of(path)): leaf for path, leaf in leaves if leaf is not None}
+        for name, value in tensors.items():
+            role, example = known.get(name, (None, None))
+            if example is None or role is Role.TIME:
+                why = "is no input of the model" if example is None else "is the time, which the schedule tells"
+                raise CalibrationError(f"calibration: {name!r} {why}; it takes {', '.join(known)}.")
+            if not isinstance(value, Tensor) or value.shape[1:] != example.shape[1:] or value.dim() != example.dim():
+                shape = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise CalibrationError(f"calibration: {name} is {shape}, and the example is {list(example.shape)}.")
+        rows = {noisy: 0} if noisy in tensors else self._per_image()
+        drawn = self.calibration(next((len(value) for name, value in tensors.items() if name in rows), 16), seed)
+        return replace(
+            drawn,
+            latents=tensors.get(noisy, drawn.latents),
+            cond={name: tensors.get(name, value) for name, value in drawn.cond.items()},
+            shared={name: tensors.get(name, value) for name, value in drawn.shared.items()},
+        )
 
     @property
     def conditions_are_random(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from tfqc.frontend.batch_norms import batch_norm_rules, has_batch_norms
 from tfqc.frontend.canonical import canonical_rules
 from tfqc.frontend.functional import CASTS, COPIES, DROPOUTS, functionalize, is_alias
 from tfqc.frontend.widen import has_half_weights, widen
@@ -19,7 +20,7 @@ from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.types import TensorType
 from tfqc.ir.verify import is_assertion
-from tfqc.passing import EXACT, LOSSY, Numerics, Pass
+from tfqc.passing import EXACT, LOSSY, Numerics, Pass, close
 
 aten = torch.ops.aten
 # Return their first operand whenever the type stays the same.
@@ -32,8 +33,8 @@ _SAME_IF_TYPE_IS = (
 @dataclass(frozen=True)
 class Normalize(Pass):
     """Name all operands; remove assertions, in-place operations, identities and dead nodes; let created tensors say
-    their sizes, and products with stored weights be `linear` and `conv2d`. A model with weights in f16 or bf16 is
-    computed in f32 from here on.
+    their sizes, and products with stored weights be `linear` and `conv2d`, batch norms behind them included. A model
+    with weights in f16 or bf16 is computed in f32 from here on.
 
     Refuses operations in place on inputs and on the model's tensors: that effect is not visible in the graph.
     """
@@ -43,8 +44,10 @@ class Normalize(Pass):
     numerics: ClassVar[Numerics] = EXACT
 
     def moves(self, program: Program) -> Numerics:
-        """Nothing, unless what was rounded to half precision is not any more."""
-        return LOSSY if has_half_weights(program) else self.numerics
+        """Nothing, unless batch norms become part of layers, or what was rounded to half precision is not any more."""
+        if has_half_weights(program):
+            return LOSSY
+        return close(1e-5) if has_batch_norms(program) else self.numerics
 
     def run(self, program: Program, ctx: object) -> None:
         """Rewrite @step."""
@@ -63,7 +66,7 @@ class Normalize(Pass):
         for node in program.nodes():
             if is_call(node):
                 _create_by_size(edit, node)
-        rewrite(program, canonical_rules())
+        rewrite(program, canonical_rules() + batch_norm_rules())
         program.origins = {name: origin for name, origin in program.origins.items() if origin.module or origin.source}
 
 

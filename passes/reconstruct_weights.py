@@ -17,6 +17,7 @@ from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
+from tfqc.quant.formats import QuantSpec
 from tfqc.quant.gptq import BLOCK, DAMPING, gptq
 from tfqc.quant.grid import QuantizedWeight, quantize_weight, without_values
 from tfqc.quant.parameters import quantizer_of, set_weight_quantizer
@@ -72,6 +73,11 @@ class ReconstructWeights(Pass):
         specs = {n.name: spec for n in nodes if (spec := fillable(program, n, "weight", self.name)) is not None}
         nodes = [n for n in nodes if n.name in specs]
         observers = {n: Moments.of(program, n, len(ctx.need_schedule()), self.steps) for n in nodes}
+        # Readers of one weight that round it alike have one set of codes, for the inputs of all of them.
+        alike: dict[tuple[str, QuantSpec], list[str]] = {}
+        for node in nodes:
+            key = (weight_of(node) or "", replace(specs[node.name], by="", why=""))
+            alike.setdefault(key, []).append(node.name)
         moments = observe(program, {n.name: (n.all_input_nodes[0].name, o) for n, o in observers.items()}, ctx)
         for node in ctx.progress.track(nodes, "reconstructing weights (GPTQ)", len(nodes)):
             name = weight_of(node)
@@ -85,7 +91,9 @@ class ReconstructWeights(Pass):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"Weight @{name} of {program.at(node)} holds NaN or infinity.")
             nearest = quantize_weight(weight, grid, spec.method, group)
-            set_weight_quantizer(program, node, name, _rounded(weight, moments[node.name], nearest, how, ctx), how)
+            readers = alike[name, replace(spec, by="", why="")]
+            seen = moments[node.name] if len(readers) == 1 else torch.stack([moments[r] for r in readers]).mean(0)
+            set_weight_quantizer(program, node, name, _rounded(weight, seen, nearest, how, ctx), how)
 
 
 def _rounded(weight: Tensor, moments: Tensor, nearest: QuantizedWeight, how: str, ctx: Context) -> QuantizedWeight:

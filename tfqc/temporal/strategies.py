@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def disturbed(
             name: decode(*encode(value.flatten(0, 1), encoding), encoding, value.shape[2:]).reshape(value.shape)
             for name, value in exact.items()
         }
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Callable[[], Tensor]] = {}  # one at a time: the block may be a third of the model
     inputs: dict[str, Callable[[Tensor], Tensor]] = {}
     requests = next(iter(exact.values())).shape[1]
     seen: dict[str, Tensor] = {}
@@ -47,12 +48,12 @@ def disturbed(
         if node.name not in seen or weight is None:
             continue
         if row.codes:
-            weights[node.name] = stored_weight(program, row)
+            weights[node.name] = partial(stored_weight, program, row)
         else:
             value = program.tensors[weight]
             if not bool(torch.isfinite(value).all()):
                 raise CalibrationError(f"Weight @{weight} of {program.at(node)} holds NaN or infinity.")
-            weights[node.name] = quantize_weight(value, Grid(bits[0], symmetric=True)).dequantize()
+            weights[node.name] = partial(_nearest, value, bits[0])
         inputs[node.name] = (
             input_fake_quantizer(program, row, requests) if row.input_bits else _static(seen[node.name], bits[1])
         )
@@ -84,6 +85,10 @@ def stored_bytes(program: Program, feature: str, strategy: str, steps: int, valu
             return math.ceil(tensor.numel() * bits / 8) + 12 * tensor.shape[0]
         queue.extend(node.all_input_nodes)
     return 0
+
+
+def _nearest(weight: Tensor, bits: int) -> Tensor:
+    return quantize_weight(weight, Grid(bits, symmetric=True)).dequantize()
 
 
 def _static(seen: Tensor, bits: int) -> Callable[[Tensor], Tensor]:

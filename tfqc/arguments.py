@@ -113,7 +113,7 @@ def read_calibration(given: Any) -> Calibration | ModelCalls | int | None:
         return given
     if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Tensor)):
         return ModelCalls.of(given)  # pyright: ignore[reportUnknownArgumentType]
-    others = ", Calibration data, or a list of calls of the model, each a mapping by argument"
+    others = ", or Calibration data, or a list of calls of the model, each a mapping by argument"
     return whole("calibration", given, CalibrationError, least=1, beside=others)
 
 

@@ -195,8 +195,8 @@ def test_ranges_come_from_the_calls_of_their_step(model: Denoiser, tmp_path: Pat
         ([{"x": torch.ones(2, 3, 8, 8), "scale": torch.ones(2)}], r"calibration\[0\] has no 'timestep'"),
         ([{"x": torch.full((2, 3, 8, 8), torch.nan)}], "x holds NaN in call 0"),
         ([{"x": torch.ones(2, 4, 8, 8), "timestep": 0.5, "scale": torch.ones(2)}], "x is 2x4x8x8, and the model takes"),
-        ({"x": torch.ones(2)}, "is no whole number, Calibration data, or a list of calls"),
-        (torch.ones(2), "is no whole number, Calibration data, or a list of calls"),
+        ({"x": torch.ones(2)}, "is no whole number, or Calibration data, or a list of calls"),
+        (torch.ones(2), "is no whole number, or Calibration data, or a list of calls"),
         ("text", "is no whole number"),
     ],
 )  # fmt: skip

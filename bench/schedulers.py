@@ -91,7 +91,7 @@ def main() -> None:
         (flow_model(), FLOW, "FlowMatchHeunDiscreteScheduler"),
     ):
         for name, how in schedulers.items():
-            if name not in rows:
+            if len(rows.get(name, ())) < 4:
                 print(f"{name} ...", flush=True)
                 rows[name] = Bench(spec, options.images, options.seed, *how).row(other)
                 options.out.write_text(json.dumps({"config": config, "rows": rows}, indent=1) + "\n")
@@ -195,7 +195,7 @@ def table(rows: dict[str, Any]) -> str:
     """Found + computed rows, and PSNR, of each way."""
     ways = ("as compiled", "twice the steps", "suffix", "other sampler")
     cells = [
-        [name, *(f"{w['found']} + {w['computed']}, {w['psnr']:.1f}" for w in (row[way] for way in ways))]
+        [name, *(f"{w['found']} + {w['computed']}, {w['psnr']:.1f}" if (w := row.get(way)) else "-" for way in ways)]
         for name, row in rows.items()
     ]
     return tabulate(cells, ["found + computed, PSNR", *ways], tablefmt="github")

@@ -115,7 +115,7 @@ def read_calibration(given: Any) -> Calibration | ModelCalls | Mapping[str, Any]
         return given
     if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Tensor)):
         return ModelCalls.of(given)  # pyright: ignore[reportUnknownArgumentType]
-    others = ", or Calibration data, noise, inputs by name, or a list of calls of the model, each by argument"
+    others = ", Calibration data, noise, inputs by name, or a list of calls of the model, each a mapping by argument"
     return whole("calibration", given, CalibrationError, least=1, beside=others)
 
 

@@ -136,6 +136,8 @@ def compile(
         program = start.clone()
         if own_plan:
             program.tables.pop(QuantPlan.table, None)
+    if isinstance(program.batch, int) and context.calibration is not None:
+        context.calibration = context.calibration.in_batches(program.batch)
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()

@@ -22,6 +22,16 @@ from tfqc.ir.program import STEP, Input, Program
 from tfqc.ir.schema import check_call
 from tfqc.ir.types import TensorType, Type, storable
 
+aten = torch.ops.aten
+
+
+# Python's operators on integers and truths, as torch.export has them, and ATen's operations of the same schema.
+_OPERATORS: dict[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor, aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor, aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+}  # fmt: skip
+
 
 def build_program(
     model: torch.nn.Module,
@@ -30,6 +40,7 @@ def build_program(
     dims: Mapping[tuple[str, ...], dict[int, str]],
     name: str,
 ) -> Program:
+    """The program of an exported model; `inputs` are those that it has: what else the example has is fixed."""
     root, originals = graph_module(exported, type(model).__name__)
     check_guards(root, exported, dims, type(model).__name__)
     inline_regions(root)
@@ -115,6 +126,8 @@ def _attribute(root: torch.nn.Module, target: str) -> Any:
 
 def _known(node: fx.Node) -> Any:
     """The node's target, if it is one that programs may hold and that is found again by its name."""
+    if (same := _OPERATORS.get(node.target)) is not None:
+        return same
     try:
         return op_by_name(op_name(node.target))
     except IRError as error:

@@ -67,7 +67,11 @@ def export(
 
 def _source_of(error: BaseException) -> str:
     """`file:line in function` of the last line of the model's own code in a traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
+    return source_of(traceback.extract_tb(error.__traceback__))
+
+
+def source_of(frames: traceback.StackSummary) -> str:
+    """`file:line in function` of the last of them that is the model's own."""
     own = [f for f in frames if not f.filename.startswith(_NOT_THE_MODELS)]
     if not own:
         return ""

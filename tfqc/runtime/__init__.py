@@ -5,8 +5,9 @@ Nothing of the compiler is imported here. README.md beside this file says what i
 
 from tfqc.runtime.encoding import encode_row
 from tfqc.runtime.files import VERSION
+from tfqc.runtime.fixed import fixed_value
 from tfqc.runtime.loading import load
 from tfqc.runtime.plan import Input, Output, Plan, Table, buffer_name
 from tfqc.runtime.stepper import Stepper
 
-__all__ = ["VERSION", "Input", "Output", "Plan", "Stepper", "Table", "buffer_name", "encode_row", "load"]
+__all__ = ["VERSION", "Input", "Output", "Plan", "Stepper", "Table", "buffer_name", "encode_row", "fixed_value", "load"]

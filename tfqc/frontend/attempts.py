@@ -17,6 +17,7 @@ from tfqc.frontend.constants import fixed_inputs
 from tfqc.frontend.deciding import deciding_inputs
 from tfqc.frontend.export import shared_by_all, source_of
 from tfqc.frontend.inputs import replaced
+from tfqc.ir.dims import holds
 from tfqc.ir.program import Input, Program, Role
 from tfqc.runtime import fixed_value
 
@@ -79,11 +80,20 @@ def program_of(its: Example, export: Export) -> Program:
 def _of_any_batch(its: Example, export: Export) -> Program:
     dims = {path: dict(own) for path, own in its.dims.items()}
     exported = export(its.model, its.arguments, dims)
-    if shared := shared_by_all(exported, its.inputs, dims):
-        for path in shared:
+    shared = shared_by_all(exported, its.inputs, dims)
+    for number, (path, fixed) in enumerate(shared.items()):
+        if fixed:
             del dims[path][0]
-        exported = export(its.model, replaced(its.arguments, {path: its.flat[path] for path in shared}), dims)
-    return build_program(its.model, exported, its.inputs, dims, its.name)
+        else:
+            dims[path][0] = f"N{number}"
+    if any(shared.values()):
+        given = {path: its.flat[path] for path, fixed in shared.items() if fixed}
+        exported = export(its.model, replaced(its.arguments, given), dims)
+    program = build_program(its.model, exported, its.inputs, dims, its.name)
+    for guard in program.guards:
+        if any(not holds(guard, program.symbols | {"B": images}) for images in (1, 2, 3, 4, 8)):
+            raise CaptureError(f"{its.name} cannot be captured for every B: its code depends on {guard}.")
+    return program
 
 
 def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program:

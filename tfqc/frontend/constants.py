@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,13 @@ from tfqc.frontend.deciding import tensors_in
 from tfqc.frontend.inputs import replaced
 
 aten = torch.ops.aten
+_MOST = 2**16  # numbers that a constant may hold
+_REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
 _MAKES = {torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.eye}
 
 
 @contextmanager
-def fixed_inputs(model: torch.nn.Module, values: Mapping[tuple[str, ...], Tensor]) -> Iterator[None]:
+def fixed_inputs(model: torch.nn.Module, values: Mapping[tuple[str, ...], Tensor]) -> Generator[None]:
     """Within it the model computes with these values, whatever it is given in their places.
 
     What is computed from them alone is computed now. Where it meets what is traced, it is a constant of the graph.
@@ -68,7 +70,7 @@ class _Fixed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
-        if not given and (made := self._whole_numbers(func, args, kwargs)) is not None:
+        if not given and (made := self._made_of_numbers(func, args, kwargs)) is not None:
             return made
         if not any(id(tensor) in self._fixed for tensor in given):
             return func(*args, **kwargs)
@@ -80,22 +82,41 @@ class _Fixed(TorchFunctionMode):
             return result
         writes = func is Tensor.__setitem__ or getattr(func, "__name__", "").rstrip("_") + "_" == func.__name__
         written = args[0] if writes and args and self._is_fixed(args[0]) else None
+        if func in _REPEATS and self._is_fixed(args[1] if len(args) > 1 else kwargs.get("repeats")):
+            return self._repeated(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self._positions(args[1]), *args[2:])
         args, kwargs = self._traceable(args), self._traceable(kwargs)
         if written is not None:  # from now on it is what was traced
             self._traced[id(written)] = args[0]
         return func(*args, **kwargs)
 
-    def _whole_numbers(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """What is made of numbers alone, if it holds whole ones: positions and masks are computed with such."""
+    def _made_of_numbers(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """What is made of numbers alone, and not large: positions and masks are computed with such."""
         if func not in _MAKES or any(isinstance(each, torch.SymInt) for each in pytree.tree_leaves((args, kwargs))):
             return None
         with _disable_current_modes():
             made = func(*args, **kwargs)
-        return None if made.is_floating_point() or made.is_complex() or made.is_meta else self._keep(made)
+        return None if made.numel() > _MOST or made.is_meta else self._keep(made)
+
+    def _repeated(self, value: Tensor, repeats: Tensor, dim: int | None = None, **_: Any) -> Tensor:
+        with _disable_current_modes():
+            positions = self._keep(torch.repeat_interleave(repeats.expand(value.shape[dim or 0])))
+        return torch.index_select(value if dim is not None else value.flatten(), dim or 0, positions)
+
+    def _positions(self, index: Any) -> Any:
+        """An index with positions in the place of fixed masks."""
+        found: list[Any] = []
+        for each in index if isinstance(index, tuple) else (index,):
+            if isinstance(each, Tensor) and self._is_fixed(each) and each.dtype in (torch.bool, torch.uint8):
+                with _disable_current_modes():
+                    found += [self._keep(positions) for positions in each.bool().nonzero(as_tuple=True)]
+            else:
+                found.append(each)
+        return tuple(found)
 
     def _traceable(self, value: Any) -> Any:
-        """Operands with constants of the graph in the place of fixed tensors: positions for masks, bounds of slices as
-        numbers."""
+        """Operands with constants of the graph in the place of fixed tensors, and numbers in that of bounds."""
         match value:
             case Tensor() if id(value) in self._fixed:
                 return self._traced[id(value)] if id(value) in self._traced else _lifted(value)

@@ -299,7 +299,7 @@ def test_a_loop_over_images_takes_as_many_as_the_example_has() -> None:
     model = Loops()
     text, shift = torch.linspace(-1, 1, 24).reshape(4, 6), torch.ones(3, 3)
     with pytest.warns(
-        FixedWarning, match=r"Loops: 2 images are computed at once, .* Loops cannot be captured for every B"
+        FixedWarning, match=r"Loops: 2 images are computed at once, .*Loops cannot be captured for every B"
     ):
         program = capture(model, {"x": X, "t": T, "text": text, "shift": shift})
     for images in (1, 2, 3, 4):

@@ -38,7 +38,8 @@ def _distinct(symbols: World, guards: tuple[str, ...], rows_apart: bool, fixed: 
     base = dict(symbols)
     names = [s for s in base if s != ROWS]
     if not names:
-        return tuple(tuple((name, rows) for name in base) for rows in ((1, fixed or 3) if base else (1,)))
+        counts = (1, 3) if fixed is None else (1, fixed) if rows_apart else (fixed,)
+        return tuple(tuple((name, rows) for name in base) for rows in (counts if base else (1,)))
     found: list[World] = []
     for turn in range(3):
         world: dict[str, int] = {}

@@ -60,7 +60,7 @@ def temporal_features(program: Program, roles: dict[str, frozenset[Role]]) -> li
 
     def rows(node: fx.Node) -> bool:
         type_ = program.tensor_type(node)
-        return type_ is not None and len(type_.shape) > 0 and type_.shape[0] == "B"
+        return type_ is not None and len(type_.shape) > 0 and type_.shape[0] == program.batch
 
     # From the readers back: a value that is no row over the batch is computed at every step, as its readers are.
     dynamic: set[fx.Node] = set()

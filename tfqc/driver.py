@@ -156,6 +156,8 @@ def compile(
         program = start.clone()
         if own_plan:
             program.tables.pop(QuantPlan.table, None)
+    if isinstance(program.batch, int) and isinstance(context.calibration, Calibration):
+        context.calibration = context.calibration.in_batches(program.batch)
     check_weights(program)
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tests.helpers import find, first, with_batch
 from tests.models import MODELS, Example, timeless
 from tfqc.errors import CaptureError
 from tfqc.frontend import capture
+from tfqc.frontend.attempts import FixedWarning
 from tfqc.ir.parse import parse
 from tfqc.ir.program import Program, Role
 from tfqc.ir.render import render
@@ -273,10 +275,38 @@ class Even(Linear):
         return self.inner(x) + t[:, None] if x.shape[0] % 2 else self.inner(x) * t[:, None]
 
 
+class Loops(Linear):
+    """A way for each image, a label for each, and two rows of text for each."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, shift: Tensor) -> dict[str, Any]:
+        hidden = torch.stack([self.inner(x[i]) * (i + 2 - i) for i in range(x.shape[0])])
+        labels = torch.tensor([3] * x.shape[0])[:, None]
+        return {"out": hidden + t[:, None] * labels + text.reshape(-1, 2, 6).sum(1), "rest": [text * 2, shift + 1]}
+
+
 @pytest.mark.parametrize(("model", "reason"), [(Fixed, r"== 12"), (Even, r"x.size\(\)\[0\] % 2 == 0")])
-def test_code_for_some_batches_is_refused(model: type[nn.Module], reason: str) -> None:
-    with pytest.raises(CaptureError, match=rf"{model.__name__} cannot be captured for every B: .*{reason}"):
-        capture(model(), {"x": X, "t": T})
+def test_code_for_some_batches_is_captured_for_the_examples(model: type[nn.Module], reason: str) -> None:
+    its = model()
+    with pytest.warns(FixedWarning, match=rf"{model.__name__}: 2 images are computed at once, .*{reason}"):
+        program = capture(its, {"x": X, "t": T})
+    assert (program.batch, program.symbols) == (2, {})
+    x, t = torch.linspace(-2, 2, 30).reshape(5, 6), torch.arange(5) + 3
+    want = torch.cat([its(x[i : i + 2], t[i : i + 2]) for i in (0, 2)] + [its(x[[4, 4]], t[[4, 4]])[:1]])
+    torch.testing.assert_close(program(x=x, t=t), want, rtol=0, atol=0)
+
+
+def test_a_loop_over_images_takes_as_many_as_the_example_has() -> None:
+    model = Loops()
+    text, shift = torch.linspace(-1, 1, 24).reshape(4, 6), torch.ones(3, 3)
+    with pytest.warns(
+        FixedWarning, match=r"Loops: 2 images are computed at once, .*Loops cannot be captured for every B"
+    ):
+        program = capture(model, {"x": X, "t": T, "text": text, "shift": shift})
+    for images in (1, 2, 3, 4):
+        x, more = torch.randn(images, 6), torch.randn(2 * images, 6)
+        got, want = program(x=x, t=7, text=more, shift=shift), model(x, torch.tensor([7]).expand(images), more, shift)
+        for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_dynamic_height_and_width(example: Callable[[str], Example]) -> None:

@@ -37,7 +37,8 @@ def call(**changes: Any) -> dict[str, Any]:
 
 
 def bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return Call(PLAN).bind(args, kwargs)[0]
+    call = Call(PLAN)
+    return call.bind(call.read(args, kwargs))[0]
 
 
 def test_places_names_and_kinds() -> None:

@@ -17,13 +17,20 @@ from tfqc.frontend.guards import check_guards, guards_of
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 from tfqc.ir.calls import canonical
-from tfqc.ir.ops import op_by_name, op_name
+from tfqc.ir.ops import is_assertion, op_by_name, op_name, works_in_place
 from tfqc.ir.program import STEP, Input, Origin, Program, Role
 from tfqc.ir.schema import check_call
 from tfqc.ir.types import TensorType, Type, storable
 from tfqc.runtime.outputs import prediction_at, renumbered
 
 aten = torch.ops.aten
+
+# Python's operators on integers and truths, as torch.export has them, and ATen's operations of the same schema.
+_OPERATORS: dict[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor, aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor, aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+}  # fmt: skip
 
 
 def build_program(
@@ -34,6 +41,7 @@ def build_program(
     dims: Mapping[tuple[str, ...], dict[int, str]],
     name: str,
 ) -> Program:
+    """The program of an exported model; `inputs` are those that it has: what else the example has is fixed."""
     root, originals = graph_module(exported, type(model).__name__)
     check_guards(root, exported, dims, type(model).__name__)
     inline_regions(root)
@@ -64,6 +72,7 @@ def build_program(
         by_path[keys] = dataclasses.replace(by_path[keys], type=type_)
         program.types[by_path[keys].name] = type_
     program.inputs = tuple(by_path.values())
+    pairs: set[str] = set()
     program.guards = guards_of(exported, naming, type(model).__name__)
     for node in root.graph.nodes:
         if node.op == "get_attr":
@@ -73,6 +82,9 @@ def build_program(
                 tensor = _attribute(root, target)
                 if not isinstance(tensor, Tensor):
                     raise CaptureError(f"The model keeps {target!r}, a {type(tensor).__name__}: only tensors can be.")
+            if tensor.dtype == torch.complex128:  # which files do not hold
+                tensor = torch.view_as_real(tensor.resolve_conj())
+                pairs.add(target)
             if reason := storable(target, tensor.dtype):
                 raise CaptureError(f"The model keeps {target!r}: {reason}")
             program.tensors.setdefault(target, tensor.detach())
@@ -81,9 +93,10 @@ def build_program(
             raise CaptureError(f"torch.export left a call of submodule {node.target!r} in the graph.")
     # Parameters must stand before tensors, and tensors before operations.
     output = graph.output(None)
-    for node in root.graph.nodes:
-        if node.op == "get_attr":
-            mapping[node] = program.tensor_node(mapping[node])
+    alive = _alive(root.graph)
+    stored = {node: mapping[node] for node in root.graph.nodes if node.op == "get_attr"}
+    for node, name_ in stored.items():
+        mapping[node] = program.tensor_node(name_)
     graph.erase_node(output)
     for parameter, type_ in columns.items():
         shape = [-1, *type_.shape[1:]]
@@ -92,8 +105,15 @@ def build_program(
         )
         program.types[mapping[parameter].name] = type_
         program.origins[mapping[parameter].name] = Origin("", "")
+    for node, name_ in stored.items():
+        if name_ in pairs:
+            mapping[node] = graph.call_function(
+                aten.view_as_complex.default, *canonical(aten.view_as_complex.default, (mapping[node],), {})
+            )
+            program.types[mapping[node].name] = TensorType(torch.complex128, tuple(program.tensors[name_].shape[:-1]))
+            program.origins[mapping[node].name] = Origin("", "")
     for node in root.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and node in alive:
             args = fx.map_arg(node.args, lambda n: mapping[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: mapping[n])
             args, kwargs = map_aggregate((args, kwargs), _on_cpu)
@@ -101,7 +121,7 @@ def build_program(
             _check(node, target, args, kwargs, program.types)
             new = graph.create_node("call_function", target, *canonical(target, args, kwargs), name=node.name)
             mapping[node] = new
-            program.types[new.name] = naming.type(node.meta.get("val"))
+            program.types[new.name] = _type(naming, node)
             program.origins[new.name] = origin_of(node)
         elif node.op == "output":
             _return(program, returned, [mapping[n] for n in pytree.tree_leaves(node.args[0])])
@@ -124,6 +144,15 @@ def _return(program: Program, returned: Returned, values: list[fx.Node]) -> None
     program.outputs = renumbered(structure, {old: new for new, old in enumerate(order)})
 
 
+def _alive(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed for an output, or has an effect."""
+    alive: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in alive or works_in_place(node.target) or is_assertion(node.target):
+            alive |= {node, *node.all_input_nodes}
+    return alive
+
+
 def _on_cpu(value: Any) -> Any:
     """The device at capture (meta, say) means nothing to the program."""
     return torch.device("cpu") if isinstance(value, torch.device) else value
@@ -141,6 +170,8 @@ def _attribute(root: torch.nn.Module, target: str) -> Any:
 
 def _known(node: fx.Node) -> Any:
     """The node's target, if it is one that programs may hold and that is found again by its name."""
+    if (same := _OPERATORS.get(node.target)) is not None:
+        return same
     try:
         return op_by_name(op_name(node.target))
     except IRError as error:
@@ -152,6 +183,13 @@ def _check(node: fx.Node, target: Any, args: Any, kwargs: Any, types: dict[str, 
     try:
         check_call(target, args, kwargs, types)
     except IRError as error:
+        raise CaptureError(f"The model calls {node.target} at {_where(node)}: {error}") from error
+
+
+def _type(naming: Symbols, node: fx.Node) -> Type:
+    try:
+        return naming.type(node.meta.get("val"))
+    except CaptureError as error:
         raise CaptureError(f"The model calls {node.target} at {_where(node)}: {error}") from error
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tfqc.errors import CaptureError
-from tfqc.frontend.build import build_program
+from tfqc.frontend.attempts import Example as _Example
+from tfqc.frontend.attempts import program_of
 from tfqc.frontend.dynamic import DynamicDims, places, ranges, read_dynamic
-from tfqc.frontend.export import Returned, export, shared_by_all
+from tfqc.frontend.export import Returned, export
 from tfqc.frontend.inputs import (
     Example,
     Roles,
@@ -21,7 +22,6 @@ from tfqc.frontend.inputs import (
     constants_of,
     parameters_of,
     prepare,
-    replaced,
     roles_by_name,
     tensors_by_path,
 )
@@ -54,8 +54,12 @@ def capture(
         name: what the IR calls the model; its class name by default.
 
     Raises:
-        CaptureError: no input is the time or the sample, torch.export failed (the message names the line of the
-            model's source at which it did), or the model's code took a way that is right for some batches only.
+        CaptureError: no input is the time or the sample, or torch.export failed (the message names the line of the
+            model's source at which it did).
+
+    Warns:
+        FixedWarning: the model's code took a way that is right for one number of images, or for one value of an input
+            (which line did it).
     """
     model = unwrapped(model)
     roles = roles_by_name(model, example_inputs, roles)
@@ -67,14 +71,9 @@ def capture(
     paths = {i.path for i in inputs}
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
     arguments, dims = prepare(arguments, inputs, flat, asked_at)
-    exported, returned = _export(model, arguments, dims)
-    if shared := shared_by_all(exported, inputs, dims):
-        for path in shared:
-            del dims[path][0]
-        exported, returned = _export(model, replaced(arguments, {path: flat[path] for path in shared}), dims)
-    program = build_program(model, exported, returned, inputs, dims, name or type(model).__name__)
+    program = program_of(_Example(model, arguments, inputs, flat, dims, name or type(model).__name__), _export)
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
-    program.constants = constants
+    program.constants |= constants
     program.guards = (*program.guards, *ranges(asked))
     return program
 

@@ -7,7 +7,8 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tfqc import version
 from tfqc.errors import CaptureError
+from tfqc.frontend.attention import dense_attention
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.names import printable, tensor_names
 from tfqc.ir.program import Input, Origin, Role
@@ -79,7 +82,7 @@ def export(
 
     hook = model.register_forward_hook(take_apart)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _Attached(), dense_attention(model):
             warnings.simplefilter("ignore")
             dynamic_shapes = {k: shapes(v, (k,)) for k, v in arguments.items()}
             exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
@@ -101,9 +104,47 @@ def export(
         model.train(training)
 
 
+@contextmanager
+def _as_it_was(model: torch.nn.Module) -> Generator[None]:
+    """What modules keep beside parameters and buffers is put back: caches would hold tensors without values."""
+    ours = {"_parameters", "_buffers", "_modules"}
+    kept = [(vars(module), {k: v for k, v in vars(module).items() if k not in ours}) for module in model.modules()]
+    kept += [(vars(v), dict(vars(v))) for _, own in list(kept) for v in own.values() if _keeps_things(v)]
+    lists = [(v, list(v)) for _, own in kept for v in own.values() if type(v) is list]
+    kept += [(v, dict(v)) for _, own in list(kept) for v in own.values() if type(v) is dict]
+    try:
+        yield
+    finally:
+        for items, before in lists:
+            items[:] = before
+        for now, before in kept:
+            for name in now.keys() - before.keys() - ours:
+                del now[name]
+            now.update(before)
+
+
+def _keeps_things(value: Any) -> bool:
+    """True for an object of the model's own code that is no module."""
+    theirs = type(value).__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types")
+    return hasattr(value, "__dict__") and not theirs and not isinstance(value, (torch.nn.Module, Tensor, type, dict))
+
+
+class _Attached(TorchFunctionMode):
+    """`x.data` as `x.detach()`: torch.export does not see what is written to the former."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
 def _source_of(error: BaseException) -> str:
     """`file:line in function` of the last line of the model's own code in a traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
+    return source_of(traceback.extract_tb(error.__traceback__))
+
+
+def source_of(frames: traceback.StackSummary) -> str:
+    """`file:line in function` of the last of them that is the model's own."""
     own = [f for f in frames if not f.filename.startswith(_NOT_THE_MODELS)]
     if not own:
         return ""
@@ -169,11 +210,11 @@ def inline_regions(root: fx.GraphModule) -> None:
 
 def shared_by_all(
     exported: torch.export.ExportedProgram, inputs: Iterable[Input], dims: Mapping[tuple[str, ...], dict[int, str]]
-) -> list[tuple[str, ...]]:
+) -> dict[tuple[str, ...], bool]:
     """Places of inputs that are one for all images: their first dimension is as long as the example's batch by chance.
 
-    The model fixes that dimension, or asks nothing of it that has to do with the batch. (A time is one for each image,
-    whatever it does.)
+    The model fixes that dimension (True), or asks nothing of it that has to do with the batch, so that it may have any
+    length (False). (A time is one for each image, whatever it does.)
     """
     parameters = [n for n in exported.graph.nodes if n.op == "placeholder"][
         -len(exported.graph_signature.user_inputs) :
@@ -184,11 +225,12 @@ def shared_by_all(
     }
     batch = next(first[i.path] for i in inputs if i.role is Role.SAMPLE)
     if batch.isdigit():
-        return []
+        return {}
     equations = [guard.expr for guard in shape_environment(exported).guards if isinstance(guard.expr, sympy.Eq)]
     together = [{str(symbol) for symbol in e.free_symbols} for e in equations]
     related = {batch, *(symbol for symbols in together if batch in symbols for symbol in symbols)}
-    return [i.path for i in inputs if i.role is Role.REQUEST and first.get(i.path, batch) not in related]
+    apart = [i.path for i in inputs if i.role is Role.REQUEST and first.get(i.path, batch) not in related]
+    return {path: first[path].isdigit() for path in apart}
 
 
 def shape_environment(exported: torch.export.ExportedProgram) -> Any:

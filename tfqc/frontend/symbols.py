@@ -42,6 +42,8 @@ class Symbols:
         """An expression or a relation over torch.export's symbols, over ours."""
         ours: dict[sympy.Symbol, sympy.Symbol] = {}
         for symbol in sorted(theirs.free_symbols, key=str):
+            if str(symbol).startswith("u"):
+                raise CaptureError("A size depends on what a tensor holds, and not on sizes alone.")
             if str(symbol) not in self.names:
                 self.names[str(symbol)] = f"S{len(self.names)}"
                 self.program.symbols[self.names[str(symbol)]] = 2

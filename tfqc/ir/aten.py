@@ -32,8 +32,8 @@ i0 im2col imag index index_add index_copy index_fill index_put index_select inne
 isin isinf isnan isneginf isposinf isreal
 kron
 layer_norm ldexp le leaky_relu lerp less less_equal lgamma lift lift_fresh lift_fresh_copy linalg_cross linalg_det
-linalg_inv linalg_matmul linalg_matrix_norm linalg_multi_dot linalg_norm linalg_vecdot linalg_vector_norm linear
-linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not
+linalg_inv linalg_matmul linalg_matrix_norm linalg_multi_dot linalg_norm linalg_qr linalg_vecdot linalg_vector_norm
+linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not
 logical_or logical_xor logit logspace logsumexp lt
 mH mT masked_fill masked_scatter matmul matrix_H max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d
 maximum mean median meshgrid min minimum mish mm moveaxis movedim msort mul multiply mv

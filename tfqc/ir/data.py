@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tfqc.errors import TfqcError
 from tfqc.ir.tables import OpaqueRow, Row, SideTable, understood
-from tfqc.ir.types import TensorType, Type
+from tfqc.ir.types import Dim, TensorType, Type
 from tfqc.runtime import buffer_name
 
 R = TypeVar("R", bound=Row)
@@ -125,6 +125,12 @@ class ProgramData:
     def input(self, role: Role) -> list[Input]:
         """Inputs with a role, in order."""
         return [i for i in self.inputs if i.role is role]
+
+    @property
+    def batch(self) -> Dim:
+        """How many images a call has: a symbol, or the number that the model's code fixes."""
+        samples = self.input(Role.SAMPLE)
+        return samples[0].type.shape[0] if samples and samples[0].type.shape else "B"
 
     def type(self, node: fx.Node) -> Type:
         """The type of a node's value."""

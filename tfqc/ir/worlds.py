@@ -25,15 +25,21 @@ def worlds_of(program: ProgramData, *, rows_apart: bool = False) -> tuple[World,
     A symbol of rows (`R`) counts one row, or one for each entry of the batch. It is B here, so that a value of which
     there is one for all entries may be declared as one for each; with `rows_apart` it is 1 in one of the worlds.
     """
-    return _distinct(tuple(sorted(program.symbols.items())), program.guards, rows_apart)
+    return _distinct(tuple(sorted(program.symbols.items())), program.guards, rows_apart, _fixed(program))
+
+
+def _fixed(program: ProgramData) -> int | None:
+    """How many images a call has, where the model's code fixes that."""
+    return program.batch if isinstance(program.batch, int) else None
 
 
 @functools.lru_cache(maxsize=256)
-def _distinct(symbols: World, guards: tuple[str, ...], rows_apart: bool) -> tuple[World, ...]:
+def _distinct(symbols: World, guards: tuple[str, ...], rows_apart: bool, fixed: int | None) -> tuple[World, ...]:
     base = dict(symbols)
     names = [s for s in base if s != ROWS]
     if not names:
-        return tuple(tuple((name, rows) for name in base) for rows in ((1, 3) if base else (1,)))
+        counts = (1, 3) if fixed is None else (1, fixed) if rows_apart else (fixed,)
+        return tuple(tuple((name, rows) for name in base) for rows in (counts if base else (1,)))
     found: list[World] = []
     for turn in range(3):
         world: dict[str, int] = {}
@@ -46,7 +52,7 @@ def _distinct(symbols: World, guards: tuple[str, ...], rows_apart: bool) -> tupl
         if not _allowed(guards, world):
             world = {k: v for k, v in base.items() if k != ROWS}
         if ROWS in base:
-            world[ROWS] = 1 if turn == 1 and rows_apart else world.get("B", 1 + turn)
+            world[ROWS] = 1 if turn == 1 and rows_apart else world.get("B", fixed or 1 + turn)
         found.append(tuple(sorted(world.items())))
     return tuple(found)
 
@@ -72,7 +78,7 @@ def more_worlds(program: ProgramData, symbols: Sequence[str]) -> tuple[World, ..
     found: list[World] = []
     for step in itertools.islice((s for s in steps if sum(s) <= len(s) + 4), 80):
         world = {**base, **{s: base[s] * m for s, m in zip(varied, step, strict=True)}}
-        for rows in {1, world.get("B", 1)} if ROWS in base else {0}:
+        for rows in {1, world.get("B", _fixed(program) or 1)} if ROWS in base else {0}:
             if _allowed(program.guards, world):
                 found.append(tuple(sorted({**world, **({ROWS: rows} if rows else {})}.items())))
     return tuple(found)

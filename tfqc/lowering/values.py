@@ -35,4 +35,4 @@ def branch_of(value: Any) -> MatMul | None:
 def keeps_batch(program: Program, node: fx.Node) -> bool:
     """True if the first dimension is the batch, so that rows of the schedule belong to its entries."""
     type_ = program.tensor_type(node)
-    return type_ is not None and type_.shape[:1] == ("B",)
+    return type_ is not None and type_.shape[:1] == (program.batch,)

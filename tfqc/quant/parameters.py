@@ -88,7 +88,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def has_rows(program: Program, value: fx.Node) -> bool:
     """True for a value whose first dimension is the batch, so that each entry can have parameters of its own."""
     type_ = program.tensor_type(value)
-    return type_ is not None and type_.shape[:1] == ("B",)
+    return type_ is not None and type_.shape[:1] == (program.batch,)
 
 
 def stored_weight(program: Program, row: Quantizer) -> Tensor:

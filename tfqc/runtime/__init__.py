@@ -5,6 +5,7 @@ Nothing of the compiler is imported here. README.md beside this file says what i
 
 from tfqc.runtime.encoding import encode_row
 from tfqc.runtime.files import VERSION
+from tfqc.runtime.fixed import fixed_value
 from tfqc.runtime.loading import load
 from tfqc.runtime.outputs import Output
 from tfqc.runtime.plan import Input, Plan, Table, UnknownTimestepWarning, buffer_name
@@ -20,5 +21,6 @@ __all__ = [
     "UnknownTimestepWarning",
     "buffer_name",
     "encode_row",
+    "fixed_value",
     "load",
 ]

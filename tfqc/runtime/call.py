@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfqc.runtime.fixed import has_fixed_value
 from tfqc.runtime.plan import Input, Plan
 from tfqc.runtime.sizes import Dim, arithmetic, letters, meaning, solve, symbols_in, written
 
@@ -37,16 +38,23 @@ class Call:
         self._right: set[Any] = set()
         self._converted: dict[str, tuple[Tensor, int, Tensor]] = {}
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors by input name, as they were given.
+
+        Raises:
+            TypeError: an input is missing, is none that was captured, or is no tensor.
+            ValueError: a constant has another value than the model was captured with.
+        """
+        return self._tensors(self._named(args, kwargs))
+
+    def bind(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.dtype]:
         """Tensors by input name, in the captured dtypes, and the dtype that the sample had; timesteps are one value for
         each image.
 
         Raises:
-            TypeError: an input is missing, is none that was captured, or is no tensor of a fitting kind.
-            ValueError: a shape, a timestep or a constant that the model was not captured for.
+            TypeError: a tensor is of no fitting kind.
+            ValueError: a shape or a timestep that the model was not captured for.
         """
-        call = self._named(args, kwargs)
-        values = self._tensors(call)
         sample = values[self._noisy]
         dtype = sample.dtype
         if sample.dim() != len(self._plan.sample.shape) or 0 in sample.shape:
@@ -85,6 +93,8 @@ class Call:
             return
         if path in self._constants:
             captured = self._constants[path]
+            if isinstance(captured, str) and isinstance(value, Tensor) and has_fixed_value(captured, value):
+                return
             if not _equal(captured, value):
                 raise ValueError(
                     f"{'.'.join(path)} is {_short(value)}, but the model was captured with {captured!r}, which is part "

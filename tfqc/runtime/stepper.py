@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tfqc.runtime.call import Call
 from tfqc.runtime.encoding import encode_row
+from tfqc.runtime.groups import groups_of, joined
 from tfqc.runtime.outputs import Output, put_together
 from tfqc.runtime.plan import Plan, UnknownTimestepWarning, as_called, buffer_name
 from tfqc.runtime.requests import Request, all_finite, broken_images
@@ -85,16 +86,22 @@ class Stepper(torch.nn.Module):
         """The captured model's inputs in, its outputs out, in the dtype of the sample."""
         with self._lock:
             _settle()
-            values, dtype = self.bind(args, kwargs)
-            kind = values[self._noisy].device.type
-            try:
-                if not torch.is_autocast_enabled(kind) and not torch.is_inference_mode_enabled():
-                    return self._run(values, dtype)
-                # It computes in what it was compiled for, and what it keeps has to serve calls of every mode.
-                with torch.autocast(kind, enabled=False), torch.inference_mode(False), torch.no_grad():
-                    return self._run(values, dtype)
-            except IndexError as error:
-                raise ValueError(f"A whole number among the inputs is beyond what the model knows: {error}.") from error
+            given = self._calls.read(args, kwargs)
+            if (groups := groups_of(self.plan, given)) is None:
+                return self._returned(self._bound(given))
+            return self._returned(joined(self.plan, [self._bound(group) for group in groups], len(given[self._noisy])))
+
+    def _bound(self, given: dict[str, Tensor]) -> Any:
+        values, dtype = self._calls.bind(given)
+        kind = values[self._noisy].device.type
+        try:
+            if not torch.is_autocast_enabled(kind) and not torch.is_inference_mode_enabled():
+                return self._run(values, dtype)
+            # It computes in what it was compiled for, and what it keeps has to serve calls of every mode.
+            with torch.autocast(kind, enabled=False), torch.inference_mode(False), torch.no_grad():
+                return self._run(values, dtype)
+        except IndexError as error:
+            raise ValueError(f"A whole number among the inputs is beyond what the model knows: {error}.") from error
 
     def _run(self, values: dict[str, Tensor], dtype: torch.dtype) -> Any:
         plan = self.plan
@@ -113,13 +120,16 @@ class Stepper(torch.nn.Module):
         if self.check_finite:
             self._check_finite(values)
         result = self.step(**values)
-        if plan.outputs is not None:
-            tensors = result if isinstance(result, tuple) else (result,)
-            made = put_together(plan.outputs, [self._finished(out, dtype, broken) for out in tensors])
-            return Output(made) if type(made) is tuple else made
         if isinstance(result, tuple):
-            return Output(self._finished(out, dtype, broken) for out in result)
+            return tuple(self._finished(out, dtype, broken) for out in result)
         return self._finished(result, dtype, broken)
+
+    def _returned(self, result: Any) -> Any:
+        """What a step returns, as the captured model returns it."""
+        if self.plan.outputs is not None:
+            made = put_together(self.plan.outputs, result if isinstance(result, tuple) else (result,))
+            return Output(made) if type(made) is tuple else made
+        return Output(result) if isinstance(result, tuple) else result
 
     def _finished(self, out: Any, dtype: torch.dtype, broken: Tensor | None) -> Any:
         """An output as its caller wants it."""
@@ -130,14 +140,6 @@ class Stepper(torch.nn.Module):
             mask = broken.any() if whole else broken.reshape(-1, *[1] * (out.dim() - 1))
             out = out.masked_fill(mask, float("nan"))
         return out if dtype == self._dtype else out.to(dtype)
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
-        """The tensors of a call by name, as they were captured, and the dtype in which outputs are wanted.
-
-        Raises:
-            TypeError, ValueError: the call does not fit the captured model (`tfqc.runtime.call`).
-        """
-        return self._calls.bind(args, kwargs)
 
     def _broken(self, values: Mapping[str, Tensor]) -> Tensor | None:
         noisy = values[self._noisy]

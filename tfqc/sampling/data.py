@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,13 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def in_batches(self, images: int) -> Calibration:
+        """For a model that computes so many images at once: as many as fill batches of them, the first ones again where
+        there are too few, without guidance, which would call the model with twice as many."""
+        picked = torch.arange(-(-len(self) // images) * images) % len(self)
+        cond = {name: value[picked] for name, value in self.cond.items()}
+        return replace(self, latents=self.latents[picked], cond=cond, uncond=None, batch_size=images)
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""

@@ -25,7 +25,11 @@ LABELS = 16  # class labels tried with every timestep, where features depend on 
 
 @dataclass(frozen=True)
 class TibRun:
-    """The TIB as a graph, with inputs for all (step, request) pairs: T * requests rows, steps outermost."""
+    """The TIB as a graph, with inputs for all (step, request) pairs: T * requests rows, steps outermost.
+
+    Where the model's code fixes how many images a call has, there is a call for each step: `time` of the inputs has T
+    rows, the others as many as images.
+    """
 
     program: Program
     graph: fx.Graph
@@ -47,6 +51,10 @@ class TibRun:
         """Features by name, [T, requests, ...]; the arguments quantize or watch nodes as in `Simulation`."""
         run = self._simulation
         run.weights, run.inputs, run.observe = weights or {}, inputs or {}, observe
+        if isinstance(batch := self.program.batch, int):
+            time = self.program.input(Role.TIME)[0].name
+            calls = [run.call({**self.inputs, time: t.expand(batch)}) for t in self.inputs[time].split(1)]
+            return {name: torch.stack(rows) for name, rows in zip(self.names, zip(*calls, strict=True), strict=True)}
         values = run.call(self.inputs)
         return {name: value.unflatten(0, (self.steps, -1)) for name, value in zip(self.names, values, strict=True)}
 
@@ -84,11 +92,14 @@ def tib_run(program: Program, ctx: Context) -> TibRun:
                 raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
             inputs[item.name] = given[path].to(item.type.dtype)
         per_image = [item.name for item in wanted if ".".join(item.path) not in shared]
-        count = min(REQUESTS, *(len(inputs[name]) for name in per_image)) if per_image else 1
-        for name in per_image:
-            rows = inputs[name][:count]
-            inputs[name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
-    inputs[program.input(Role.TIME)[0].name] = t.repeat_interleave(count)
+        if isinstance(program.batch, int):
+            inputs |= {name: inputs[name][: program.batch] for name in per_image}
+        else:
+            count = min(REQUESTS, *(len(inputs[name]) for name in per_image)) if per_image else 1
+            for name in per_image:
+                rows = inputs[name][:count]
+                inputs[name] = rows.repeat(len(t), *[1] * (rows.dim() - 1))
+    inputs[program.input(Role.TIME)[0].name] = t if isinstance(program.batch, int) else t.repeat_interleave(count)
     for node in graph.nodes:
         if node.op == "placeholder" and node.name not in inputs:
             inputs[node.name] = torch.empty(0)  # a parameter that nothing reads

@@ -146,4 +146,4 @@ def _broadcasts(program: Program, reader: fx.Node, read: fx.Node) -> bool:
         return False
     types = [program.tensor_type(n) for n in reader.all_input_nodes if n is not read]
     own = program.tensor_type(read)
-    return any(t and own and len(t.shape) >= len(own.shape) and t.shape[0] == "B" for t in types)
+    return any(t and own and len(t.shape) >= len(own.shape) and t.shape[0] == program.batch for t in types)

@@ -54,12 +54,15 @@ def feature_rows(
     t = timestep_tensor(program, timesteps)
     given: dict[str, Tensor] = {}
     parts: list[tuple[Tensor, ...]] = []
-    for part in [t] if label is None else t.split(1):  # the labels of one timestep at once: bounded memory
-        given[program.input(Role.TIME)[0].name] = part.repeat_interleave(classes)
+    fixed = program.batch if isinstance(program.batch, int) else None
+    # The labels of one timestep at once: bounded memory. Where code fixes the batch, its rows are all the same.
+    for part in [t] if label is None and fixed is None else t.split(1):
+        given[program.input(Role.TIME)[0].name] = part.repeat_interleave(fixed or classes)
         if label is not None:
             given[label.name] = torch.arange(classes, dtype=label.type.dtype)
         with torch.no_grad():
-            parts.append(scratch(*(given.get(name, torch.empty(0)) for name in parameters)))
+            rows = scratch(*(given.get(name, torch.empty(0)) for name in parameters))
+        parts.append(rows if fixed is None else tuple(row[:1] for row in rows))
     columns = zip(*parts, strict=True)
     return {n.name: torch.cat(rows).contiguous() for n, rows in zip(nodes, columns, strict=True)}
 

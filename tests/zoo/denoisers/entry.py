@@ -67,7 +67,7 @@ def grid(*sizes: int) -> Tensor:
 
 
 def ones(*shape: int) -> Tensor:
-    """A mask that masks nothing but the end of the last image's text."""
+    """A mask that masks nothing but the end of each image's text."""
     mask = torch.ones(shape, dtype=torch.bool)
-    mask[-1, -2:] = False
+    mask[:, -2:] = False
     return mask

@@ -153,7 +153,7 @@ DENOISERS = {
          "rope_scaling": {"long_factor": [1, 2], "short_factor": [1, 2]}},
         lambda n, b, t: {
             "hidden_states": n(b, 4, 8, 8), "timestep": t, "input_ids": n.ids(10, b, 20),
-            "input_img_latents": [n(1, 4, 8, 8)], "input_image_sizes": {0: [[0, 16]]},
+            "input_img_latents": [], "input_image_sizes": {},
             "attention_mask": torch.ones(b, 37, 37), "position_ids": torch.arange(37).repeat(b, 1)},
         times=FRACTIONS,
     ),

@@ -1,0 +1,112 @@
+"""Code that decides by values: those of request inputs become constants, those of others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
+
+from tfqc.errors import CaptureError
+from tfqc.frontend import capture
+from tfqc.frontend.attempts import FixedWarning
+from tfqc.ir.parse import parse
+from tfqc.ir.render import render
+from tfqc.passes.normalize import Normalize
+from tfqc.passing.pipeline import Pipeline
+
+X, T = torch.linspace(-1, 1, 24).reshape(2, 2, 6), torch.tensor([7, 421])
+MASK = torch.tensor([[True, True, False, True]] * 2)
+
+Code = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+class Decides(nn.Module):
+    def __init__(self, code: Code) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.code, self.cache = nn.Linear(6, 6), code, {}
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        return self.inner(x) * t[:, None, None] + self.code(self, x, text, mask)
+
+
+def lengths(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    longest = max(set(mask.sum(1).tolist()))
+    return text[:, :longest].mean(1, keepdim=True)
+
+
+def rows(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([torch.cat([own[m], own[~m]]).cumsum(0) for own, m in zip(text, mask, strict=True)])[:, 1:3]
+
+
+def bounds(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    seen = torch.zeros(text.shape[:2], dtype=torch.bool)
+    for i, end in enumerate(mask.sum(1)):
+        seen[i, :end] = True
+    return text.masked_fill(~seen[..., None], 0.0).sum(1, keepdim=True)
+
+
+def numpys(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    repeats = mask[0].long() + 1
+    wide = text.repeat_interleave(repeats, dim=1)
+    return wide[:, : int(repeats.numpy().sum())].sum(1, keepdim=True) if bool(mask.any()) else x
+
+
+@pytest.mark.parametrize("code", [lengths, rows, bounds, numpys])
+def test_values_that_code_decides_by_are_constants(code: Code) -> None:
+    model, text = Decides(code), torch.randn(2, 4, 6)
+    with pytest.warns(FixedWarning, match=r"Decides: mask has one value for good, by which \S*test_fixed.py:\d+ in"):
+        program = capture(model, {"x": X, "t": T, "text": text, "mask": MASK})
+    assert [i.name for i in program.inputs] == ["x", "t", "text"]
+    again = parse(render(program), program.tensors)
+    for images in (1, 2, 3):
+        x, own, mask = torch.randn(images, 2, 6), torch.randn(images, 4, 6), MASK[:1].expand(images, 4)
+        got = again(x=x, t=9, text=own, mask=mask.long())  # in another dtype
+        want = model(x, torch.tensor([9] * images), own, mask)
+        torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match=r"mask is a tensor 2x4, but the model was captured with 'rows of \[4\] bool"):
+        program(x=X, t=T, text=text, mask=~MASK)
+
+
+def test_what_differs_from_step_to_step_is_refused() -> None:
+    model = Decides(lambda self, x, text, mask: x * 2 if float(x.sum()) > 0 else x)
+    with pytest.raises(
+        CaptureError, match=r"Decides decides at \S*test_fixed.py:\d+ in <lambda> by the values of x, which differ"
+    ):
+        capture(model, {"x": X, "t": T, "text": X, "mask": MASK})
+
+
+def test_caches_hold_no_traced_tensors_afterwards() -> None:
+    def code(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        if "rotary" not in self.cache:
+            self.cache["rotary"] = self.rotary = torch.polar(torch.ones(6), torch.arange(6.0)).to(torch.complex128)
+        return x * self.cache["rotary"].real.float()
+
+    model = Decides(code)
+    inputs = {"x": X, "t": T, "text": X, "mask": MASK}
+    capture(model, inputs)
+    assert not model.cache and not hasattr(model, "rotary")
+    want = model(**inputs)
+    program = Pipeline((Normalize(),)).run(capture(model, inputs))  # of a model whose cache is filled
+    torch.testing.assert_close(program(**inputs), want)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_writes_to_data_and_sparse_attention() -> None:
+    def code(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        places = x.new_zeros(1, 2, 6)
+        places.data[:, 1:].copy_(torch.arange(6.0))
+        blocks = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
+        wide = torch.cat([x[:, None], x.new_zeros(x.shape[0], 1, 126, 6)], 2)
+        wide = torch.cat([wide, wide, wide[..., :4]], -1)
+        return flex.flex_attention(wide, wide * 2, wide + 1, block_mask=blocks)[:, 0, :2, :6] + places
+
+    model = Decides(code)
+    inputs = {"x": X, "t": T, "text": X, "mask": MASK}
+    program = Pipeline((Normalize(),)).run(capture(model, inputs))
+    torch.testing.assert_close(program(**inputs), model(**inputs))

@@ -1,0 +1,114 @@
+"""Exporting a model for any number of images, else for the example's: what its code fixes is told, not refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfqc.errors import CaptureError
+from tfqc.frontend.build import build_program
+from tfqc.frontend.constants import fixed_inputs
+from tfqc.frontend.deciding import deciding_inputs
+from tfqc.frontend.export import Returned, shared_by_all, source_of
+from tfqc.frontend.inputs import replaced
+from tfqc.ir.dims import holds
+from tfqc.ir.program import Input, Program, Role
+from tfqc.runtime import fixed_value
+
+Place = tuple[str, ...]
+Dims = dict[Place, dict[int, str]]
+Export = Callable[[torch.nn.Module, dict[str, Any], Dims], tuple[torch.export.ExportedProgram, Returned]]
+
+
+class FixedWarning(UserWarning):
+    """A model's code fixes how many images it takes at once, or decides by the values of an input."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model and the call that it is captured from: `arguments` and `dims` as `prepare` gives them, `flat` the tensors
+    as they were given."""
+
+    model: torch.nn.Module
+    arguments: dict[str, Any]
+    inputs: list[Input]
+    flat: Mapping[Place, Tensor]
+    dims: Dims
+    name: str
+
+
+def program_of(its: Example, export: Export) -> Program:
+    """The program of a model, for any number of images and all values of its inputs if its code allows that.
+
+    Where code decides by the values of request inputs, those of the example become constants of the program. Where it
+    fixes the batch, the program takes as many images at once as the example has.
+
+    Raises:
+        CaptureError: the model cannot be exported so either.
+    """
+    try:
+        return _of_any_batch(its, export)
+    except CaptureError as error:
+        found = deciding_inputs(its.model, its.arguments, source_of)
+        requests = {i.path for i in its.inputs if i.role is Role.REQUEST}
+        decided = {path: line for path, line in found.items() if path in requests}
+        try:
+            program = _of_one_batch(its, export, [*decided])
+        except CaptureError as second:
+            if others := [path for path in found if path not in requests]:
+                raise CaptureError(
+                    f"{its.name} decides at {found[others[0]]} by the values of {'.'.join(others[0])}, which differ "
+                    "from step to step: compute that without a Python value, or without a size that hangs on it.",
+                    str(second),
+                ) from second
+            raise second from error
+        reasons = [
+            f"{'.'.join(path)} has one value for good, by which {line} decides" for path, line in decided.items()
+        ]
+        if isinstance(program.batch, int):
+            reasons.append(f"{program.batch} images are computed at once, other numbers so many at a time")
+        warnings.warn(f"{its.name}: {'; '.join(reasons)} ({error})", FixedWarning, stacklevel=3)
+        return program
+
+
+def _of_any_batch(its: Example, export: Export) -> Program:
+    dims = {path: dict(own) for path, own in its.dims.items()}
+    exported, returned = export(its.model, its.arguments, dims)
+    shared = shared_by_all(exported, its.inputs, dims)
+    for number, (path, fixed) in enumerate(shared.items()):
+        if fixed:
+            del dims[path][0]
+        else:
+            dims[path][0] = f"N{number}"
+    if any(shared.values()):
+        given = {path: its.flat[path] for path, fixed in shared.items() if fixed}
+        exported, returned = export(its.model, replaced(its.arguments, given), dims)
+    program = build_program(its.model, exported, returned, its.inputs, dims, its.name)
+    for guard in program.guards:
+        if any(not holds(guard, program.symbols | {"B": images}) for images in (1, 2, 3, 4, 8)):
+            raise CaptureError(f"{its.name} cannot be captured for every B: its code depends on {guard}.")
+    return program
+
+
+def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program:
+    dims = {path: {d: symbol for d, symbol in own.items() if symbol != "B"} for path, own in its.dims.items()}
+    values = {path: _at(its.arguments, path) for path in decided}
+    with fixed_inputs(its.model, values) if values else nullcontext():
+        exported, returned = export(its.model, its.arguments, dims)
+    inputs = [i for i in its.inputs if i.path not in values]
+    program = build_program(its.model, exported, returned, inputs, dims, its.name)
+    program.constants = {path: fixed_value(value) for path, value in values.items()}
+    return program
+
+
+def _at(arguments: Mapping[str, Any], path: Place) -> Any:
+    value: Any = arguments
+    for key in path:
+        value = value[int(key)] if isinstance(value, (list, tuple)) else {str(k): v for k, v in value.items()}[key]
+    return value

@@ -110,3 +110,26 @@ def test_writes_to_data_and_sparse_attention() -> None:
     inputs = {"x": X, "t": T, "text": X, "mask": MASK}
     program = Pipeline((Normalize(),)).run(capture(model, inputs))
     torch.testing.assert_close(program(**inputs), model(**inputs))
+
+
+class Unlike(nn.Module):
+    """Takes two images at once, and adds the first to the second, or not."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.adds = nn.Linear(6, 6), adds
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        first, second = self.inner(x) * t[:, None, None]
+        return torch.stack([first, second + first if self.adds else second])
+
+
+def test_images_that_are_not_computed_alike_are_refused() -> None:
+    with pytest.warns(FixedWarning, match="2 images are computed at once"):
+        program = capture(Unlike(False), {"x": X, "t": T})
+    x, t = torch.randn(5, 2, 6), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    wanted = torch.cat([Unlike(False)(x=x[i : i + 2], t=t[i : i + 2]) for i in (0, 2)])
+    torch.testing.assert_close(program(x=x, t=t.long())[:4], wanted)
+    with pytest.raises(CaptureError, match="Unlike does not compute all images of a batch alike"):
+        capture(Unlike(True), {"x": X, "t": T})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tfqc.errors import CaptureError
+from tfqc.frontend.alike import check_alike
 from tfqc.frontend.build import build_program
 from tfqc.frontend.constants import fixed_inputs
 from tfqc.frontend.deciding import deciding_inputs
@@ -98,9 +99,11 @@ def _of_any_batch(its: Example, export: Export) -> Program:
 
 def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program:
     dims = {path: {d: symbol for d, symbol in own.items() if symbol != "B"} for path, own in its.dims.items()}
-    values = {path: _at(its.arguments, path) for path in decided}
+    tensors = {i.path: _at(its.arguments, i.path) for i in its.inputs}
+    values = {path: tensors[path] for path in decided}
     with fixed_inputs(its.model, values) if values else nullcontext():
         exported, returned = export(its.model, its.arguments, dims)
+    check_alike(its.model, its.arguments, tensors, its.inputs, values)
     inputs = [i for i in its.inputs if i.path not in values]
     program = build_program(its.model, exported, returned, inputs, dims, its.name)
     program.constants = {path: fixed_value(value) for path, value in values.items()}

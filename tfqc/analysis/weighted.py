@@ -77,6 +77,7 @@ WEIGHTED: dict[Any, Weighted] = {
 }
 QUANTIZED = tuple(target for target, row in WEIGHTED.items() if not row.why_not)
 
+_FAR = 8  # calls between a stored weight and its product: scales, casts, turns
 # A lookup multiplies nothing.
 _PRODUCTS = tuple(target for target in WEIGHTED if target is not aten.embedding.default)
 
@@ -99,8 +100,16 @@ def multiplies_stored(node: fx.Node) -> bool:
 
 
 def _is_of_model(value: fx.Node) -> bool:
-    inputs = value.all_input_nodes
-    return is_stored(value) or (is_call(value) and len(inputs) > 0 and all(map(_is_of_model, inputs)))
+    waiting, calls = [value], 0
+    while waiting:
+        node = waiting.pop()
+        if is_stored(node):
+            continue
+        calls += 1
+        if not is_call(node) or not node.all_input_nodes or calls > _FAR:
+            return False
+        waiting += node.all_input_nodes
+    return True
 
 
 def left_weights(program: Program, node: fx.Node) -> list[str]:

@@ -38,7 +38,7 @@ from tfqc.instruments import Instrument, VerifyEach
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan
-from tfqc.models.find import find_model, from_diffusers
+from tfqc.models.find import denoiser_in, find_model, from_diffusers
 from tfqc.models.recorded import recorded_schedule
 from tfqc.models.spec import ModelSpec
 from tfqc.passing.context import Context
@@ -286,8 +286,8 @@ def _schedule(
 
 
 def _denoiser(pipeline: Any) -> torch.nn.Module | None:
-    parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
-    return next((unwrapped(part) for part in parts if isinstance(part, torch.nn.Module)), None)
+    part = denoiser_in(pipeline)
+    return unwrapped(getattr(pipeline, part)) if part else None
 
 
 def _calibration(spec: ModelSpec | None, given: CalibrationData, seed: int) -> Calibration | ModelCalls | None:

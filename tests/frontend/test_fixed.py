@@ -112,6 +112,26 @@ def test_writes_to_data_and_sparse_attention() -> None:
     torch.testing.assert_close(program(**inputs), model(**inputs))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_with_a_function_of_scores_is_refused() -> None:
+    def attend(self: Any, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        wide = text[:, None]
+        return flex.flex_attention(wide, wide, wide, score_mod=lambda score, b, h, q, k: score * 2)[:, 0, :2]
+
+    model = Decides(attend)
+    with pytest.raises(
+        CaptureError, match=r"could not be exported at \S*test_fixed.py:\d+ in attend: flex_attention with"
+    ):
+        capture(model, {"x": X, "t": T, "text": torch.randn(2, 4, 6), "mask": MASK})
+
+
+def test_each_module_keeps_its_mode() -> None:
+    model = Decides(lambda self, x, text, mask: x).train()
+    model.inner.eval()
+    capture(model, {"x": X, "t": T, "text": torch.randn(2, 4, 6), "mask": MASK})
+    assert model.training and not model.inner.training
+
+
 class Unlike(nn.Module):
     """Takes two images at once, and adds the first to the second, or not."""
 

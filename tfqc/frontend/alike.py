@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tfqc.errors import CaptureError
+from tfqc.frontend.evaluating import evaluating
 from tfqc.frontend.inputs import replaced
 from tfqc.ir.program import Input, Role
 from tfqc.runtime.outputs import taken_apart
@@ -42,13 +43,8 @@ def check_alike(
     noise = torch.randn(tensors[sample].shape, generator=generator).to(tensors[sample])
     given = {path: (noise if path == sample else value).to(device) for path, value in tensors.items()}
     moved = {path: value if path in fixed else _moved(value, images) for path, value in given.items()}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            once, again = (taken_apart(model(**replaced(arguments, values)))[0] for values in (given, moved))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        once, again = (taken_apart(model(**replaced(arguments, values)))[0] for values in (given, moved))
     for (_, one), (_, other) in zip(once, again, strict=True):
         wanted, found = _moved(one, images).double(), other.double()
         close = CLOSE * (1 if one.dtype in (torch.float32, torch.float64) else 30)

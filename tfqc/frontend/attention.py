@@ -6,12 +6,13 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
+
+from tfqc.errors import CaptureError
 
 
 @contextmanager
@@ -19,17 +20,18 @@ def dense_attention(model: torch.nn.Module) -> Generator[None]:
     """Within it what the model calls as flex_attention computes with a mask that has a truth for each score."""
     own = {sys.modules[type(module).__module__] for module in model.modules()}
     names = [(module, name) for module in own for name, value in vars(module).items() if value is flex.flex_attention]
-    patches: list[Any] = [patch.object(module, name, _attention) for module, name in [*names, (flex, "flex_attention")]]
+    ours: list[tuple[Any, str, Any]] = [(place, name, _attention) for place, name in [*names, (flex, "flex_attention")]]
     # The blocks of each column, which nobody asks for here, would be computed by operations of vmap.
-    patches.append(patch.object(flex, "_transpose_ordered", lambda count, indices: (count, indices)))
-    patches.append(patch.object(flex, "create_mask", _every_score))
-    for each in patches:
-        each.start()
+    ours.append((flex, "_transpose_ordered", lambda count, indices: (count, indices)))
+    ours.append((flex, "create_mask", _every_score))
+    theirs = [(place, name, getattr(place, name)) for place, name, _ in ours]
+    for place, name, value in ours:
+        setattr(place, name, value)
     try:
         yield
     finally:
-        for each in patches:
-            each.stop()
+        for place, name, value in theirs:
+            setattr(place, name, value)
 
 
 def _attention(
@@ -44,7 +46,10 @@ def _attention(
     **others: Any,
 ) -> Any:
     if score_mod is not None or return_lse or others.get("return_aux") is not None:
-        raise NotImplementedError("flex_attention with a function of scores, or with more results than one")
+        raise CaptureError(
+            "flex_attention with a function of scores, or with more results than one, has no form with a mask: write "
+            "that attention with scaled_dot_product_attention."
+        )
     mask = None if block_mask is None else _mask(block_mask, query, key)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
 

@@ -12,12 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tfqc.frontend.deciding import tensors_in
+from tfqc.frontend.deciding import REPEATS, tensors_in
 from tfqc.frontend.inputs import replaced
 
 aten = torch.ops.aten
 _MOST = 2**16  # numbers that a constant may hold
-_REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
 _MAKES = {torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.eye}
 
 
@@ -82,7 +81,7 @@ class _Fixed(TorchFunctionMode):
             return result
         writes = func is Tensor.__setitem__ or getattr(func, "__name__", "").rstrip("_") + "_" == func.__name__
         written = args[0] if writes and args and self._is_fixed(args[0]) else None
-        if func in _REPEATS and self._is_fixed(args[1] if len(args) > 1 else kwargs.get("repeats")):
+        if func in REPEATS and self._is_fixed(args[1] if len(args) > 1 else kwargs.get("repeats")):
             return self._repeated(*args, **kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._positions(args[1]), *args[2:])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tfqc.frontend.evaluating import evaluating
 from tfqc.frontend.inputs import keys_of
 
 Path = tuple[str, ...]
@@ -25,7 +26,7 @@ _DECIDES = {
     Tensor.unique_consecutive, torch.bincount, Tensor.bincount, torch.equal, Tensor.equal, torch.allclose,
     Tensor.allclose, torch.is_nonzero,
 }  # fmt: skip
-_REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
+REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
 
 
 def deciding_inputs(
@@ -43,12 +44,9 @@ def deciding_inputs(
     for path, tensor in own.items():
         setattr(tensor, _FROM, frozenset({path}))
     call = pytree.tree_map_with_path(lambda path, leaf: own.get(keys_of(path), leaf), dict(arguments))
-    training = model.training
-    model.eval()
     watch = _Watch(source)
-    with suppress(Exception), torch.no_grad(), watch:
+    with evaluating(model), suppress(Exception), torch.no_grad(), watch:
         model(**call)
-    model.train(training)
     return watch.found
 
 
@@ -61,7 +59,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = frozenset[Path]().union(*(getattr(t, _FROM, ()) for t in tensors_in((args, kwargs))))
-        if func in _DECIDES or (func in _REPEATS and len(tensors_in((args, kwargs))) > 1) or _by_index(func, args):
+        if func in _DECIDES or (func in REPEATS and len(tensors_in((args, kwargs))) > 1) or _by_index(func, args):
             deciding = args[0] if func in _DECIDES else args[1:]
             for path in frozenset[Path]().union(*(getattr(t, _FROM, ()) for t in tensors_in(deciding))):
                 self.found.setdefault(path, self._source(traceback.extract_stack()))

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from tfqc import version
 from tfqc.errors import CaptureError
 from tfqc.frontend.attention import dense_attention
+from tfqc.frontend.evaluating import evaluating
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.names import printable, tensor_names
 from tfqc.ir.program import Input, Origin, Role
@@ -65,8 +66,6 @@ def export(
 
     device = next(model.parameters(), torch.empty(0)).device
     arguments = pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments)
-    training = model.training
-    model.eval()
     returned = Returned((), ["tensor", 0])
 
     def take_apart(_module: torch.nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:
@@ -82,7 +81,10 @@ def export(
 
     hook = model.register_forward_hook(take_apart)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _Attached(), dense_attention(model):
+        with (
+            evaluating(model), warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _Attached(),
+            dense_attention(model),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")
             dynamic_shapes = {k: shapes(v, (k,)) for k, v in arguments.items()}
             exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
@@ -101,7 +103,6 @@ def export(
         ) from error
     finally:
         hook.remove()
-        model.train(training)
 
 
 @contextmanager

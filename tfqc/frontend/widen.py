@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from tfqc.errors import PassError
+from tfqc.frontend.functional import CASTS
 from tfqc.ir.edit import Rewriter
 from tfqc.ir.infer import infer_type
 from tfqc.ir.match import is_call, is_stored
@@ -23,7 +24,6 @@ from tfqc.ir.views import Cast
 
 aten = torch.ops.aten
 _LOOKUPS = (aten.embedding.default,)  # of a few rows: those are cast, not the table
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
 
 
 def has_half_weights(program: Program) -> bool:
@@ -63,7 +63,7 @@ def _widen(edit: Rewriter, node: fx.Node, types: Mapping[str, Type]) -> None:
             if is_stored(value) and _is_half(program.types[value.name]):
                 node.replace_input_with(value, _cast(edit, node, value))
     program.types[node.name] = infer_type(program, node)
-    if is_call(node, *_CASTS):
+    if is_call(node, *CASTS):
         value = node.all_input_nodes[0].name
         same = program.types[node.name] == program.types[value]
         if same and types[node.name] != types[value]:  # what works in place behind it still does not change its operand

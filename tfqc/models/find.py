@@ -17,6 +17,8 @@ from tfqc.models.spec import ModelSpec
 from tfqc.models.zoo import MODELS
 from tfqc.quiet import quiet_import
 
+_DENOISERS = ("unet", "transformer")  # as pipelines of diffusers call them
+
 
 def builtin_names() -> list[str]:
     """Names of the models that ship with tfqc."""
@@ -43,6 +45,11 @@ def find_model(name: str) -> ModelSpec:
     )
 
 
+def denoiser_in(pipeline: Any) -> str | None:
+    """What a pipeline calls its denoiser; None where it has none."""
+    return next((name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), torch.nn.Module)), None)
+
+
 def from_diffusers(model: Any, name: str | None = None) -> ModelSpec:
     """A spec for a diffusers denoiser, or for the denoiser of a diffusers pipeline (with its scheduler).
 
@@ -51,10 +58,10 @@ def from_diffusers(model: Any, name: str | None = None) -> ModelSpec:
     """
     scheduler = getattr(model, "scheduler", None)
     if not isinstance(model, torch.nn.Module):
-        denoiser = getattr(model, "unet", None) or getattr(model, "transformer", None)
-        if denoiser is None:
+        part = denoiser_in(model)
+        if part is None:
             raise CaptureError(f"{type(model).__name__} has neither a unet nor a transformer to compile.")
-        model = denoiser
+        model = getattr(model, part)
     model = unwrapped(model)
     return ModelSpec(name or type(model).__name__, model, example_inputs(model), scheduler)
 

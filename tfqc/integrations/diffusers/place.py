@@ -14,8 +14,7 @@ from diffusers.utils.outputs import BaseOutput
 from tfqc.codegen.artifact import read_manifest
 from tfqc.errors import TfqcError
 from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
-
-PARTS = ("unet", "transformer")
+from tfqc.models.find import denoiser_in
 
 
 def denoiser_of(pipe: Any) -> str:
@@ -26,7 +25,7 @@ def denoiser_of(pipe: Any) -> str:
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TfqcError(f"A {type(pipe).__name__} is no pipeline of diffusers: give a loaded one, or tfqc.compile it.")
-    part = next((name for name in PARTS if isinstance(getattr(pipe, name, None), torch.nn.Module)), None)
+    part = denoiser_in(pipe)
     if part is None:
         raise TfqcError(f"{type(pipe).__name__} has neither a unet nor a transformer to compile.")
     if isinstance(getattr(pipe, f"{part}_2", None), torch.nn.Module):

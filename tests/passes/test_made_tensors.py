@@ -56,10 +56,14 @@ TARGETS = (
 )
 
 
-def through(program: Program, its: Subject, target: str, strategy: str, where: Path, *watch: Instrument) -> Program:
-    """The recipe of a target, to the program that it emits."""
+def through(
+    program: Program, its: Subject, target: str, strategy: str, where: Path, *watch: Instrument, joint: bool = True
+) -> Program:
+    """The recipe of a target, to the program that it emits; `joint=False` without GPTQ, which rounds a tied weight once
+    for the inputs of all of its readers, and each copy for those of its own."""
     parsed = Target.parse(target)
     text = parsed.backend.pipeline(parsed.options, strategy).removeprefix("normalize,discover-tib,")
+    text = text if joint else text.replace("reconstruct-weights,", "")
     passes = Pipeline.parse(text) + Pipeline(parsed.backend.legalize(parsed.options))
     return passes.run(program, context(its, where), [VerifyEach(), *watch])
 
@@ -72,15 +76,17 @@ def error(a: Tensor, b: Tensor) -> float:
 def test_tied_weights_are_as_good_as_copies(target: str, tmp_path: Path) -> None:
     tied, untied = of(True), of(False)
     assert len(tied.discovered.tensors) < len(untied.discovered.tensors)
-    for strategy in ("tib", "fold"):
-        one = through(tied.program, tied, target, strategy, tmp_path / "tied")
-        two = through(untied.program, untied, target, strategy, tmp_path / "untied")
+    for strategy, joint in (("tib", False), ("fold", False), ("fold", True)):
+        one = through(tied.program, tied, target, strategy, tmp_path / "tied", joint=joint)
+        two = through(untied.program, untied, target, strategy, tmp_path / "untied", joint=joint)
         for timesteps in ([750.0], [0.0, 500.0]):
             call = tied.call(timesteps)
             with torch.no_grad():
-                assert error(tied.reference(call), untied.reference(call)) == 0
+                full = tied.reference(call)
+                assert error(full, untied.reference(call)) == 0
                 got, want = one(**call), two(**call)
-                assert error(got, want) < 1e-5 and error(want, tied.reference(call)) < 0.25
+                assert error(want, full) < 0.25
+                assert error(got, full) < 1.3 * error(want, full) if joint else error(got, want) < 1e-5
 
 
 def test_a_weight_split_for_two_values(tmp_path: Path) -> None:

@@ -124,9 +124,8 @@ def test_the_trajectory_is_the_samplers(subject: Subjects, tmp_path: Path) -> No
             seen.append(scheduler.scale_model_input(x, t))
             x = scheduler.step(its.model(seen[-1], t).sample, t, x).prev_sample
         batch = next(iter(Trajectories(its.program, ctx)))
-        first_visits = [list(map(float, scheduler.timesteps)).index(t) for t in ctx.schedule.timesteps]
-        want = torch.stack([seen[i] for i in first_visits])
-        assert torch.allclose(batch.samples, want, rtol=1e-3, atol=1e-4)
+        assert batch.visits == tuple(ctx.schedule.timesteps.index(float(t)) for t in scheduler.timesteps)
+        assert torch.allclose(batch.samples, torch.stack(seen), rtol=1e-3, atol=1e-4)
 
 
 def test_guidance_doubles_the_batch(subject: Subjects, tmp_path: Path, calls: list[int]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tfqc
 from tests.helpers import first
+from tfqc.calibration.trajectories import Trajectories
 from tfqc.errors import CalibrationError
 from tfqc.passing.context import Context
 from tfqc.runtime import UnknownTimestepWarning
@@ -114,6 +115,25 @@ def test_calibrating_twice_gives_the_same(model: Denoiser) -> None:
         texts.append({f"{file}.{k}": v for file, held in artifact.tensors.items() for k, v in held.items()})
     assert texts[0].keys() == texts[1].keys()
     assert all(torch.equal(texts[0][k], texts[1][k]) for k in texts[0])
+
+
+def test_every_visit_of_a_time_is_calibrated_on(model: Denoiser, tmp_path: Path) -> None:
+    """Heun's first call at a time is a probe; what it comes back with counts too, also from files."""
+    program = tfqc.Pipeline.parse("normalize").run(tfqc.capture(model, example(torch.tensor(1.5))))
+    data = Calibration(torch.randn(2, 3, 8, 8), {"scale": torch.ones(2)})
+    ctx = Context(
+        schedule=SamplingSchedule.of(diffusers.HeunDiscreteScheduler(), 4), calibration=data, workdir=tmp_path
+    )
+    positions: list[int | None] = []
+    sampled = Trajectories(program, ctx).sample(0, before=positions.append)
+    assert positions == [0, 1, 1, 2, 2, 3, 3] and list(sampled.visits) == positions
+    read = Trajectories(program, ctx).read(0)
+    assert read is not None
+    for batch in (sampled, read):
+        visits = [(step, inputs["x"]) for step, inputs in batch.calls(program)]
+        assert [step for step, _ in visits] == positions
+        assert not torch.equal(visits[1][1], visits[2][1])
+        assert torch.equal(visits[2][1], sampled.samples[2])
 
 
 def test_a_suffix_is_calibrated_on_the_whole_run(model: Denoiser, tmp_path: Path) -> None:

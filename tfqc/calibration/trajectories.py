@@ -30,12 +30,19 @@ from tfqc.sampling.data import Calibration
 from tfqc.sampling.loop import sample
 from tfqc.sampling.schedule import nearest
 
+_VISITS = "samples.at"  # in files, beside "samples"; names of inputs have no dots
+
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """What the network was called with for a batch of images: `samples` [T, rows, ...], request inputs [rows, ...]."""
+    """What the network was called with for a batch of images, call by call: `visits`, their positions in the schedule,
+    `samples` [visits, rows, ...], request inputs [rows, ...].
+
+    Samplers of higher order come back to a timestep: what they come with first may be a probe, far from the path.
+    """
 
     timesteps: tuple[float, ...]
+    visits: tuple[int, ...]
     samples: Tensor
     request: Mapping[str, Tensor]
 
@@ -43,9 +50,9 @@ class TrajectoryBatch:
         """(position in the schedule, inputs of @step by name) of each network call."""
         time = program.input(Role.TIME)[0].name
         noisy = program.input(Role.SAMPLE)[0].name
-        for step, t in enumerate(self.timesteps):
-            rows = timestep_tensor(program, [t]).expand(self.samples.shape[1])
-            yield step, {noisy: self.samples[step], time: rows, **self.request}
+        for step, x in zip(self.visits, self.samples, strict=True):
+            rows = timestep_tensor(program, [self.timesteps[step]]).expand(len(x))
+            yield step, {noisy: x, time: rows, **self.request}
 
 
 def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
@@ -109,8 +116,8 @@ class Trajectories:
             return None
         if self._cached:
             used_now(path)
-        samples = tensors.pop("samples")
-        return TrajectoryBatch(self._schedule.timesteps, samples, tensors)
+        samples, visits = tensors.pop("samples"), tensors.pop(_VISITS)
+        return TrajectoryBatch(self._schedule.timesteps, tuple(visits.tolist()), samples, tensors)
 
     def sample(
         self, number: int, network: Callable[..., Any] | None = None, before: Callable[[int | None], Any] | None = None
@@ -119,8 +126,7 @@ class Trajectories:
 
         Args:
             network: called like the captured model; the program by default.
-            before: told before each network call which position of the schedule it is, None where it is none of them or
-                was called with before.
+            before: told before each network call which position of the schedule it is, None where it is none of them.
 
         Raises:
             CalibrationError: the model's output became NaN (at which step).
@@ -128,19 +134,19 @@ class Trajectories:
         program, calibration, schedule = self._program, self._calibration, self._schedule
         rows = slice(number * calibration.batch_size, (number + 1) * calibration.batch_size)
         position = {t: step for step, t in enumerate(schedule.timesteps)}
-        seen: dict[float, Tensor] = {}
+        seen: list[tuple[float, Tensor]] = []
         wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
         request: dict[str, Tensor] = {}
 
         def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
             time = as_time(t)
             if before is not None:
-                before(None if time in seen else position.get(time))
+                before(position.get(time))
             conditions |= calibration.shared
             if lacking := [n for n in wanted if n not in conditions]:
                 raise CalibrationError(f"The calibration data have no {lacking[0]!r}, which the model needs.")
             request.update({item.name: conditions[k].to(item.type.dtype) for k, item in wanted.items()})
-            seen.setdefault(time, x)  # samplers of higher order visit a timestep twice
+            seen.append((time, x))
             given = {item.path: conditions[k] for k, item in wanted.items()}
             noisy, clock = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
             result = (network or program)(**nested({noisy: x, clock: t, **given}))
@@ -160,14 +166,18 @@ class Trajectories:
             seed=calibration.seed,
             time_of=schedule.time,
         )
-        visited = sorted(seen)
-        samples = torch.stack([seen[nearest(t, visited)] for t in schedule.timesteps])
-        tensors = {"samples": samples, **request}
+        if self.exact:
+            visits = [(position[t], x) for t, x in seen if t in position]
+        else:
+            first = dict(reversed(seen))
+            visits = [(i, first[nearest(t, sorted(first))]) for i, t in enumerate(schedule.timesteps)]
+        at, samples = tuple(step for step, _ in visits), torch.stack([x for _, x in visits])
+        tensors = {"samples": samples, _VISITS: torch.tensor(at), **request}
         self._directory.mkdir(parents=True, exist_ok=True)
         write_tensors(self.path(number), tensors, {"sha256": tensors_hash(tensors.items())})
         if self._cached and number == len(self) - 1:
             prune()
-        return TrajectoryBatch(schedule.timesteps, samples, request)
+        return TrajectoryBatch(schedule.timesteps, at, samples, request)
 
 
 def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -196,7 +206,7 @@ def model_key(program: Program, facts: object, tensors: Sequence[tuple[str, Tens
 
 def _key(program: Program, calibration: Calibration, schedule: str) -> str:
     """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
-    facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
+    facts = ["visits", schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
     return model_key(program, facts, [("latents", calibration.latents), *own])

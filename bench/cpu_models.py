@@ -168,7 +168,7 @@ class Case:
             with accelerate.init_empty_weights():
                 model = getattr(diffusers, self.architecture.cls).from_config(config)
             model.save_config(part)
-            _save(_random_weights(model), part)
+            save_shards(random_weights(model), part)
         part.rename(self.folder)
 
 
@@ -197,7 +197,7 @@ class Flat(torch.nn.Module):
         return self.model(**call, return_dict=False)[0]
 
 
-def _random_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def random_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights for a model on the meta device: scaled by fan-in, so that activations stay near 1; norms scale by 1."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in model.named_parameters():
@@ -208,7 +208,7 @@ def _random_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value.fill_(1.0) if name.endswith("weight") else value.normal_(std=0.02, generator=generator)
 
 
-def _save(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+def save_shards(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     """Sharded safetensors with the index that diffusers reads."""
     places: dict[str, str] = {}
     shard: dict[str, Tensor] = {}

@@ -73,12 +73,14 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def test_sampled_and_replayed_give_the_same_bytes(subject: Subjects, tmp_path: Path, calls: list[int | None]) -> None:
     its = subject("unet-sd")
-    first = observe(its.program, wishes(its.program), context(its, tmp_path))
+    sampled, replayed = context(its, tmp_path), context(its, tmp_path)
+    first = observe(its.program, wishes(its.program), sampled)
     assert calls == [0, 1, 2, 3] * 2  # 3 images in batches of 2: sampling them was the one run
     for path in tmp_path.glob("observed-*"):
         path.unlink()
     calls.clear()
-    assert equal(first, observe(its.program, wishes(its.program), context(its, tmp_path)))
+    assert equal(first, observe(its.program, wishes(its.program), replayed))
+    assert sampled.remarks == replayed.remarks  # they are written into the artifact
     assert calls == [0, 1, 2, 3] * 2
     calls.clear()
     assert equal(first, observe(its.program, wishes(its.program), context(its, tmp_path)))

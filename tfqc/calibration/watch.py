@@ -103,11 +103,14 @@ class _Nodes(fx.Interpreter):
 
 
 def _bytes(values: Mapping[fx.Node, Any]) -> int:
-    """Of the memory behind tensors, views counted once, weights not at all."""
-    weights = {v.untyped_storage().data_ptr() for n, v in values.items() if n.op == "get_attr"}
-    sizes = {
-        v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
-        for v in values.values()
-        if isinstance(v, Tensor) and v.untyped_storage().data_ptr() not in weights
-    }
+    """Of the memory behind tensors, views counted once, weights not at all; of inputs what they show of it, since the
+    samples of all steps may lie behind them."""
+    tensors = [(node.op, value) for node, value in values.items() if isinstance(value, Tensor)]
+    weights = {_memory(value) for op, value in tensors if op == "get_attr"}
+    sizes = {_memory(value): value.untyped_storage().nbytes() for _, value in tensors if _memory(value) not in weights}
+    sizes |= {_memory(value): value.nbytes for op, value in tensors if op == "placeholder"}
     return sum(sizes.values())
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx
 
+from tfqc.files.spill import spilled
 from tfqc.ir.calls import canonical
 from tfqc.ir.data import (
     BEGIN,
@@ -54,13 +55,15 @@ class Program(ProgramData):
         """Keep new tensors as `stem.codes`, `stem.scale` and so on, by the keys of `values`; "" is the stem itself.
 
         Where a tensor has one of these names, the stem becomes `stem.1`, `stem.2` ...: nothing is ever replaced, be it
-        the model's own or what was made of another reader of the same weight. Returns the names.
+        the model's own or what was made of another reader of the same weight. Returns the names. Tensors lie in files
+        where there is no room for them (`tfqc.files.spill`).
         """
         for number in itertools.count():
             base = f"{stem}.{number}" if number else stem
             names = [f"{base}.{part}" if part else base for part in values]
             if not any(name in self.tensors for name in names):
-                self.tensors.update(zip(names, values.values(), strict=True))
+                for name, value in zip(names, values.values(), strict=True):
+                    self.tensors[name] = spilled(value, self.tensors.values())
                 return names
         raise AssertionError
 

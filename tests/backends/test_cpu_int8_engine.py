@@ -22,7 +22,7 @@ from tests.lowered import EXACT, PER_TOKEN, STEPS, example, parts
 from tests.models import odd_names
 from tests.subjects import Subject, Subjects
 from tfqc.backends.cpu_int8.runtime.engine import Engine
-from tfqc.driver import compile
+from tfqc.driver import compile, load
 from tfqc.errors import TfqcError
 from tfqc.frontend import capture
 from tfqc.passing.pipeline import Pipeline
@@ -131,6 +131,29 @@ def test_unknown_timesteps_find_room(model: str, subject: Subjects, tmp_path: Pa
         if t in (its.timesteps[0], 100, 103, 104, 129):
             assert differ(program(**call), got) < 0.1
     assert recorded == [its.timesteps[0], 103, 111, 127]  # the first is none of the four either
+
+
+class Frames(nn.Module):
+    """A convolution that torch runs, with a range for each timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space, self.time = nn.Conv3d(2, 4, 1), nn.Linear(1, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.space(x) + self.time(t.float()[:, None] / 1000)[:, :, None, None, None]
+
+
+@built
+def test_unknown_timesteps_of_what_torch_runs(tmp_path: Path) -> None:
+    example_inputs = {"x": torch.randn(2, 2, 3, 4, 4), "t": torch.tensor([7, 7])}
+    calls = [{**example_inputs, "t": torch.full((2,), t)} for t in (900, 500)]
+    model = Frames().requires_grad_(False)
+    artifact = compile(model, "cpu-int8", schedule=[900.0, 500.0], calibration=calls, example_inputs=example_inputs)
+    loaded = load(artifact.save(tmp_path / "out"))
+    for t in (900, 100, 110, 120, 130, 500):
+        call = {**example_inputs, "t": torch.full((2,), t)}
+        assert differ(model(**call), loaded(**call)) < 0.1
 
 
 @built

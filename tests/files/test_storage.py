@@ -53,7 +53,8 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
 def test_written_as_safetensors_writes_them(tmp_path: Path) -> None:
     """Views of one storage, too, without what they do not show."""
     base = torch.arange(24.0)
-    tensors = {"a": base[:6].reshape(2, 3).T, "b": base[::5], "codes": torch.ones(3, dtype=torch.int8), "c": base[2]}
+    tensors = {"a": base[:6].reshape(2, 3).T, "b": base[::5], "codes": torch.ones(3, dtype=torch.int8), "c": base[2],
+               "d": base[3].expand(1)}  # fmt: skip
     save_tensors(tmp_path / "ours", tensors, {"some": "facts"})
     theirs = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     assert (tmp_path / "ours").read_bytes() == save(theirs, {"some": "facts"})

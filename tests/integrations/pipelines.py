@@ -2,74 +2,91 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.unets.unet_motion_model import MotionAdapter
+from diffusers.pipelines.animatediff.pipeline_animatediff import AnimateDiffPipeline
+from diffusers.pipelines.controlnet.pipeline_controlnet import StableDiffusionControlNetPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import (
+    LatentConsistencyModelPipeline,
+)
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-WIDTH = 32
-
-
-def tokenizer(directory: Path) -> Any:
-    """CLIP's, with single characters for words."""
-    words = ["<|startoftext|>", "<|endoftext|>"]
-    words += [c + end for c in "abcdefghijklmnopqrstuvwxyz0123456789,." for end in ("", "</w>")]
-    (directory / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
-    return CLIPTokenizer(*files, unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=16)
-
-
-def text_encoder(projected: bool = False) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=100, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, projection_dim=WIDTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-
-
-def vae(channels: int = 4) -> Any:
-    return AutoencoderKL(
-        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=channels,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, shift_factor=0.1,
-    ).eval()  # fmt: skip
-
-
-def unet(**more: Any) -> Any:
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 32), "norm_num_groups": 8,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": WIDTH,
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 8, **more,
-        }
-    ).eval()  # fmt: skip
+from tests.integrations.parts import (
+    WIDTH,
+    embedded,
+    picture,
+    t5,
+    text_encoder,
+    tokenizer,
+    unet,
+    vae,
+    video_transformer,
+    video_vae,
+)
 
 
 def sd(directory: Path) -> Any:
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
-    return StableDiffusionPipeline(
-        vae(), text_encoder(), tokenizer(directory), unet(), scheduler, None, None, requires_safety_checker=False
-    )
+    return _sd(StableDiffusionPipeline, directory, unet(), scheduler)
+
+
+def _sd(kind: Any, directory: Path, *own: Any) -> Any:
+    return kind(vae(), text_encoder(), tokenizer(directory), *own, None, None, requires_safety_checker=False)
+
+
+def img2img(directory: Path) -> Any:
+    return _sd(StableDiffusionImg2ImgPipeline, directory, unet(), PNDMScheduler(skip_prk_steps=True))
+
+
+def inpaint(directory: Path) -> Any:
+    return _sd(StableDiffusionInpaintPipeline, directory, unet(in_channels=9), PNDMScheduler(skip_prk_steps=True))
+
+
+def lcm(directory: Path) -> Any:
+    return _sd(LatentConsistencyModelPipeline, directory, unet(time_cond_proj_dim=16), LCMScheduler())
+
+
+def controlnet(directory: Path) -> Any:
+    model = unet()
+    control: Any = ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(16, 32)).eval()
+    for parameter in control.controlnet_down_blocks.parameters():  # which are zeros before training
+        torch.nn.init.normal_(parameter, std=0.02)
+    return _sd(StableDiffusionControlNetPipeline, directory, model, control, DDIMScheduler(clip_sample=False))
+
+
+def animatediff(directory: Path) -> Any:
+    adapter = MotionAdapter(
+        block_out_channels=(32, 32), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4
+    ).eval()
+    parts = (vae(), text_encoder(), tokenizer(directory), unet(), adapter)
+    return AnimateDiffPipeline(*parts, DDIMScheduler(beta_schedule="linear", clip_sample=False))
 
 
 def sdxl(directory: Path) -> Any:
@@ -118,14 +135,27 @@ def pixart(directory: Path) -> Any:
     return PixArtSigmaPipeline(None, None, vae(), model, DPMSolverMultistepScheduler())  # pyright: ignore
 
 
-def embedded(*names: str, masks: tuple[str, ...] = (), length: int = 6) -> dict[str, Any]:
-    """Text that is embedded already, under the pipeline's names for it."""
-    torch.manual_seed(5)
-    shapes = {name: (1, WIDTH) if "pooled" in name else (1, length, WIDTH) for name in names}
-    return {name: torch.randn(shape) for name, shape in shapes.items()} | {m: torch.ones(1, length) for m in masks}
+def dit(directory: Path) -> Any:
+    model = DiTTransformer2DModel(
+        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
+    ).eval()  # fmt: skip
+    return DiTPipeline(model, vae(), DDIMScheduler())
+
+
+def wan(directory: Path) -> Any:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return WanPipeline(tokenizer(directory), t5(), video_vae(), scheduler, video_transformer())
+
+
+def experts(directory: Path) -> Any:
+    """Two denoisers: one for high noise, one for low."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    models = (video_transformer(), video_transformer())
+    return WanPipeline(tokenizer(directory), t5(), video_vae(), scheduler, *models, boundary_ratio=0.875)
 
 
 ANY_PROMPT = {"prompt": "a red fox"}
+VIDEO = {**ANY_PROMPT, "height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}
 PIPELINES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "sd": (sd, ANY_PROMPT),
     "sdxl": (sdxl, ANY_PROMPT),
@@ -137,6 +167,16 @@ PIPELINES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
                    masks=("prompt_attention_mask", "negative_prompt_attention_mask")),
         "height": 16, "width": 16, "negative_prompt": None, "use_resolution_binning": False,
     }),
+    "img2img": (img2img, {**ANY_PROMPT, "image": picture(), "strength": 0.8}),
+    "inpaint": (inpaint, {
+        **ANY_PROMPT, "image": picture(), "mask_image": picture(1).round(), "height": 16, "width": 16,
+    }),
+    "controlnet": (controlnet, {**ANY_PROMPT, "image": picture()}),
+    "lcm": (lcm, {**ANY_PROMPT, "height": 16, "width": 16}),
+    "animatediff": (animatediff, {**ANY_PROMPT, "num_frames": 2}),
+    "dit": (dit, {"class_labels": [1]}),
+    "wan": (wan, VIDEO),
+    "experts": (experts, VIDEO),
 }  # fmt: skip
 
 

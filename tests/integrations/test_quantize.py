@@ -15,22 +15,34 @@ import pytest
 import torch
 
 import tfqc
-from tests.integrations.pipelines import PIPELINES, pipeline, sd, unet
+from tests.integrations.parts import unet
+from tests.integrations.pipelines import PIPELINES, pipeline, sd
 from tfqc.errors import ArtifactError, CalibrationError, TfqcError
 from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
+from tfqc.integrations.diffusers.place import into
+from tfqc.models.find import denoisers_in
 
 PLAIN = "fake-quant{weights=none activations=none}"
+pytestmark = pytest.mark.filterwarnings("ignore:UNetMotionModel. 2 images are computed at once:UserWarning")
 
 
 def images(pipe: Any, call: dict[str, Any], **more: Any) -> Any:
     """Two images of a prompt where the pipeline makes several, of the same seed each time."""
-    two = "num_images_per_prompt" in inspect.signature(pipe.__call__).parameters and "prompt" in call
-    given = {**call, "num_inference_steps": 4, "output_type": "np", **({"num_images_per_prompt": 2} if two else {})}
-    return pipe(**{**given, "generator": torch.Generator().manual_seed(1), **more}).images
+    takes = inspect.signature(pipe.__call__).parameters
+    two = {name: 2 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in takes and "prompt" in call}
+    given = {**call, "num_inference_steps": 4, "output_type": "np", **two}
+    made = pipe(**{**given, "generator": torch.Generator().manual_seed(1), **more})
+    return np.asarray(made.frames if "frames" in made else made.images)
 
 
-def denoiser(pipe: Any) -> Any:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+def denoisers(pipe: Any) -> dict[str, Any]:
+    return {name: getattr(pipe, name) for name in denoisers_in(pipe)}
+
+
+def in_bf16(name: str, directory: Path) -> tuple[Any, dict[str, Any]]:
+    pipe, call = pipeline(name, directory)
+    floats = {k: v.bfloat16() for k, v in call.items() if isinstance(v, torch.Tensor) and k.endswith("_embeds")}
+    return pipe.to(torch.bfloat16), {**call, **floats}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -38,39 +50,66 @@ def test_a_pipeline_makes_the_same_images(name: str, tmp_path: Path) -> None:
     """As it is called by its users: two images a prompt, another number of steps, saved and loaded."""
     pipe, call = pipeline(name, tmp_path)
     wanted = {steps: images(pipe, call, num_inference_steps=steps) for steps in (4, 3)}
-    own = denoiser(pipe)
+    own = denoisers(pipe)
     assert tfqc.quantize(pipe, PLAIN, steps=4, calibration=[call]) is pipe
-    made = denoiser(pipe)
-    assert isinstance(made, TfqcDenoiser) and made.num_parameters() == own.num_parameters()
-    assert dict(own.config).items() <= dict(made.config).items() and made.dtype == torch.float32
+    for part, model in own.items():
+        made = getattr(pipe, part)
+        assert isinstance(made, TfqcDenoiser) and made.num_parameters() == model.num_parameters()
+        assert dict(model.config).items() <= dict(made.config).items() and made.dtype == torch.float32
     for steps, want in wanted.items():
         assert np.abs(images(pipe, call, num_inference_steps=steps) - want).max() < 1e-4
     pipe.save_pretrained(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
-    assert index["unet" if hasattr(pipe, "unet") else "transformer"] == ["tfqc", "TfqcDenoiser"]
+    assert [index[part] for part in own] == [["tfqc", "TfqcDenoiser"]] * len(own)
     absent = {part: None for part, found in pipe.components.items() if found is None}
     loaded = type(pipe).from_pretrained(tmp_path / "saved", **absent)
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(images(loaded, call), images(pipe, call))
 
 
-@pytest.mark.parametrize(("name", "target"), [("sd", "cpu-int8"), ("flux", "cpu-int8"), ("sdxl", PLAIN)])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("sd", "cpu-int8"), ("flux", "cpu-int8"), ("controlnet", "cpu-int8"), ("lcm", "cpu-int8"),
+        ("experts", "cpu-int8"), ("sdxl", PLAIN), ("animatediff", PLAIN),
+    ],
+)  # fmt: skip
 def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
-    pipe, call = pipeline(name, tmp_path)
-    pipe.to(torch.bfloat16)
-    call = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    pipe, call = in_bf16(name, tmp_path)
     want = images(pipe, call)
     tfqc.quantize(pipe, target, steps=4, calibration=[call])
-    assert denoiser(pipe).dtype == torch.bfloat16
+    assert all(model.dtype == torch.bfloat16 for model in denoisers(pipe).values())
     got = images(pipe, call)
     assert np.abs(got - want).mean() < 0.1 * want.std()
     assert np.array_equal(got, images(pipe, call))
+    other = images(pipe, call, num_inference_steps=3)
+    assert np.isfinite(other).all() and not np.array_equal(other, got)
+
+
+def test_each_expert_is_compiled_on_its_own_calls(tmp_path: Path) -> None:
+    pipe, call = pipeline("experts", tmp_path)
+    early = tfqc.quantize(copy.copy(pipe), PLAIN, steps=4, calibration=[call], directory=tmp_path / "kept")
+    schedules = [
+        json.loads((tmp_path / "kept" / part / "manifest.json").read_text())["schedule"]["timesteps"]
+        for part in denoisers_in(early)
+    ]
+    assert min(schedules[0]) >= 875 > max(schedules[1]) and len([*schedules[0], *schedules[1]]) == 4
+    placed = into(tmp_path / "kept", pipe)
+    assert np.array_equal(images(placed, call), images(early, call))
+
+
+def test_an_expert_that_is_never_called(tmp_path: Path) -> None:
+    pipe, call = pipeline("experts", tmp_path)
+    pipe.register_to_config(boundary_ratio=0.0)
+    with pytest.raises(CalibrationError, match=r"WanPipeline did not call its transformer_2: take"):
+        tfqc.quantize(pipe, PLAIN, steps=4, calibration=[call])
+    assert not isinstance(pipe.transformer, TfqcDenoiser)
 
 
 def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
     pipe, call = pipeline("sd", tmp_path)
     tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=2)
-    assert denoiser(pipe).facts["target"] == "cpu-int8"
+    assert pipe.unet.facts["target"] == "cpu-int8"
     want = images(pipe, call)
     pipe.save_pretrained(tmp_path / "saved")
     code = (
@@ -153,7 +192,7 @@ def test_what_is_not_taken(compiled: Any, tmp_path: Path, monkeypatch: pytest.Mo
         tfqc.quantize(unet())
     pipe = sd(tmp_path)
     own = pipe.unet
-    monkeypatch.setattr("tfqc.integrations.diffusers.quantize.record", never)
+    monkeypatch.setattr("tfqc.integrations.diffusers.quantize.record_each", never)
     for given, said in (
         ([], "at least one run"),
         (99, "There are 8 default prompts, not 99"),

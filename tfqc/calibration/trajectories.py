@@ -26,6 +26,7 @@ from tfqc.runtime.cache import private_directory, used_now
 from tfqc.runtime.outputs import prediction_of
 from tfqc.runtime.plan import as_time
 from tfqc.runtime.pruning import prune
+from tfqc.runtime.tensors import bytes_of
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.loop import sample
 from tfqc.sampling.schedule import nearest
@@ -223,6 +224,4 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _bytes_hash(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(bytes_of(tensor) if tensor.numel() else b"").hexdigest()

@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tfqc.errors import TfqcError
-from tfqc.runtime.tensors import DTYPE_NAMES, read_header
+from tfqc.runtime.tensors import DTYPE_NAMES, bytes_of, read_header
 
 _LONGEST, _DEEPEST = 1 << 26, 64  # bytes and levels of JSON
 
@@ -75,8 +74,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             if tensor.numel():
-                flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                file.write(flat)
+                file.write(bytes_of(tensor))
 
 
 @contextmanager

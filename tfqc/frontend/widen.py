@@ -66,7 +66,8 @@ def _widen(edit: Rewriter, node: fx.Node, types: Mapping[str, Type]) -> None:
     if is_call(node, *CASTS):
         value = node.all_input_nodes[0].name
         same = program.types[node.name] == program.types[value]
-        if same and types[node.name] != types[value]:  # what works in place behind it still does not change its operand
+        # What works in place behind it still does not change its operand; one that is not in `types` is a cast of ours.
+        if same and types[node.name] != types.get(value):
             node.update_kwarg("copy", True)
     readers = [user for user in node.users if Cast.of(user) is None]
     if is_call(node, *_LOOKUPS) and _is_half(program.types[node.name]) and readers:

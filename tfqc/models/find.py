@@ -17,7 +17,8 @@ from tfqc.models.spec import ModelSpec
 from tfqc.models.zoo import MODELS
 from tfqc.quiet import quiet_import
 
-_DENOISERS = ("unet", "transformer")  # as pipelines of diffusers call them
+# As pipelines of diffusers call them.
+_DENOISERS = ("unet", "transformer", "unet_2", "transformer_2", "unconditional_transformer", "prior")
 
 
 def builtin_names() -> list[str]:
@@ -45,9 +46,14 @@ def find_model(name: str) -> ModelSpec:
     )
 
 
+def denoisers_in(pipeline: Any) -> list[str]:
+    """What a pipeline calls its denoisers; several where they share the steps (two experts, one for each part)."""
+    return [name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), torch.nn.Module)]
+
+
 def denoiser_in(pipeline: Any) -> str | None:
-    """What a pipeline calls its denoiser; None where it has none."""
-    return next((name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), torch.nn.Module)), None)
+    """What a pipeline calls its denoiser, the first of several; None where it has none."""
+    return next(iter(denoisers_in(pipeline)), None)
 
 
 def from_diffusers(model: Any, name: str | None = None) -> ModelSpec:

@@ -8,6 +8,8 @@ import re
 import torch
 from torch import Tensor
 
+from tfqc.runtime.tensors import bytes_of
+
 _TEXT = re.compile(r"(rows of )?\[([\d, ]*)\] (\w+) (sha256:[0-9a-f]{64})")
 
 
@@ -30,6 +32,5 @@ def has_fixed_value(text: str, value: Tensor) -> bool:
 
 
 def _text(value: Tensor) -> str:
-    flat = value.detach().cpu().contiguous()
-    digest = hashlib.sha256(flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(bytes_of(value).tobytes()).hexdigest()
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} sha256:{digest}"

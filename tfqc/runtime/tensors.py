@@ -29,6 +29,12 @@ _DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """A tensor's bytes in row-major order: a numpy array of uint8; not copied where they lie so on the CPU."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()  # one element may have any stride
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a file: its bytes are `begin` to `end`, counted from the file's first one."""

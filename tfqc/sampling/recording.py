@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +35,19 @@ class Recording:
     scheduler: Any = None
 
     def schedule(self, time: str) -> SamplingSchedule:
-        """The times that the denoiser was called with, under the name of one of its arguments, and the scheduler."""
+        """The times that the denoiser was called with, under the name of one of its arguments, and the scheduler.
+
+        Of a denoiser that shares the scheduler's steps with another one, they are its times alone.
+        """
         times = [_number(call[time]) for call in self.calls]
         met: dict[float, float] = {}
-        before = 0
+        before, passed_by = 0, False
         for timestep, count in self.steps:
             if count > before:
                 met.setdefault(timestep, times[before])
+            passed_by |= count == before
             before = count
-        if self.scheduler is None or not met:
+        if self.scheduler is None or not met or passed_by:
             return SamplingSchedule(tuple(times))
         if all(a == b for a, b in met.items()):
             return SamplingSchedule.of(self.scheduler, steps_of(self.scheduler))
@@ -67,7 +71,38 @@ def record(
         run_denoiser: let it compute what it computes; else it answers with zeros of the right shapes, which it tells on
             the meta device, or by one call where it does not run there.
     """
-    found, own = Recording(), pipeline.scheduler
+    return record_each(pipeline, [denoiser], call, as_set=as_set, run_denoisers=run_denoiser)[0]
+
+
+def record_each(
+    pipeline: Any,
+    denoisers: Sequence[torch.nn.Module],
+    call: Mapping[str, Any],
+    *,
+    as_set: bool = False,
+    run_denoisers: bool = False,
+) -> list[Recording]:
+    """As `record`, of one run of a pipeline that has several: a recording for each."""
+    own = pipeline.scheduler
+    found = [Recording() for _ in denoisers]
+    forwards = [denoiser.forward for denoiser in denoisers]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            pipeline.scheduler = set_to(own, None) if as_set else copy.deepcopy(own)
+            if as_set:
+                pipeline.scheduler.set_timesteps = functools.wraps(own.set_timesteps)(lambda *_, **__: None)
+            pipeline.scheduler.step = _counted(pipeline.scheduler.step, found)
+            for denoiser, recording in zip(denoisers, found, strict=True):
+                denoiser.forward = _recorded(pipeline, denoiser, recording, run_denoisers)
+            pipeline(**call)
+        finally:
+            pipeline.scheduler = own
+            for denoiser, forward in zip(denoisers, forwards, strict=True):
+                _restore(denoiser, forward)
+    return found
+
+
+def _recorded(pipeline: Any, denoiser: torch.nn.Module, found: Recording, run: bool) -> Callable[..., Any]:
     forward = denoiser.forward
     signature = inspect.signature(forward)
     answers: dict[Any, Any] = {}
@@ -79,35 +114,25 @@ def record(
             for patched in ("step", "set_timesteps"):
                 vars(found.scheduler).pop(patched, None)
         found.calls.append(dict(signature.bind(*args, **kwargs).arguments))
-        if run_denoiser:
+        if run:
             return forward(*args, **kwargs)
         key = str(pytree.tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, Tensor) else v, (args, kwargs)))
         if key not in answers:
             answers[key] = _zeros(denoiser, forward, args, kwargs)
         return answers[key]
 
-    with torch.random.fork_rng(devices=[]):
-        try:
-            pipeline.scheduler = set_to(own, None) if as_set else copy.deepcopy(own)
-            if as_set:
-                pipeline.scheduler.set_timesteps = functools.wraps(own.set_timesteps)(lambda *_, **__: None)
-            pipeline.scheduler.step = _counted(pipeline.scheduler.step, found)
-            denoiser.forward = recorded
-            pipeline(**call)
-        finally:
-            pipeline.scheduler = own
-            _restore(denoiser, forward)
-    return found
+    return recorded
 
 
-def _counted(step: Callable[..., Any], found: Recording) -> Callable[..., Any]:
+def _counted(step: Callable[..., Any], found: Sequence[Recording]) -> Callable[..., Any]:
     signature = inspect.signature(step)
 
     @functools.wraps(step)
     def counted(*args: Any, **kwargs: Any) -> Any:
         timestep = signature.bind(*args, **kwargs).arguments.get("timestep")
         if timestep is not None:
-            found.steps.append((_number(timestep), len(found.calls)))
+            for recording in found:
+                recording.steps.append((_number(timestep), len(recording.calls)))
         return step(*args, **kwargs)
 
     return counted

@@ -277,6 +277,7 @@ class Recorder:
             return made
         several = isinstance(made, (list, tuple))
         kept = [t.clone() for t in (made if several else [made])]
+        args = tuple(map(self._with_spare, args))
 
         def call() -> None:
             again = function(*args, **kwargs)
@@ -375,6 +376,12 @@ class Recorder:
                 check_row(name, value, width, batch, self.rows, table=False, request=False)
                 each = value.dim() > 1 and value.shape[0] > 1
                 return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0, _extent(value))
+
+    def _with_spare(self, value: Any) -> Any:
+        """A table with the rows that it has room for: those that are added come to lie there."""
+        if not isinstance(value, Tensor) or (rows := self.spare.get(value.data_ptr())) is None:
+            return value
+        return value.as_strided((rows, *value.shape[1:]), value.stride())
 
     def _limit(self, table: Tensor) -> None:
         if self.arena is not None:

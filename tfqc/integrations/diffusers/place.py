@@ -1,8 +1,9 @@
-"""Putting a compiled denoiser in the place of a pipeline's own."""
+"""Putting compiled denoisers in the places of a pipeline's own."""
 
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +14,57 @@ from diffusers.utils.outputs import BaseOutput
 
 from tfqc.codegen.artifact import read_manifest
 from tfqc.errors import TfqcError
+from tfqc.frontend.unwrap import unwrapped
 from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
-from tfqc.models.find import denoiser_in
+from tfqc.models.find import denoisers_in
 
 
-def denoiser_of(pipe: Any) -> str:
-    """What a pipeline calls its denoiser.
+def denoisers_of(pipe: Any) -> list[str]:
+    """What a pipeline calls its denoisers: one, or two experts that share its steps.
 
     Raises:
         TfqcError: it is no pipeline of diffusers, has no denoiser, or one that is compiled already.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TfqcError(f"A {type(pipe).__name__} is no pipeline of diffusers: give a loaded one, or tfqc.compile it.")
-    part = denoiser_in(pipe)
-    if part is None:
+    parts = denoisers_in(pipe)
+    if not parts:
         raise TfqcError(f"{type(pipe).__name__} has neither a unet nor a transformer to compile.")
-    if isinstance(getattr(pipe, f"{part}_2", None), torch.nn.Module):
-        raise TfqcError(
-            f"{type(pipe).__name__} has two denoisers, {part} and {part}_2: compile each with tfqc.compile, on calls "
-            "of its own."
-        )
-    if isinstance(getattr(pipe, part), TfqcDenoiser):
-        raise TfqcError(f"The {part} of this {type(pipe).__name__} is compiled already: load the pipeline anew.")
-    return part
+    for part in parts:
+        if isinstance(getattr(pipe, part), TfqcDenoiser):
+            raise TfqcError(f"The {part} of this {type(pipe).__name__} is compiled already: load the pipeline anew.")
+    return parts
 
 
 def into(directory: str | Path, pipe: Any) -> Any:
-    """Put a saved artifact of a pipeline's denoiser in its place, and return the pipeline, which is the same object.
+    """Put saved artifacts of a pipeline's denoisers in their places, and return the pipeline, which is the same object.
+
+    Args:
+        directory: the artifact; where the pipeline has several denoisers, one within it for each, under its name.
 
     Raises:
-        TfqcError: the pipeline has no denoiser, or the artifact was compiled from another class of model.
+        TfqcError: the pipeline has no denoiser, or there is no artifact for it.
     """
-    part = denoiser_of(pipe)
-    model, manifest = getattr(pipe, part), read_manifest(directory)
+    parts = denoisers_of(pipe)
+    made = {part: _made(getattr(pipe, part), place_of(directory, part, parts)) for part in parts}
+    pipe.register_modules(**made)
+    return pipe
+
+
+def place_of(directory: str | Path, part: str, parts: Sequence[str]) -> Path:
+    """Where the artifact of one of a pipeline's denoisers lies."""
+    return Path(directory) / part if len(parts) > 1 else Path(directory)
+
+
+def _made(model: Any, directory: Path) -> TfqcDenoiser:
+    model, manifest = unwrapped(model), read_manifest(directory)
     facts = {
         "target": manifest["target"],
         "model_class": _full_name(type(model)),
         "output_class": _full_name(_output_class(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    made = TfqcDenoiser(Path(directory).resolve(), dict(model.config), facts)
-    pipe.register_modules(**{part: made})
-    return pipe
+    return TfqcDenoiser(directory.resolve(), dict(model.config), facts)
 
 
 def _output_class(model: torch.nn.Module) -> type:

@@ -1,4 +1,4 @@
-"""`tfqc.quantize`: the denoiser of a diffusers pipeline compiled and put back, in one line."""
+"""`tfqc.quantize`: the denoisers of a diffusers pipeline compiled and put back, in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from tfqc.driver import compile
 from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import inputs_of
-from tfqc.integrations.diffusers.place import denoiser_of, into
+from tfqc.frontend.unwrap import unwrapped
+from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
 from tfqc.integrations.diffusers.prompts import Prompts, runs_of
 from tfqc.ir.program import Role
 from tfqc.passing.pipeline import Pipeline
 from tfqc.progress import Progress, Silent
-from tfqc.sampling.recording import Recording, record
+from tfqc.sampling.recording import Recording, record_each
 
 
 def quantize(
@@ -43,8 +44,8 @@ def quantize(
 ) -> Any:
     """Compile the denoiser of a diffusers pipeline, put the result in its place, and return the pipeline.
 
-    The pipeline is run for calibration, so text encoders, guidance, scheduler and sizes are its own. Until the new
-    denoiser is ready it is left as it is.
+    The pipeline is run for calibration, so text encoders, guidance, scheduler and sizes are its own. Two denoisers that
+    share its steps are compiled each on the calls that reach it. Until all are ready the pipeline is left as it is.
 
     Args:
         pipe: a loaded pipeline with a `unet` or a `transformer`.
@@ -55,49 +56,64 @@ def quantize(
         call: keyword arguments of the pipeline in every run, such as `height`, `width` and `guidance_scale`.
         strategy, pipeline, plan, dynamic, require_real: as `tfqc.compile` has them.
         seed: of the noise.
-        directory: where the artifact is kept; a temporary one if None (`pipe.save_pretrained` copies it).
+        directory: where the artifact is kept, of several denoisers each under its name; a temporary one if None
+            (`pipe.save_pretrained` copies it).
         progress: told what is done.
 
     Raises:
         TfqcError: what, where, and what to do.
     """
-    part = denoiser_of(pipe)
-    model = getattr(pipe, part)
+    parts = denoisers_of(pipe)
     if directory is not None:
         check_output(directory)
     progress = progress or Silent()
     runs = runs_of(pipe, calibration, _common(pipe, steps, call or {}), seed)
-    calls: list[dict[str, Any]] = []
-    first: Recording | None = None
+    recordings = _recorded(pipe, parts, runs, progress)
+    kept = None if directory is not None else _Temporary()
+    where = kept.path / "artifact" if kept else Path(str(directory))
+    for part, found in recordings.items():
+        model = unwrapped(getattr(pipe, part))
+        calls = [call for recording in found for call in recording.calls]
+        example = {name: value for name, value in calls[0].items() if name != "return_dict"}
+        time = next(item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME)
+        artifact = compile(
+            model,
+            target,
+            schedule=next(recording for recording in found if recording.calls).schedule(time),
+            calibration=calls,
+            pipeline=pipeline,
+            strategy=strategy,
+            plan=plan,
+            example_inputs=example,
+            dynamic=dynamic,
+            seed=seed,
+            progress=progress,
+            require_real=require_real,
+        )
+        artifact.save(place_of(where, part, parts))
+    into(where, pipe)
+    for part in parts:
+        getattr(pipe, part).kept = kept  # as long as the denoiser is
+    return pipe
+
+
+def _recorded(
+    pipe: Any, parts: Sequence[str], runs: Sequence[Mapping[str, Any]], progress: Progress
+) -> dict[str, list[Recording]]:
+    """What each denoiser was called with in each run."""
+    models = [getattr(pipe, part) for part in parts]
+    found: dict[str, list[Recording]] = {part: [] for part in parts}
     with _quiet(pipe):
         for run in progress.track(runs, "running the pipeline for calibration", len(runs)):
-            recording = record(pipe, model, run, run_denoiser=True)
-            if not recording.calls:
-                raise CalibrationError(f"{type(pipe).__name__} did not call its {part}.")
-            first = first or recording
-            calls += recording.calls
-    assert first is not None
-    example = {name: value for name, value in calls[0].items() if name != "return_dict"}
-    time = next(item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME)
-    artifact = compile(
-        model,
-        target,
-        schedule=first.schedule(time),
-        calibration=calls,
-        pipeline=pipeline,
-        strategy=strategy,
-        plan=plan,
-        example_inputs=example,
-        dynamic=dynamic,
-        seed=seed,
-        progress=progress,
-        require_real=require_real,
-    )
-    kept = None if directory is not None else _Temporary()
-    where = artifact.save(kept.path / "artifact" if kept else Path(str(directory)))
-    into(where, pipe)
-    getattr(pipe, part).kept = kept  # as long as the denoiser is
-    return pipe
+            for part, recording in zip(parts, record_each(pipe, models, run, run_denoisers=True), strict=True):
+                found[part].append(recording)
+    for part, recordings in found.items():
+        if not any(recording.calls for recording in recordings):
+            raise CalibrationError(
+                f"{type(pipe).__name__} did not call its {part}: take a number of steps at which it does, or a "
+                f"pipeline without it ({part}=None)."
+            )
+    return found
 
 
 class _Temporary:

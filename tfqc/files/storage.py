@@ -75,8 +75,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             if tensor.numel():
-                flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                file.write(flat)
+                file.write(_bytes(tensor))
 
 
 @contextmanager
@@ -123,6 +122,20 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name: of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(memoryview(_bytes(tensor)))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A tensor's values as bytes, in the order of its dimensions."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _lives(pid: int) -> bool:

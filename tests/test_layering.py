@@ -34,7 +34,7 @@ instruments quant
 calibration lowering
 temporal codegen
 models
-arguments report
+arguments recipe report
 driver
 integrations
 __init__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,10 @@ import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+import tfqc
 from tests.integrations.pipelines import sd
+from tfqc.recipe.recipe import recipe_of
+from tfqc.recipe.schema import json_schema
 
 ROOT = Path(__file__).parents[1]
 READMES = [
@@ -121,6 +125,18 @@ def test_the_example_of_the_ptx_interpreter_runs() -> None:
         r"^```python\n(.*?)^```$", (ROOT / "tests/ptx/README.md").read_text(), re.MULTILINE | re.DOTALL
     )
     exec(compile(code, "tests/ptx/README.md", "exec"), {})
+
+
+def test_the_recipes_do_what_they_say(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    work = tmp_path / "work"
+    work.mkdir()
+    steps = follow(section, work)
+    assert [command.split()[0] for command, _, _ in steps] == ["tfqc", "tfqc", "tfqc", "diff", "tfqc", "tfqc"]
+    for command, wanted, printed in steps:
+        assert agrees(wanted, printed), f"{command} prints\n{printed}"
+    assert tfqc.Recipe.load(work / "again.yaml").resolved == recipe_of(work / "first")
+    assert json.loads((work / "schema.json").read_text()) == json_schema()
 
 
 def test_the_example_of_a_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from tfqc.passing.base import Pass
     from tfqc.passing.context import Context
     from tfqc.passing.pipeline import Pipeline
+    from tfqc.recipe import Recipe
     from tfqc.sampling.data import Calibration
     from tfqc.sampling.schedule import SamplingSchedule
 
 __all__ = [
-    "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "SamplingSchedule", "Target", "TfqcDenoiser",
-    "TfqcError",
+    "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "Recipe", "SamplingSchedule", "Target",
+    "TfqcDenoiser", "TfqcError",
     "capture", "compile", "load", "parse", "quantize", "render",
 ]  # fmt: skip
 
 _HOMES = {
     "Calibration": "tfqc.sampling.data", "Context": "tfqc.passing", "ModelSpec": "tfqc.models.spec",
-    "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir",
+    "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir", "Recipe": "tfqc.recipe",
     "SamplingSchedule": "tfqc.sampling.schedule", "Target": "tfqc.codegen.target", "TfqcError": "tfqc.errors",
     "ModelMixin": "diffusers", "TfqcDenoiser": "tfqc.integrations.diffusers.denoiser",
     "quantize": "tfqc.integrations.diffusers.quantize",

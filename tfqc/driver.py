@@ -30,6 +30,7 @@ from tfqc.codegen.left import MadeBy
 from tfqc.codegen.support import compromised, grouped, refused, remarks_on
 from tfqc.codegen.target import Target
 from tfqc.errors import ArtifactError, CalibrationError, CaptureError, PassError, TfqcError
+from tfqc.files.storage import tensors_hash
 from tfqc.frontend import capture
 from tfqc.frontend.dynamic import DynamicDims, places, read_dynamic
 from tfqc.frontend.inputs import Example, Roles, inputs_of
@@ -47,6 +48,7 @@ from tfqc.passing.pipeline import Pipeline
 from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress, Silent
 from tfqc.quant.plan import is_float
+from tfqc.recipe import Recipe, check_recipe
 from tfqc.runtime import VERSION, Stepper
 from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
@@ -82,6 +84,7 @@ def compile(
     instruments: Sequence[Instrument] | None = None,
     progress: Progress | None = None,
     require_real: bool = False,
+    recipe: Recipe | None = None,
 ) -> Artifact:
     """Compile a denoiser for a target.
 
@@ -105,10 +108,16 @@ def compile(
         progress: told what is done, how far, how long.
         require_real: refuse, before anything is calibrated, products with weights that the target would not run on its
             kernels, in integers.
+        recipe: what the other arguments come from (`tfqc.compile(**recipe)`): kept in the manifest.
 
     Raises:
         TfqcError: what, where, and what to do.
     """
+    if recipe is not None:
+        check_recipe(
+            recipe, model=model, target=target, schedule=schedule, steps=steps, calibration=calibration,
+            pipeline=pipeline, strategy=strategy, plan=plan, dynamic=dynamic, seed=seed, require_real=require_real,
+        )  # fmt: skip
     target = read_target(target)
     backend = target.backend
     if require_real and backend.simulates:
@@ -159,6 +168,7 @@ def compile(
     if isinstance(program.batch, int) and isinstance(context.calibration, Calibration):
         context.calibration = context.calibration.in_batches(program.batch)
     check_weights(program)
+    made_from = None if recipe is None else recipe.facts(tensors_hash(program.tensors))
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()
     instruments = [*([VerifyEach()] if instruments is None else instruments), made]
@@ -172,6 +182,8 @@ def compile(
     program.tables.pop(QuantPlan.table, None)  # it has been carried out
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
+    if made_from is not None:
+        artifact.facts["recipe"] = made_from
     return artifact
 
 

@@ -35,6 +35,10 @@ class SpecError(TfqcError):
     """Text of the form `name{option=value}` that is malformed, or names an unknown option."""
 
 
+class RecipeError(TfqcError):
+    """A recipe that is none, says what cannot be, or is not what was compiled."""
+
+
 class PipelineError(TfqcError):
     """A pipeline that cannot work, found before anything runs."""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tfqc.cli import bisect, caching, comparing, compiling, demo, env, gpu, inspecting, listing, opt, sampling
+from tfqc.cli import bisect, caching, comparing, compiling, demo, env, gpu, inspecting, listing, opt, recipes, sampling
 
 # Threads of torch that wait must not spin: where cores are shared, spinning made sampling four times slower. It is
 # read when torch is loaded, which no command has done yet.
@@ -32,6 +32,7 @@ app.command("inspect")(inspecting.inspect)
 app.command("env")(env.env)
 app.command("gpu-check")(gpu.check)
 app.command("demo")(demo.demo)
+app.add_typer(recipes.app)
 app.add_typer(caching.app)
 
 

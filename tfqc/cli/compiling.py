@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfqc.cli import options
+from tfqc.cli import options, recipes
 from tfqc.cli.keeping import beside, kept_work
 from tfqc.cli.output import guarded, show
 
@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 
 @guarded
 def compile_model(
-    model: Annotated[str, typer.Argument(help="A built-in name, a diffusers folder, or package.module:factory.")],
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Directory of the artifact.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A built-in name, a diffusers folder, or package.module:factory.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe: what the options say, in a file.")] = None,
+    settings: options.Settings = None,
     target: Annotated[str, typer.Option(help="Such as 'fake-quant{weights=4 activations=8}'.")] = "fake-quant",
     pipeline: Annotated[str | None, typer.Option(help="Your own passes: text, or a file of text or YAML.")] = None,
     strategy: Annotated[
@@ -50,10 +55,8 @@ def compile_model(
     """
     import tfqc
     from tfqc.cli.progress import StderrProgress
-    from tfqc.cli.subjects import STEPS
     from tfqc.codegen.artifact import check_output
     from tfqc.models.find import find_model
-    from tfqc.sampling.scheduler import steps_of
 
     check_output(out)
     watchers, timing = options.instruments(
@@ -64,33 +67,41 @@ def compile_model(
         print_after=print_ir_after,
         as_json=as_json,
     )
-    data = calibration_images if calibration is None else options.read_calibration(calibration)
-    own_schedule = None if schedule is None else options.read_schedule(schedule)
-    text = None if pipeline is None else options.read_pipeline(pipeline)
-    parsed = tfqc.Target.parse(target)
+    given: dict[str, Any]
+    if recipe is not None:
+        given = dict(recipes.read(recipe, model, settings or [], context))
+        name = given.pop("model")
+    elif settings:
+        raise typer.BadParameter("--set changes what a recipe says: give --recipe, too.")
+    elif model is None:
+        raise typer.BadParameter("Give a model, or a recipe that names one.")
+    else:
+        name = model
+        given = {
+            "target": tfqc.Target.parse(target),
+            "schedule": None if schedule is None else options.read_schedule(schedule),
+            "steps": steps,
+            "calibration": calibration_images if calibration is None else options.read_calibration(calibration),
+            "pipeline": None if pipeline is None else options.read_pipeline(pipeline),
+            "strategy": strategy, "plan": plan, "dynamic": dynamic, "seed": seed, "require_real": require_real,
+        }  # fmt: skip
     with kept_work(beside(out, "work")) as work, StderrProgress() as progress:
-        spec = find_model(model)
-        if steps is None and steps_of(spec.scheduler) is None:
-            steps = STEPS
-        artifact = tfqc.compile(
-            spec,
-            parsed,
-            schedule=own_schedule,
-            steps=steps if own_schedule or spec.scheduler else None,
-            calibration=data,
-            pipeline=text,
-            strategy=strategy,
-            plan=plan,
-            dynamic=dynamic,
-            seed=seed,
-            workdir=work,
-            instruments=watchers,
-            progress=progress,
-            require_real=require_real,
-        )
+        spec = find_model(name)
+        if recipe is None:
+            given["steps"] = _steps(steps, given["schedule"], spec.scheduler)
+        artifact = tfqc.compile(spec, **given, workdir=work, instruments=watchers, progress=progress)
         artifact.save(out)
     value = _result(artifact, out, timing, spec.model)
     show(value, _text(value), as_json)
+
+
+def _steps(steps: int | None, schedule: Any, scheduler: Any) -> int | None:
+    from tfqc.cli.subjects import STEPS
+    from tfqc.sampling.scheduler import steps_of
+
+    if not (schedule or scheduler):
+        return None
+    return STEPS if steps is None and steps_of(scheduler) is None else steps
 
 
 def _result(artifact: Artifact, out: Path, timing: Timing, model: Any) -> dict[str, Any]:

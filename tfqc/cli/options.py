@@ -40,6 +40,9 @@ Dynamic = Annotated[
     str | None,
     typer.Option(help="Dimensions that may differ from call to call: H,W or H:32..128,W or hidden_states[1]=S."),
 ]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A key of the recipe: steps=30, target.weights=4; null removes one.")
+]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calibration", help="Your own calibration data, as Calibration.save wrote them.")
 ]

@@ -90,6 +90,22 @@ class RemarkFacts(_Strict):
     number: _Count = 0
 
 
+class RecipeEntry(_Strict):
+    """A file that a recipe was read from: its name as it was written, and its hash."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+
+
+class RecipeFacts(_Strict):
+    """What was compiled from a recipe: see `tfqc.recipe.Recipe.facts`."""
+
+    resolved: dict[str, JsonValue]
+    files: list[RecipeEntry]
+    settings: list[str]
+    weights: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+
+
 class Manifest(Listing):
     """A manifest of this version. What a backend adds for itself is kept as it is (JSON).
 
@@ -107,6 +123,7 @@ class Manifest(Listing):
     schedule: ScheduleFacts | None = None
     calibration: CalibrationFacts | None = None
     seed: int = 0
+    recipe: RecipeFacts | None = None
     report: list[str] = []
     remarks: list[RemarkFacts] = []
     versions: dict[str, str] = {}

@@ -123,6 +123,15 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name: of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(memoryview(bytes_of(tensor)))
+    return digest.hexdigest()
+
+
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -168,7 +168,7 @@ def compile(
     if isinstance(program.batch, int) and isinstance(context.calibration, Calibration):
         context.calibration = context.calibration.in_batches(program.batch)
     check_weights(program)
-    made_from = None if recipe is None else recipe.facts(tensors_hash(program.tensors))
+    made_from = None if recipe is None else recipe.facts(tensors_hash(program.tensors.items()))
     _rehearse(passes, program, context, target, require_real)
     made = MadeBy()
     instruments = [*([VerifyEach()] if instruments is None else instruments), made]

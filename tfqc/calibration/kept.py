@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tfqc.calibration.observers.base import Observer, State
-from tfqc.calibration.trajectories import tensors_hash
 from tfqc.errors import CalibrationError
-from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.files.storage import read_tensors, tensors_hash, write_tensors
 
 Wish = tuple[str, str, str]  # key of what was run, name of the value, key of the observer
 MOST = 1 << 30  # bytes: what is larger is sooner measured again than read

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tfqc.calibration.trajectories import tensors_hash
 from tfqc.errors import CalibrationError
-from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.files.storage import read_tensors, tensors_hash, write_tensors
 
 
 class Rounded:

@@ -8,8 +8,7 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ import torch
 from torch import Tensor
 
 from tfqc.errors import CalibrationError
-from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.files.storage import read_tensors, tensors_hash, write_tensors
 from tfqc.ir.program import Program, Role
 from tfqc.passing.context import Context
 from tfqc.runtime.cache import private_directory, used_now
 from tfqc.runtime.outputs import prediction_of
 from tfqc.runtime.plan import as_time
 from tfqc.runtime.pruning import prune
-from tfqc.runtime.tensors import bytes_of
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.loop import sample
 from tfqc.sampling.schedule import nearest
@@ -211,17 +209,3 @@ def _key(program: Program, calibration: Calibration, schedule: str) -> str:
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
     return model_key(program, facts, [("latents", calibration.latents), *own])
-
-
-def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of every byte, with names, dtypes and shapes, in the order of names: SHA-256, several tensors at once."""
-    items = sorted(tensors, key=lambda item: item[0])
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        for (name, tensor), each in zip(items, pool.map(lambda item: _bytes_hash(item[1]), items), strict=True):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {each}\n".encode())
-    return digest.hexdigest()
-
-
-def _bytes_hash(tensor: Tensor) -> str:
-    return hashlib.sha256(bytes_of(tensor) if tensor.numel() else b"").hexdigest()

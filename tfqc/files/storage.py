@@ -8,10 +8,12 @@ import os
 import re
 import stat
 from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -123,13 +125,18 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors by name: of names, dtypes, shapes and values."""
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of every byte of tensors, with names, dtypes and shapes, in the order of names; several at once."""
+    items = sorted(tensors, key=lambda item: item[0])
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(memoryview(bytes_of(tensor)))
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for (name, tensor), each in zip(items, pool.map(lambda item: _values_hash(item[1]), items), strict=True):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {each}\n".encode())
     return digest.hexdigest()
+
+
+def _values_hash(tensor: Tensor) -> str:
+    return hashlib.sha256(bytes_of(tensor) if tensor.numel() else b"").hexdigest()
 
 
 def _lives(pid: int) -> bool:

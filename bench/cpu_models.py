@@ -198,7 +198,8 @@ class Flat(torch.nn.Module):
 
 
 def random_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights for a model on the meta device: scaled by fan-in, so that activations stay near 1; norms scale by 1."""
+    """Weights for a model on the meta device: scaled by fan-in, so that activations stay near 1; norms scale by 1.
+    Buffers that are saved come as they are."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in model.named_parameters():
         value = torch.empty(parameter.shape)
@@ -206,6 +207,8 @@ def random_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value.normal_(std=1 / math.sqrt(value[0].numel()), generator=generator)
         else:
             yield name, value.fill_(1.0) if name.endswith("weight") else value.normal_(std=0.02, generator=generator)
+    kept = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def save_shards(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from tfqc.cli import bisect, caching, comparing, compiling, demo, env, gpu, inspecting, listing, opt, recipes, sampling
+from tfqc.cli import (
+    bisect,
+    caching,
+    comparing,
+    compiling,
+    demo,
+    env,
+    exporting,
+    gpu,
+    inspecting,
+    listing,
+    opt,
+    recipes,
+    sampling,
+)
 
 # Threads of torch that wait must not spin: where cores are shared, spinning made sampling four times slower. It is
 # read when torch is loaded, which no command has done yet.
@@ -23,6 +37,7 @@ app = typer.Typer(
 app.command("compile")(compiling.compile_model)
 app.command("sample")(sampling.sample)
 app.command("compare")(comparing.compare)
+app.command("export")(exporting.export)
 app.command("opt")(opt.opt)
 app.command("bisect")(bisect.bisect)
 app.command("passes")(listing.passes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, fx
@@ -26,6 +27,7 @@ from tfqc.ir.data import (
 from tfqc.ir.infer import infer_type
 from tfqc.ir.interpret import interpreter
 from tfqc.ir.ops import op_name, works_in_place
+from tfqc.ir.pt2 import save_pt2
 from tfqc.ir.render import render
 from tfqc.ir.rows import RowSource
 from tfqc.ir.schema import check_call
@@ -186,6 +188,10 @@ class Program(ProgramData):
             self.guards,
             self.outputs,
         )
+
+    def save_pt2(self, path: str | Path) -> None:
+        """Write a `.pt2` file, which torch.export.load reads without tfqc: see `tfqc.ir.pt2.save_pt2`."""
+        save_pt2(self, Path(path))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The reference interpretation: the captured model's inputs in, its outputs out, at every stage."""

@@ -22,8 +22,8 @@ from tfqc.recipe.schema import json_schema
 
 ROOT = Path(__file__).parents[1]
 READMES = [
-    "README.md", "CONTRIBUTING.md", "tfqc/README.md", "tfqc/ir/README.md", "tfqc/runtime/README.md", "passes/README.md",
-    "backends/README.md", "tests/ptx/README.md", "bench/README.md",
+    "README.md", "CONTRIBUTING.md", "tfqc/README.md", "tfqc/ir/README.md", "tfqc/runtime/README.md",
+    "tfqc/integrations/README.md", "passes/README.md", "backends/README.md", "tests/ptx/README.md", "bench/README.md",
 ]  # fmt: skip
 TREES = ("tfqc", "passes", "backends", "tests", "bench")
 MADE = {"model.py", "kernels.cpp", "kernels.cu", "program.ir", "remarks.json", "00-capture.ir"}  # what commands write
@@ -153,3 +153,13 @@ def test_the_example_of_a_pipeline_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert names["image"].size == (16, 16)  # pyright: ignore[reportAttributeAccessIssue]
     loaded = DiffusionPipeline.from_pretrained("sd-int8")
     assert type(loaded.unet).__name__ == "TfqcDenoiser"
+
+
+def test_the_example_of_loading_quantized_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "tfqc/integrations/README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    sd(tmp_path).save_pretrained(tmp_path / "sd-folder")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    loaded = DiffusionPipeline.from_pretrained("sd-small")
+    assert type(loaded.unet.conv_in).__name__ == "Int8Conv2d"

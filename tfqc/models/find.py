@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from tfqc.quiet import quiet_import
 
 # As pipelines of diffusers call them.
 _DENOISERS = ("unet", "transformer", "unet_2", "transformer_2", "unconditional_transformer", "prior")
+_CHECKPOINTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".sft")
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# diffusion_pytorch_model.fp16.safetensors, and the index of such a file in parts.
+_VARIANT = re.compile(
+    r"diffusion_pytorch_model\.(?:(?:safetensors|bin)\.index\.(\w+)\.json|(\w+)\.(?:safetensors|bin))"
+)
+_PLAIN = re.compile(r"diffusion_pytorch_model(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
 def builtin_names() -> list[str]:
@@ -38,12 +46,37 @@ def find_model(name: str) -> ModelSpec:
         return MODELS[name]()
     if Path(name).is_dir():
         return _from_folder(Path(name))
+    if advice := _advice(name):
+        raise CaptureError(advice)
     if ":" in name:
         return _from_factory(name)
     raise CaptureError(
         f"There is no model {name!r}: give a built-in name, a diffusers folder, or package.module:factory."
         + suggest(name, list(MODELS))
     )
+
+
+def _advice(name: str) -> str:
+    """What to do with what other tools take for a model; empty where it is nothing of the kind."""
+    suffix = Path(name).suffix.lower()
+    if suffix == ".gguf":
+        return (
+            f"{name} is a GGUF file, whose weights are quantized already: take the model's own weights, as a diffusers "
+            "folder, or load it with diffusers (from_single_file with a GGUFQuantizationConfig), call "
+            "model.dequantize(), and give tfqc.compile the model."
+        )
+    if suffix in _CHECKPOINTS:
+        return (
+            f"{name} is a checkpoint in a single file, which does not say what model it is of: load it with its "
+            "pipeline (StableDiffusionXLPipeline.from_single_file(...)), and give that to tfqc.quantize or "
+            "tfqc.compile, or the folder that its save_pretrained writes."
+        )
+    if _HUB_ID.fullmatch(name):
+        return (
+            f"There is no folder {name}; if it is a model of a hub, nothing is downloaded from here: "
+            f"`hf download {name} --local-dir FOLDER`, and give the folder."
+        )
+    return ""
 
 
 def denoisers_in(pipeline: Any) -> list[str]:
@@ -81,7 +114,12 @@ def _from_folder(folder: Path) -> ModelSpec:
             cls = getattr(diffusers, config["_class_name"], None)
         if cls is None:
             raise CaptureError(f"{part} is a {config['_class_name']}, which this diffusers does not know.")
-        return cls.from_pretrained(part) if default == "config.json" else cls.from_config(config)
+        if default != "config.json":
+            return cls.from_config(config)
+        try:
+            return cls.from_pretrained(part, variant=_variant_in(part))
+        except OSError as error:  # files of weights that are not there, or not whole
+            raise CaptureError(f"{part} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}.") from error
 
     scheduler = None
     if (folder / "scheduler" / "scheduler_config.json").is_file():
@@ -91,6 +129,24 @@ def _from_folder(folder: Path) -> ModelSpec:
             model = load(part, "config.json")
             return ModelSpec(folder.name, model, example_inputs(model), scheduler)
     raise CaptureError(f"{folder} is no diffusers folder: it has no config.json, no unet/ and no transformer/.")
+
+
+def _variant_in(folder: Path) -> str | None:
+    """What is between a weight file's name and its suffix (`fp16`) in a folder that holds no other weights.
+
+    Raises:
+        CaptureError: there are several variants, and no f16 or bf16 among them.
+    """
+    names = [file.name for file in folder.iterdir()]
+    found = {part for name in names if (match := _VARIANT.fullmatch(name)) for part in match.groups() if part}
+    if not found or any(map(_PLAIN.fullmatch, names)):
+        return None
+    usual = [variant for variant in ("fp16", "bf16") if variant in found]
+    if len(found) > 1 and not usual:
+        raise CaptureError(
+            f"{folder} holds weights in several variants ({', '.join(sorted(found))}): keep one of them."
+        )
+    return usual[0] if usual else found.pop()
 
 
 def _from_factory(name: str) -> ModelSpec:

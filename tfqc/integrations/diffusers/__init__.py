@@ -1,1 +1,7 @@
-"""Compiled denoisers in diffusers' pipelines."""
+"""Compiled and quantized denoisers in diffusers' pipelines."""
+
+from __future__ import annotations
+
+from tfqc.integrations.diffusers.mixin import TfqcConfig, register
+
+__all__ = ["TfqcConfig", "register"]

@@ -18,6 +18,7 @@ from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import inputs_of
 from tfqc.frontend.unwrap import unwrapped
+from tfqc.integrations.diffusers.layers import restored
 from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
 from tfqc.integrations.diffusers.prompts import Prompts, runs_of
 from tfqc.ir.program import Role
@@ -72,7 +73,7 @@ def quantize(
     kept = None if directory is not None else _Temporary()
     where = kept.path / "artifact" if kept else Path(str(directory))
     for part, found in recordings.items():
-        model = unwrapped(getattr(pipe, part))
+        model = restored(unwrapped(getattr(pipe, part)))
         calls = [call for recording in found for call in recording.calls]
         example = {name: value for name, value in calls[0].items() if name != "return_dict"}
         time = next(item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME)

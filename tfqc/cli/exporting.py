@@ -37,5 +37,6 @@ def export(
         program = tfqc.capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=spec.dynamic)
         program = tfqc.Pipeline.parse("normalize").run(program)
     program.save_pt2(out)
-    value = {"file": str(out), "bytes": out.stat().st_size, "stage": str(program.stage), "arguments": program.arguments}
-    show(value, f"{out}: {size(value['bytes'])}, {program.model}, {program.stage}", as_json)
+    count, stage = out.stat().st_size, str(program.stage)
+    value = {"file": str(out), "bytes": count, "stage": stage, "arguments": program.arguments}
+    show(value, f"{out}: {size(count)}, {program.model}, {stage}", as_json)

@@ -276,6 +276,7 @@ class Recorder:
         if self.arena is None:
             return made
         several = isinstance(made, (list, tuple))
+        args = tuple(map(self._with_spare_rows, args))
         kept = [t.clone() for t in (made if several else [made])]
 
         def call() -> None:
@@ -375,6 +376,13 @@ class Recorder:
                 check_row(name, value, width, batch, self.rows, table=False, request=False)
                 each = value.dim() > 1 and value.shape[0] > 1
                 return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0, _extent(value))
+
+    def _with_spare_rows(self, operand: Any) -> Any:
+        """A table with the rows that it has room for, as later calls may read them."""
+        if not isinstance(operand, Tensor) or operand.data_ptr() not in self.spare:
+            return operand
+        self._limit(operand)
+        return operand.as_strided((self.spare[operand.data_ptr()], *operand.shape[1:]), operand.stride())
 
     def _limit(self, table: Tensor) -> None:
         if self.arena is not None:

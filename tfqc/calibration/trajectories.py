@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tfqc.errors import CalibrationError
 from tfqc.files.storage import read_tensors, write_tensors
-from tfqc.ir.program import Program, Role
+from tfqc.ir.program import Input, Program, Role
 from tfqc.passing.context import Context
 from tfqc.runtime.cache import private_directory, used_now
 from tfqc.runtime.outputs import prediction_of
@@ -33,25 +33,45 @@ from tfqc.sampling.schedule import nearest
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """What the network was called with for a batch of images: `samples` [T, rows, ...], request inputs [rows, ...]."""
+    """What the network was called with for a batch of images: `samples` [T, rows, ...], request inputs [rows, ...], and
+    by path the times that are multiples of the step's (`Calibration.following`)."""
 
     timesteps: tuple[float, ...]
     samples: Tensor
     request: Mapping[str, Tensor]
+    following: Mapping[str, Tensor]
 
     def calls(self, program: Program) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(position in the schedule, inputs of @step by name) of each network call."""
-        time = program.input(Role.TIME)[0].name
         noisy = program.input(Role.SAMPLE)[0].name
         for step, t in enumerate(self.timesteps):
-            rows = timestep_tensor(program, [t]).expand(self.samples.shape[1])
-            yield step, {noisy: self.samples[step], time: rows, **self.request}
+            times = {
+                i.name: timestep_tensor(program, [t]).expand(self.samples.shape[1]) for i in program.input(Role.TIME)
+            }
+            times |= followed(program, self.following, t, self.samples.shape[1])
+            yield step, {noisy: self.samples[step], **times, **self.request}
 
 
 def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
     """Timesteps [T] in the dtype with which the model was captured; float32 where that is integer and they are not."""
     t, dtype = torch.tensor(timesteps, dtype=torch.float32), program.input(Role.TIME)[0].type.dtype
     return t if not dtype.is_floating_point and bool((t != t.round()).any()) else t.to(dtype)
+
+
+def followed(program: Program, following: Mapping[str, Tensor], t: float, images: int) -> dict[str, Tensor]:
+    """Times beside the step's, by input name: multiples of it."""
+    found: dict[str, Tensor] = {}
+    for item in program.input(Role.SAMPLE)[1:]:
+        if (factor := following.get(".".join(item.path))) is not None:
+            value = (factor * t).to(item.type.dtype)
+            found[item.name] = value.expand(images, *value.shape[1:]) if item.type.shape[:1] == ("B",) else value
+    return found
+
+
+def given_once(program: Program, following: Iterable[str]) -> dict[str, Input]:
+    """Inputs by path that calibration holds for all steps: of requests, and samples beside the one that is denoised."""
+    held = [*program.input(Role.REQUEST), *program.input(Role.SAMPLE)[1:]]
+    return {path: i for i in held if (path := ".".join(i.path)) not in {*following}}
 
 
 class Trajectories:
@@ -110,7 +130,7 @@ class Trajectories:
         if self._cached:
             used_now(path)
         samples = tensors.pop("samples")
-        return TrajectoryBatch(self._schedule.timesteps, samples, tensors)
+        return TrajectoryBatch(self._schedule.timesteps, samples, tensors, self._calibration.following)
 
     def sample(
         self, number: int, network: Callable[..., Any] | None = None, before: Callable[[int | None], Any] | None = None
@@ -129,7 +149,7 @@ class Trajectories:
         rows = slice(number * calibration.batch_size, (number + 1) * calibration.batch_size)
         position = {t: step for step, t in enumerate(schedule.timesteps)}
         seen: dict[float, Tensor] = {}
-        wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
+        wanted = given_once(program, calibration.following)
         request: dict[str, Tensor] = {}
 
         def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
@@ -142,8 +162,10 @@ class Trajectories:
             request.update({item.name: conditions[k].to(item.type.dtype) for k, item in wanted.items()})
             seen.setdefault(time, x)  # samplers of higher order visit a timestep twice
             given = {item.path: conditions[k] for k, item in wanted.items()}
-            noisy, clock = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
-            result = (network or program)(**nested({noisy: x, clock: t, **given}))
+            times = {i.path: t for i in program.input(Role.TIME)}
+            others = followed(program, calibration.following, time, len(x))
+            times |= {i.path: others[i.name] for i in program.inputs if i.name in others}
+            result = (network or program)(**nested({program.input(Role.SAMPLE)[0].path: x, **times, **given}))
             output = prediction_of(result, x)
             if not bool(torch.isfinite(output).all()):
                 raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {time:g}.")
@@ -167,7 +189,7 @@ class Trajectories:
         write_tensors(self.path(number), tensors, {"sha256": tensors_hash(tensors.items())})
         if self._cached and number == len(self) - 1:
             prune()
-        return TrajectoryBatch(schedule.timesteps, samples, request)
+        return TrajectoryBatch(schedule.timesteps, samples, request, calibration.following)
 
 
 def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -198,6 +220,7 @@ def _key(program: Program, calibration: Calibration, schedule: str) -> str:
     """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
     facts = [schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
+    parts |= {"following": calibration.following}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
     return model_key(program, facts, [("latents", calibration.latents), *own])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ class FixedWarning(UserWarning):
     """A model's code fixes how many images it takes at once, or decides by the values of an input."""
 
 
+_MULTIPLE = re.compile(r"B % (\d+) == 0")
+
+
 @dataclass(frozen=True)
 class Example:
     """A model and the call that it is captured from: `arguments` and `dims` as `prepare` gives them, `flat` the tensors
@@ -48,7 +52,8 @@ def program_of(its: Example, export: Export) -> Program:
     """The program of a model, for any number of images and all values of its inputs if its code allows that.
 
     Where code decides by the values of request inputs, those of the example become constants of the program. Where it
-    fixes the batch, the program takes as many images at once as the example has.
+    fixes the batch, the program takes as many images at once as the example has; where these are not computed alike,
+    multiples of a number that the code knows.
 
     Raises:
         CaptureError: the model cannot be exported so either.
@@ -62,6 +67,8 @@ def program_of(its: Example, export: Export) -> Program:
         try:
             program = _of_one_batch(its, export, [*decided])
         except CaptureError as second:
+            with suppress(CaptureError):  # whole videos, where the batch is their frames
+                return _of_any_batch(its, export, multiples=True)
             if others := [path for path in found if path not in requests]:
                 raise CaptureError(
                     f"{its.name} decides at {found[others[0]]} by the values of {'.'.join(others[0])}, which differ "
@@ -78,7 +85,7 @@ def program_of(its: Example, export: Export) -> Program:
         return program
 
 
-def _of_any_batch(its: Example, export: Export) -> Program:
+def _of_any_batch(its: Example, export: Export, multiples: bool = False) -> Program:
     dims = {path: dict(own) for path, own in its.dims.items()}
     exported, returned = export(its.model, its.arguments, dims)
     shared = shared_by_all(exported, its.inputs, dims)
@@ -90,9 +97,11 @@ def _of_any_batch(its: Example, export: Export) -> Program:
     if any(shared.values()):
         given = {path: its.flat[path] for path, fixed in shared.items() if fixed}
         exported, returned = export(its.model, replaced(its.arguments, given), dims)
-    program = build_program(its.model, exported, returned, its.inputs, dims, its.name)
+    program = build_program(its.model, exported, returned, its.inputs, dims, its.name, multiples)
+    found = [match for guard in program.guards if (match := _MULTIPLE.fullmatch(guard))] if multiples else []
+    each = int(found[0][1]) if found else 1
     for guard in program.guards:
-        if any(not holds(guard, program.symbols | {"B": images}) for images in (1, 2, 3, 4, 8)):
+        if any(not holds(guard, program.symbols | {"B": each * images}) for images in (1, 2, 3, 4, 8)):
             raise CaptureError(f"{its.name} cannot be captured for every B: its code depends on {guard}.")
     return program
 
@@ -101,10 +110,20 @@ def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program
     dims = {path: {d: symbol for d, symbol in own.items() if symbol != "B"} for path, own in its.dims.items()}
     tensors = {i.path: _at(its.arguments, i.path) for i in its.inputs}
     values = {path: tensors[path] for path in decided}
-    with fixed_inputs(its.model, values) if values else nullcontext():
-        exported, returned = export(its.model, its.arguments, dims)
     inputs = [i for i in its.inputs if i.path not in values]
-    program = build_program(its.model, exported, returned, inputs, dims, its.name)
+
+    def made() -> Program:
+        exported, returned = export(its.model, its.arguments, dims)
+        return build_program(its.model, exported, returned, inputs, dims, its.name)
+
+    try:
+        with fixed_inputs(its.model, values) if values else nullcontext():
+            program = made()
+    except CaptureError:
+        if values:
+            raise
+        with fixed_inputs(its.model, {}):  # code may decide by the values of what it makes of sizes
+            program = made()
     program.constants = {path: fixed_value(value) for path, value in values.items()}
     check_alike(its.model, its.arguments, tensors, its.inputs, values)
     return program

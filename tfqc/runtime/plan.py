@@ -14,7 +14,8 @@ import torch
 class Input:
     """One tensor of a call: where it stands in it (`path`), its dtype, and its shape in numbers and symbols.
 
-    `role` is what changes it: every step (`sample`, `time`) or every image (`request`).
+    `role` is what changes it: every step (`sample`, `time`) or every image (`request`). Times of tokens or frames are
+    samples, too: only one that is a number for each image is `time`.
     """
 
     name: str
@@ -73,9 +74,9 @@ class Plan:
         return next(i for i in self.inputs if i.role == "sample")
 
     @property
-    def time(self) -> Input:
-        """The timestep."""
-        return next(i for i in self.inputs if i.role == "time")
+    def time(self) -> Input | None:
+        """The timestep; None for a model that is told none."""
+        return next((i for i in self.inputs if i.role == "time"), None)
 
 
 class UnknownTimestepWarning(UserWarning):

@@ -78,11 +78,11 @@ def quantize(
             calls += recording.calls
     assert first is not None
     example = {name: value for name, value in calls[0].items() if name != "return_dict"}
-    time = next(item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME)
+    time = next((item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME), None)
     artifact = compile(
         model,
         target,
-        schedule=first.schedule(time),
+        schedule=None if time is None else first.schedule(time),
         calibration=calls,
         pipeline=pipeline,
         strategy=strategy,

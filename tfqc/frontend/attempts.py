@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tfqc.frontend.build import build_program
 from tfqc.frontend.constants import fixed_inputs
 from tfqc.frontend.deciding import deciding_inputs
 from tfqc.frontend.export import Returned, shared_by_all, source_of
-from tfqc.frontend.inputs import replaced
+from tfqc.frontend.inputs import images_of, replaced
 from tfqc.ir.dims import holds
 from tfqc.ir.program import Input, Program, Role
 from tfqc.runtime import fixed_value
@@ -65,7 +65,7 @@ def program_of(its: Example, export: Export) -> Program:
         requests = {i.path for i in its.inputs if i.role is Role.REQUEST}
         decided = {path: line for path, line in found.items() if path in requests}
         try:
-            program = _of_one_batch(its, export, [*decided])
+            program = _of_examples_batch(its, export, [*decided])
         except CaptureError as second:
             with suppress(CaptureError):  # whole videos, where the batch is their frames
                 return _of_any_batch(its, export, multiples=True)
@@ -80,7 +80,8 @@ def program_of(its: Example, export: Export) -> Program:
             f"{'.'.join(path)} has one value for good, by which {line} decides" for path, line in decided.items()
         ]
         if isinstance(program.batch, int):
-            reasons.append(f"{program.batch} images are computed at once, other numbers so many at a time")
+            its_images = "1 image is" if program.batch == 1 else f"{program.batch} images are"
+            reasons.append(f"{its_images} computed at once, other numbers so many at a time")
         warnings.warn(f"{its.name}: {'; '.join(reasons)} ({error})", FixedWarning, stacklevel=3)
         return program
 
@@ -104,6 +105,18 @@ def _of_any_batch(its: Example, export: Export, multiples: bool = False) -> Prog
         if any(not holds(guard, program.symbols | {"B": each * images}) for images in (1, 2, 3, 4, 8)):
             raise CaptureError(f"{its.name} cannot be captured for every B: its code depends on {guard}.")
     return program
+
+
+def _of_examples_batch(its: Example, export: Export, decided: list[Place]) -> Program:
+    """With the example twice, where it is of one image; where code takes no more than one, with that one."""
+    try:
+        return _of_one_batch(its, export, decided)
+    except CaptureError:
+        if images_of(its.inputs, its.flat) != 1:
+            raise
+        once = {i.path: its.flat[i.path].detach() for i in its.inputs if i.role is not Role.TIME}
+        times = {i.path: _at(its.arguments, i.path)[:1] for i in its.inputs if i.role is Role.TIME}
+        return _of_one_batch(replace(its, arguments=replaced(its.arguments, once | times)), export, decided)
 
 
 def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program:

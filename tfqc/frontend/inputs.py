@@ -139,6 +139,23 @@ def constants_of(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[t
     return found
 
 
+def for_each_image(constants: Mapping[tuple[str, ...], Constant], images: int) -> dict[tuple[str, ...], Constant]:
+    """Constants of a list that says the same of every image, once: `img_shapes.0.1`, `img_shapes.1.1` are
+    `img_shapes.*.1`, for any number of images."""
+    found = dict(constants)
+    for argument in {path[0] for path in constants}:
+        own = {path: value for path, value in constants.items() if path[0] == argument}
+        entries: dict[str, dict[tuple[str, ...], Constant]] = {}
+        for path, value in own.items():
+            entries.setdefault(path[1] if len(path) > 1 else "", {})[path[2:]] = value
+        first = entries.get("0")
+        listed = [*entries] == [str(i) for i in range(images)] and all(own_ == first for own_ in entries.values())
+        if first and listed and (images > 1 or () not in first):
+            found = {path: value for path, value in found.items() if path[0] != argument}
+            found |= {(argument, "*", *rest): value for rest, value in first.items()}
+    return found
+
+
 def assign_roles(
     flat: Mapping[tuple[str, ...], Tensor], roles: Mapping[str, str], domains: Mapping[str, int]
 ) -> list[Input]:
@@ -184,6 +201,11 @@ def assign_roles(
 
 def _images(flat: Mapping[tuple[str, ...], Tensor], samples: Sequence[tuple[str, ...]]) -> int:
     return flat[samples[0]].shape[0] if samples and flat[samples[0]].dim() else 1
+
+
+def images_of(inputs: Sequence[Input], flat: Mapping[tuple[str, ...], Tensor]) -> int:
+    """How many images an example has."""
+    return _images(flat, [i.path for i in inputs if i.role is Role.SAMPLE])
 
 
 def _is_time(value: Tensor, images: int) -> bool:

@@ -30,7 +30,7 @@ SECONDS = 600
 
 
 def main() -> None:
-    """Compute what is missing, and write the table."""
+    """Compute what is missing, and write the table after each class."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(DENOISERS), help="compute these anew")
     parser.add_argument("--one", choices=list(DENOISERS), help=argparse.SUPPRESS)
@@ -46,7 +46,7 @@ def main() -> None:
         results[name] = in_a_process(name)
         print(name, row(name, results[name]), flush=True)
         RESULTS.write_text(json.dumps({n: asdict(results[n]) for n in DENOISERS if n in results}, indent=1) + "\n")
-    write(table({name: results[name] for name in DENOISERS}))
+        write(table({n: results[n] for n in DENOISERS if n in results}))
 
 
 def in_a_process(name: str) -> Walk:

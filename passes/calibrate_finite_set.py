@@ -86,6 +86,8 @@ class CalibrateFiniteSet(Pass):
     def _of_block(self, program: Program, ctx: Context, nodes: list[fx.Node]) -> dict[str, tuple[Tensor, Tensor]]:
         """Least and greatest values of what the block's linears and convolutions read, by the value's name."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
+        if not nodes:
+            return found
         read = {n.name: n.all_input_nodes[0] for n in nodes}
         run = tib_run(program, ctx)
 

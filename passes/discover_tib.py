@@ -20,7 +20,8 @@ class DiscoverTib(Pass):
     """Find the temporal features by data flow, and everything that computes them.
 
     A temporal feature depends on the timestep, not on the sample, and is read by something that depends on the
-    sample. It has one row for each batch entry; a value that has not is passed over for the ones it is made from.
+    sample. It has one row for each batch entry; a value that has not is passed over for the ones it is made from. A
+    program without a time has none.
     """
 
     name: ClassVar[str] = "discover-tib"
@@ -32,7 +33,11 @@ class DiscoverTib(Pass):
         """Provide the tables `binding` and `tib`."""
         roles = binding_times(program)
         features = temporal_features(program, roles)
-        if not features:
+        if others := [i.name for i in program.input(Role.SAMPLE)[1:]]:
+            ctx.remark("step-inputs", names=", ".join(others))
+        if not program.input(Role.TIME):
+            ctx.remark("timeless", model=program.model)
+        elif not features:
             time = program.input(Role.TIME)[0].name
             raise PassError(
                 f"No value that depends on %{time} is read by one that depends on the sample: {program.model} has no "
@@ -48,7 +53,8 @@ class DiscoverTib(Pass):
         program.set_table(BindingTime, binding_table(program))
         program.set_table(Tib, {name: tib[name] for name in order})
         steps = sum(Role.REQUEST not in roles[n.name] for n in features)
-        ctx.remark("features", features=len(features), compile_time=steps, per_request=len(features) - steps)
+        if features:
+            ctx.remark("features", features=len(features), compile_time=steps, per_request=len(features) - steps)
 
 
 def temporal_features(program: Program, roles: dict[str, frozenset[Role]]) -> list[fx.Node]:

@@ -59,6 +59,10 @@ class MeasureDisturbance(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Provide `disturbance` and `trajectory` (empty unless asked for)."""
         timesteps = ctx.need_schedule().timesteps
+        if not any(row.part == "feature" for row in program.table(Tib).values()):
+            program.set_table(Disturbance, {})
+            program.set_table(Trajectory, {})
+            return
         run = tib_run(program, ctx)
         if ctx.rehearsal:
             self._rehearse(program, run.names, timesteps)

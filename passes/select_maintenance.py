@@ -66,7 +66,8 @@ class SelectMaintenance(Pass):
         for row in chosen.values():
             for strategy in set(row.strategy):
                 counts[strategy] = counts.get(strategy, 0) + 1
-        ctx.remark("maintenance", **counts)
+        if counts:
+            ctx.remark("maintenance", **counts)
 
     def _choose(self, program: Program, features: list[str]) -> dict[str, Maintenance]:
         disturbance = program.table(Disturbance)
@@ -82,6 +83,8 @@ class SelectMaintenance(Pass):
                 return [1 - c for c in row.cosine[strategy]]
             return list(row.relative_l2[strategy])
 
+        if not features:
+            return {}
         steps = range(len(next(iter(disturbance.values())).timesteps))
         match self.granularity:
             case "feature" if self.budget is not None:

@@ -280,7 +280,7 @@ def in_place() -> Example:
 
 
 def timeless() -> Example:
-    """Not in `MODELS`: it cannot be captured."""
+    """Not in `MODELS`: it has no time, so no temporal features."""
     return _seeded(Timeless), {"x": _noise(2, 6)}
 
 

@@ -54,6 +54,7 @@ from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
 from tfqc.sampling.scheduler import is_scheduler
+from tfqc.sampling.unsampled import without_sampler
 from tfqc.version import __version__
 
 CalibrationData = Calibration | ModelCalls | Mapping[str, Any] | Tensor | int | None
@@ -131,12 +132,15 @@ def compile(
     data = read_calibration(calibration)
     own_schedule = read_schedule(schedule, steps)
     spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles, dynamic)
-    if own_schedule is None and steps is None and spec is not None and isinstance(data, ModelCalls):
-        own_schedule = SamplingSchedule(data.times(spec.time_name()))
+    told = _sample_and_time(model if isinstance(model, Program) else spec)
+    if own_schedule is None and steps is None and spec is not None and isinstance(data, ModelCalls) and told[2]:
+        own_schedule = SamplingSchedule(data.times(told[2]))
     own_schedule, not_recorded = _schedule(model, spec, own_schedule, steps)
+    drawn = _calibration(spec, data, seed)
+    own_schedule, calibrated_on = without_sampler(*told, own_schedule, drawn)
     context = Context(
         schedule=own_schedule,
-        calibration=_calibration(spec, data, seed),
+        calibration=calibrated_on,
         seed=seed,
         workdir=None if workdir is None else Path(workdir),
         progress=progress or Silent(),
@@ -144,8 +148,8 @@ def compile(
     )
     context.remarks += backend.remarks(target.options)
     if not_recorded:
-        told = {"pipeline": type(model).__name__, "why": not_recorded}
-        context.remarks.append(Remark("compile", "times-not-recorded", "", told))
+        why = {"pipeline": type(model).__name__, "why": not_recorded}
+        context.remarks.append(Remark("compile", "times-not-recorded", "", why))
     if spec is not None and spec.conditions_are_random and not isinstance(data, (Calibration, ModelCalls)):
         context.remarks.append(Remark("compile", "random-conditions"))
     # Everything that can be refused is refused before the model is captured.
@@ -160,13 +164,14 @@ def compile(
         program = capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=spec.dynamic)
         shared = {".".join(i.path) for i in program.input(Role.REQUEST) if i.type.shape[:1] != ("B",)}
         if not shared.isdisjoint(context.calibration.cond if context.calibration else ()):
-            context.calibration = _calibration(replace(spec, shared=frozenset(shared)), data, seed)
+            drawn = _calibration(replace(spec, shared=frozenset(shared)), data, seed)
+            context.calibration = without_sampler(*told, own_schedule, drawn)[1]
     else:
         program = start.clone()
         if own_plan:
             program.tables.pop(QuantPlan.table, None)
-    if isinstance(program.batch, int) and isinstance(context.calibration, Calibration):
-        context.calibration = context.calibration.in_batches(program.batch)
+    if isinstance(program.batch, int) and isinstance(drawn, Calibration):
+        context.calibration = without_sampler(*told, own_schedule, drawn.in_batches(program.batch))[1]
     check_weights(program)
     made_from = None if recipe is None else recipe.facts(tensors_hash(program.tensors.items()))
     _rehearse(passes, program, context, target, require_real)
@@ -292,9 +297,19 @@ def _schedule(
     if given is not None or spec is None:
         return given, ""
     why = ""
-    if callable(model) and not isinstance(model, torch.nn.Module) and is_scheduler(spec.scheduler):
+    timed = spec.time_name() is not None
+    if timed and callable(model) and not isinstance(model, torch.nn.Module) and is_scheduler(spec.scheduler):
         given, why = recorded_schedule(model, spec, steps)
     return given or read_schedule(spec.scheduler, steps), why
+
+
+def _sample_and_time(model: Program | ModelSpec | None) -> tuple[str, torch.dtype, str | None]:
+    """Dotted name and dtype of what is denoised, and the input that the time is in, if the model is told one."""
+    assert model is not None
+    if isinstance(model, ModelSpec):
+        return *model.sample_input(), model.time_name()
+    name, dtype = next((".".join(i.path), i.type.dtype) for i in model.input(Role.SAMPLE))
+    return name, dtype, next((i.path[0] for i in model.input(Role.TIME)), None)
 
 
 def _denoiser(pipeline: Any) -> torch.nn.Module | None:

@@ -54,7 +54,6 @@ def refused(tfqc: Tfqc, *arguments: object) -> str:
         ("tests.cli.factories:missing", {}, "Factory 'tests.cli.factories:missing' cannot be found"),
         ("tests.cli.factories:strange", {}, "returned a str, not a ModelSpec"),
         ("tests.cli.factories:no_scheduler", {}, "needs a schedule: give one"),
-        ("tests.cli.factories:timeless", {"--pipeline": "normalize"}, "the inputs are sample, condition."),
         ("tests.cli.factories:branching", {"--pipeline": "normalize"}, "factories.py:"),
         ("tests.cli.factories:nan_weights", {}, "NaN"),
     ],

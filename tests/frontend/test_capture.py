@@ -138,12 +138,11 @@ def test_refused_options(options: dict[str, Any], sentence: str) -> None:
         capture(model, inputs, **options)
 
 
-def test_a_model_without_a_time_is_refused() -> None:
+def test_a_model_without_a_time_is_captured() -> None:
     model, inputs = timeless()
-    with pytest.raises(
-        CaptureError, match=r"No input has the role 'time': name the timestep with roles=.*inputs are x"
-    ):
-        capture(model, inputs)
+    program = capture(model, inputs)
+    assert not program.input(Role.TIME)
+    torch.testing.assert_close(program(**inputs), model(**inputs))
 
 
 def test_an_unknown_input_is_refused() -> None:

@@ -153,3 +153,79 @@ def test_images_that_are_not_computed_alike_are_refused() -> None:
     torch.testing.assert_close(program(x=x, t=t.long())[:4], wanted)
     with pytest.raises(CaptureError, match="Unlike does not compute all images of a batch alike"):
         capture(Unlike(True), {"x": X, "t": T})
+
+
+class Videos(nn.Module):
+    """Frames of videos, two each, that look at each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        pairs = (self.inner(x) * t[:, None, None]).reshape(-1, 2, *x.shape[1:])
+        return (pairs + pairs.mean(1, keepdim=True).sin()).reshape(x.shape)
+
+
+def test_a_batch_of_whole_videos_takes_any_number_of_them() -> None:
+    model = Videos()
+    x, t = torch.randn(6, 2, 6), torch.tensor([7.0] * 6)
+    program = capture(model, {"x": x[:4], "t": t[:4]})
+    assert (program.batch, program.guards) == ("B", ("B % 2 == 0",))
+    for frames in (2, 4, 6):
+        torch.testing.assert_close(program(x=x[:frames], t=t[:frames]), model(x[:frames], t[:frames]))
+    with pytest.raises(ValueError, match="with B even"):
+        program(x=x[:3], t=t[:3])
+
+
+class Experts(nn.Module):
+    """Each expert takes as many tokens as a tensor says that is made of sizes; or the first image alone is taken."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights, self.alone = nn.Parameter(torch.randn(2, 6, 6)), alone
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.alone:
+            (x,) = x
+            return (x @ self.weights[0] * t)[None]
+        tokens = x.transpose(0, 1).flatten(0, 1)
+        counts = torch.full((2,), len(tokens) // 2)
+        parts = [part @ weight for part, weight in zip(tokens.split(counts.tolist()), self.weights, strict=True)]
+        return torch.cat(parts).reshape(2, -1, 6).transpose(0, 1) * t[:, None, None]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_code_that_takes_the_examples_images_alone(alone: bool) -> None:
+    model, images = Experts(alone), 1 if alone else 2
+    call = {"x": torch.randn(images, 2, 6), "t": torch.full((images,), 3.0)}
+    with pytest.warns(FixedWarning, match=rf"Experts: {images} images? (is|are) computed at once"):
+        program = capture(model, call)
+    assert program.batch == images
+    torch.testing.assert_close(program(**call), model(**call))
+
+
+class Shaped(nn.Module):
+    """Told the size of each image by a list of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, t: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        height, width = shapes[0]
+        return self.inner(x) * t[:, None, None] + height * width
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_list_of_numbers_for_each_image_is_as_long_as_the_call(images: int) -> None:
+    model = Shaped()
+    program = capture(model, {"x": X[:images], "t": T[:images], "shapes": [(3, 4)] * images})
+    for number in (1, 2, 3):
+        call = {"x": torch.randn(number, 2, 6), "t": torch.full((number,), 7.0), "shapes": [(3, 4)] * number}
+        torch.testing.assert_close(program(**call), model(**call))
+    with pytest.raises(ValueError, match=r"shapes.\*.1 is 5, but the model was captured with 4"):
+        program(**{**call, "shapes": [(3, 4), (3, 5), (3, 4)]})

@@ -87,10 +87,6 @@ def undeclared_input(p: Program) -> None:
     p.inputs = (*p.inputs, dataclasses.replace(p.inputs[0], name="mask", role=Role.REQUEST))
 
 
-def no_time(p: Program) -> None:
-    p.inputs = tuple(dataclasses.replace(i, role=Role.REQUEST) for i in p.inputs)
-
-
 def put(p: Program, target: object, type_: Type, *args: object) -> None:
     with p.step.inserting_before(p.node("conv2d")):
         p.step.create_node("call_function", target, args, name="new")  # type: ignore[arg-type]
@@ -140,7 +136,6 @@ def parameter_from_nowhere(p: Program) -> None:
         (Stage.CAPTURED, row_of_nothing, "table tib has a row for %gone, which does not exist."),
         (Stage.CAPTURED, row_of_no_tensor, "table quantizer, row linear: tensor @gone does not exist."),
         (Stage.CAPTURED, undeclared_input, "@step takes ['sample', 'timestep'] but the model's inputs are"),
-        (Stage.CAPTURED, no_time, "no input has the role 'time'."),
         (Stage.NORMALIZED, assertion, "%new is an assertion: normalize removes them."),
         (Stage.NORMALIZED, dead, "%new has no reader: normalize removes dead nodes."),
         (Stage.NORMALIZED, in_place, "works in place: normalize rewrites such operations."),

@@ -32,7 +32,8 @@ class Replayed:
     """Recorded calls, batch by batch, as `Trajectories` gives what it samples.
 
     A call counts for the step of the schedule that is nearest to its time; one whose images are at different times is
-    taken apart. A step without a call of its own is calibrated on those of the nearest time.
+    taken apart. A step without a call of its own is calibrated on those of the nearest time. Where the model is told no
+    time, all calls count for all steps.
 
     Raises:
         CalibrationError: a call lacks an input of the model.
@@ -45,12 +46,12 @@ class Replayed:
         tensors = [(f"{i}.{name}", value) for i, call in enumerate(data.calls) for name, value in call.items()]
         self.key = model_key(program, schedule.timesteps, tensors)
         ascending, position = sorted(schedule.timesteps), {t: i for i, t in enumerate(schedule.timesteps)}
-        clock = program.input(Role.TIME)[0].name
+        clock = next((i.name for i in program.input(Role.TIME)), "")
         self._own: dict[int, list[dict[str, Tensor]]] = {}
         times: dict[float, int] = {}  # of calls, and the step that they count for
         for number, call in enumerate(data.calls):
             for inputs in _apart(program, call, number, clock):
-                time = as_time(inputs[clock].flatten()[0])
+                time = as_time(inputs[clock].flatten()[0]) if clock else schedule.timesteps[0]
                 times[time] = position[nearest(time, ascending)]
                 self._own.setdefault(times[time], []).append(inputs)
         there = sorted(times)
@@ -85,7 +86,7 @@ def _apart(program: Program, call: Mapping[str, Tensor], number: int, clock: str
         if (path := ".".join(item.path)) not in call:
             raise CalibrationError(f"calibration[{number}] has no {path!r}, which the model needs.")
         inputs[item.name] = call[path]
-    if len(inputs[clock].flatten().unique()) == 1:
+    if not clock or len(inputs[clock].flatten().unique()) == 1:
         yield inputs
         return
     per_image = {item.name for item in program.inputs if item.type.shape[:1] == ("B",)}

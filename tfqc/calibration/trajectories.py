@@ -8,7 +8,7 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tfqc.errors import CalibrationError
 from tfqc.files.storage import read_tensors, tensors_hash, write_tensors
-from tfqc.ir.program import Program, Role
+from tfqc.ir.program import Input, Program, Role
 from tfqc.passing.context import Context
 from tfqc.runtime.cache import private_directory, used_now
 from tfqc.runtime.outputs import prediction_of
@@ -35,7 +35,8 @@ _VISITS = "samples.at"  # in files, beside "samples"; names of inputs have no do
 @dataclass(frozen=True)
 class TrajectoryBatch:
     """What the network was called with for a batch of images, call by call: `visits`, their positions in the schedule,
-    `samples` [visits, rows, ...], request inputs [rows, ...].
+    `samples` [visits, rows, ...], request inputs [rows, ...], and by path the times that are multiples of the step's
+    (`Calibration.following`).
 
     Samplers of higher order come back to a timestep: what they come with first may be a probe, far from the path.
     """
@@ -44,20 +45,38 @@ class TrajectoryBatch:
     visits: tuple[int, ...]
     samples: Tensor
     request: Mapping[str, Tensor]
+    following: Mapping[str, Tensor]
 
     def calls(self, program: Program) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(position in the schedule, inputs of @step by name) of each network call."""
-        time = program.input(Role.TIME)[0].name
         noisy = program.input(Role.SAMPLE)[0].name
         for step, x in zip(self.visits, self.samples, strict=True):
-            rows = timestep_tensor(program, [self.timesteps[step]]).expand(len(x))
-            yield step, {noisy: x, time: rows, **self.request}
+            t = self.timesteps[step]
+            times = {i.name: timestep_tensor(program, [t]).expand(len(x)) for i in program.input(Role.TIME)}
+            times |= followed(program, self.following, t, len(x))
+            yield step, {noisy: x, **times, **self.request}
 
 
 def timestep_tensor(program: Program, timesteps: Sequence[float]) -> Tensor:
     """Timesteps [T] in the dtype with which the model was captured; float32 where that is integer and they are not."""
     t, dtype = torch.tensor(timesteps, dtype=torch.float32), program.input(Role.TIME)[0].type.dtype
     return t if not dtype.is_floating_point and bool((t != t.round()).any()) else t.to(dtype)
+
+
+def followed(program: Program, following: Mapping[str, Tensor], t: float, images: int) -> dict[str, Tensor]:
+    """Times beside the step's, by input name: multiples of it."""
+    found: dict[str, Tensor] = {}
+    for item in program.input(Role.SAMPLE)[1:]:
+        if (factor := following.get(".".join(item.path))) is not None:
+            value = (factor * t).to(item.type.dtype)
+            found[item.name] = value.expand(images, *value.shape[1:]) if item.type.shape[:1] == ("B",) else value
+    return found
+
+
+def given_once(program: Program, following: Iterable[str]) -> dict[str, Input]:
+    """Inputs by path that calibration holds for all steps: of requests, and samples beside the one that is denoised."""
+    held = [*program.input(Role.REQUEST), *program.input(Role.SAMPLE)[1:]]
+    return {path: i for i in held if (path := ".".join(i.path)) not in {*following}}
 
 
 class Trajectories:
@@ -115,8 +134,8 @@ class Trajectories:
             return None
         if self._cached:
             used_now(path)
-        samples, visits = tensors.pop("samples"), tensors.pop(_VISITS)
-        return TrajectoryBatch(self._schedule.timesteps, tuple(visits.tolist()), samples, tensors)
+        samples, visits = tensors.pop("samples"), tuple(tensors.pop(_VISITS).tolist())
+        return TrajectoryBatch(self._schedule.timesteps, visits, samples, tensors, self._calibration.following)
 
     def sample(
         self, number: int, network: Callable[..., Any] | None = None, before: Callable[[int | None], Any] | None = None
@@ -134,7 +153,7 @@ class Trajectories:
         rows = slice(number * calibration.batch_size, (number + 1) * calibration.batch_size)
         position = {t: step for step, t in enumerate(schedule.timesteps)}
         seen: list[tuple[float, Tensor]] = []
-        wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
+        wanted = given_once(program, calibration.following)
         request: dict[str, Tensor] = {}
 
         def denoiser(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Any:
@@ -147,8 +166,10 @@ class Trajectories:
             request.update({item.name: conditions[k].to(item.type.dtype) for k, item in wanted.items()})
             seen.append((time, x))
             given = {item.path: conditions[k] for k, item in wanted.items()}
-            noisy, clock = (program.input(role)[0].path for role in (Role.SAMPLE, Role.TIME))
-            result = (network or program)(**nested({noisy: x, clock: t, **given}))
+            times = {i.path: t for i in program.input(Role.TIME)}
+            others = followed(program, calibration.following, time, len(x))
+            times |= {i.path: others[i.name] for i in program.inputs if i.name in others}
+            result = (network or program)(**nested({program.input(Role.SAMPLE)[0].path: x, **times, **given}))
             output = prediction_of(result, x)
             if not bool(torch.isfinite(output).all()):
                 raise CalibrationError(f"The full-precision model returns NaN or infinity at timestep {time:g}.")
@@ -176,7 +197,7 @@ class Trajectories:
         write_tensors(self.path(number), tensors, {"sha256": tensors_hash(tensors.items())})
         if self._cached and number == len(self) - 1:
             prune()
-        return TrajectoryBatch(schedule.timesteps, at, samples, request)
+        return TrajectoryBatch(schedule.timesteps, at, samples, request, calibration.following)
 
 
 def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -207,5 +228,6 @@ def _key(program: Program, calibration: Calibration, schedule: str) -> str:
     """Identifies what would be sampled: the model and its weights, the noise, the conditions, the schedule."""
     facts = ["visits", schedule, calibration.guidance, calibration.batch_size, torch.__version__, diffusers.__version__]
     parts = {"cond": calibration.cond, "uncond": calibration.uncond or {}, "shared": calibration.shared}
+    parts |= {"following": calibration.following}
     own = [(f"{part}.{name}", tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
     return model_key(program, facts, [("latents", calibration.latents), *own])

@@ -42,18 +42,32 @@ def check_alike(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     noise = torch.randn(tensors[sample].shape, generator=generator).to(tensors[sample])
     given = {path: (noise if path == sample else value).to(device) for path, value in tensors.items()}
-    moved = {path: value if path in fixed else _moved(value, images) for path, value in given.items()}
-    with evaluating(model), torch.no_grad():
-        once, again = (taken_apart(model(**replaced(arguments, values)))[0] for values in (given, moved))
-    for (_, one), (_, other) in zip(once, again, strict=True):
+    own = {path: value for path, value in given.items() if path not in fixed and value.dim()}
+    ways = [
+        {path: _moved(value, images) for path, value in own.items()},  # several rows for each image, such as frames
+        {path: _moved(value, images) for path, value in own.items() if len(value) == images},  # 16 positions for all
+    ]
+
+    def called(values: Mapping[Place, Tensor]) -> list[Tensor]:
+        with evaluating(model), torch.no_grad():
+            return [tensor for _, tensor in taken_apart(model(**replaced(arguments, {**given, **values})))[0]]
+
+    once = called({})
+    if not any(_alike(once, called(way), images) for way in ways):
+        raise CaptureError(
+            f"{type(model).__name__} does not compute all images of a batch alike, so other numbers of images than "
+            f"the example's {images} cannot be computed for it in groups: give an example in which all images have "
+            "the same masks and sizes."
+        )
+
+
+def _alike(once: list[Tensor], again: list[Tensor], images: int) -> bool:
+    for one, other in zip(once, again, strict=True):
         wanted, found = _moved(one, images).double(), other.double()
         close = CLOSE * (1 if one.dtype in (torch.float32, torch.float64) else 30)
         if wanted.shape != found.shape or float((wanted - found).abs().max()) > close * float(wanted.abs().max()):
-            raise CaptureError(
-                f"{type(model).__name__} does not compute all images of a batch alike, so other numbers of images than "
-                f"the example's {images} cannot be computed for it in groups: give an example in which all images have "
-                "the same masks and sizes."
-            )
+            return False
+    return True
 
 
 def _moved(value: Tensor, images: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tfqc.frontend.build import build_program
 from tfqc.frontend.constants import fixed_inputs
 from tfqc.frontend.deciding import deciding_inputs
 from tfqc.frontend.export import Returned, shared_by_all, source_of
-from tfqc.frontend.inputs import replaced
+from tfqc.frontend.inputs import images_of, replaced
 from tfqc.ir.dims import holds
 from tfqc.ir.program import Input, Program, Role
 from tfqc.runtime import fixed_value
@@ -29,6 +30,9 @@ Export = Callable[[torch.nn.Module, dict[str, Any], Dims], tuple[torch.export.Ex
 
 class FixedWarning(UserWarning):
     """A model's code fixes how many images it takes at once, or decides by the values of an input."""
+
+
+_MULTIPLE = re.compile(r"B % (\d+) == 0")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def program_of(its: Example, export: Export) -> Program:
     """The program of a model, for any number of images and all values of its inputs if its code allows that.
 
     Where code decides by the values of request inputs, those of the example become constants of the program. Where it
-    fixes the batch, the program takes as many images at once as the example has.
+    fixes the batch, the program takes as many images at once as the example has; where these are not computed alike,
+    multiples of a number that the code knows.
 
     Raises:
         CaptureError: the model cannot be exported so either.
@@ -60,8 +65,10 @@ def program_of(its: Example, export: Export) -> Program:
         requests = {i.path for i in its.inputs if i.role is Role.REQUEST}
         decided = {path: line for path, line in found.items() if path in requests}
         try:
-            program = _of_one_batch(its, export, [*decided])
+            program = _of_examples_batch(its, export, [*decided])
         except CaptureError as second:
+            with suppress(CaptureError):  # whole videos, where the batch is their frames
+                return _of_any_batch(its, export, multiples=True)
             if others := [path for path in found if path not in requests]:
                 raise CaptureError(
                     f"{its.name} decides at {found[others[0]]} by the values of {'.'.join(others[0])}, which differ "
@@ -73,12 +80,13 @@ def program_of(its: Example, export: Export) -> Program:
             f"{'.'.join(path)} has one value for good, by which {line} decides" for path, line in decided.items()
         ]
         if isinstance(program.batch, int):
-            reasons.append(f"{program.batch} images are computed at once, other numbers so many at a time")
+            its_images = "1 image is" if program.batch == 1 else f"{program.batch} images are"
+            reasons.append(f"{its_images} computed at once, other numbers so many at a time")
         warnings.warn(f"{its.name}: {'; '.join(reasons)} ({error})", FixedWarning, stacklevel=3)
         return program
 
 
-def _of_any_batch(its: Example, export: Export) -> Program:
+def _of_any_batch(its: Example, export: Export, multiples: bool = False) -> Program:
     dims = {path: dict(own) for path, own in its.dims.items()}
     exported, returned = export(its.model, its.arguments, dims)
     shared = shared_by_all(exported, its.inputs, dims)
@@ -90,21 +98,45 @@ def _of_any_batch(its: Example, export: Export) -> Program:
     if any(shared.values()):
         given = {path: its.flat[path] for path, fixed in shared.items() if fixed}
         exported, returned = export(its.model, replaced(its.arguments, given), dims)
-    program = build_program(its.model, exported, returned, its.inputs, dims, its.name)
+    program = build_program(its.model, exported, returned, its.inputs, dims, its.name, multiples)
+    found = [match for guard in program.guards if (match := _MULTIPLE.fullmatch(guard))] if multiples else []
+    each = int(found[0][1]) if found else 1
     for guard in program.guards:
-        if any(not holds(guard, program.symbols | {"B": images}) for images in (1, 2, 3, 4, 8)):
+        if any(not holds(guard, program.symbols | {"B": each * images}) for images in (1, 2, 3, 4, 8)):
             raise CaptureError(f"{its.name} cannot be captured for every B: its code depends on {guard}.")
     return program
+
+
+def _of_examples_batch(its: Example, export: Export, decided: list[Place]) -> Program:
+    """With the example twice, where it is of one image; where code takes no more than one, with that one."""
+    try:
+        return _of_one_batch(its, export, decided)
+    except CaptureError:
+        if images_of(its.inputs, its.flat) != 1:
+            raise
+        once = {i.path: its.flat[i.path].detach() for i in its.inputs if i.role is not Role.TIME}
+        times = {i.path: _at(its.arguments, i.path)[:1] for i in its.inputs if i.role is Role.TIME}
+        return _of_one_batch(replace(its, arguments=replaced(its.arguments, once | times)), export, decided)
 
 
 def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program:
     dims = {path: {d: symbol for d, symbol in own.items() if symbol != "B"} for path, own in its.dims.items()}
     tensors = {i.path: _at(its.arguments, i.path) for i in its.inputs}
     values = {path: tensors[path] for path in decided}
-    with fixed_inputs(its.model, values) if values else nullcontext():
-        exported, returned = export(its.model, its.arguments, dims)
     inputs = [i for i in its.inputs if i.path not in values]
-    program = build_program(its.model, exported, returned, inputs, dims, its.name)
+
+    def made() -> Program:
+        exported, returned = export(its.model, its.arguments, dims)
+        return build_program(its.model, exported, returned, inputs, dims, its.name)
+
+    try:
+        with fixed_inputs(its.model, values) if values else nullcontext():
+            program = made()
+    except CaptureError:
+        if values:
+            raise
+        with fixed_inputs(its.model, {}):  # code may decide by the values of what it makes of sizes
+            program = made()
     program.constants = {path: fixed_value(value) for path, value in values.items()}
     check_alike(its.model, its.arguments, tensors, its.inputs, values)
     return program

@@ -30,6 +30,7 @@ _OPERATORS: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__and__.Scalar: aten.bitwise_and.Scalar,
     aten.__or__.Tensor: aten.bitwise_or.Tensor, aten.__or__.Scalar: aten.bitwise_or.Scalar,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor, aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+    aten._conj.default: aten.conj_physical.default,
 }  # fmt: skip
 
 
@@ -40,10 +41,14 @@ def build_program(
     inputs: list[Input],
     dims: Mapping[tuple[str, ...], dict[int, str]],
     name: str,
+    multiples: bool = False,
 ) -> Program:
-    """The program of an exported model; `inputs` are those that it has: what else the example has is fixed."""
+    """The program of an exported model; `inputs` are those that it has: what else the example has is fixed.
+
+    With `multiples` it need not take every number of images: multiples of some number will do.
+    """
     root, originals = graph_module(exported, type(model).__name__)
-    check_guards(root, exported, dims, type(model).__name__)
+    check_guards(root, exported, dims, type(model).__name__, multiples)
     inline_regions(root)
     tensors = _tensors_of(model)
     by_path = {i.path: i for i in inputs}

@@ -20,6 +20,8 @@ from tfqc.frontend.inputs import (
     arguments_by_name,
     assign_roles,
     constants_of,
+    for_each_image,
+    images_of,
     parameters_of,
     prepare,
     roles_by_name,
@@ -70,6 +72,7 @@ def capture(
     asked_at = places(asked, inputs, {path: tuple(tensor.shape) for path, tensor in flat.items()})
     paths = {i.path for i in inputs}
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
+    constants = for_each_image(constants, images_of(inputs, flat))
     arguments, dims = prepare(arguments, inputs, flat, asked_at)
     program = program_of(_Example(model, arguments, inputs, flat, dims, name or type(model).__name__), _export)
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))

@@ -224,13 +224,15 @@ def shared_by_all(
     first = {
         keys_of(path): str(n.meta["val"].shape[0]) for path, n in leaves if dims.get(keys_of(path), {}).get(0) == "B"
     }
-    batch = next(first[i.path] for i in inputs if i.role is Role.SAMPLE)
+    noisy = next(i.path for i in inputs if i.role is Role.SAMPLE)
+    batch = first[noisy]
     if batch.isdigit():
         return {}
     equations = [guard.expr for guard in shape_environment(exported).guards if isinstance(guard.expr, sympy.Eq)]
     together = [{str(symbol) for symbol in e.free_symbols} for e in equations]
     related = {batch, *(symbol for symbols in together if batch in symbols for symbol in symbols)}
-    apart = [i.path for i in inputs if i.role is Role.REQUEST and first.get(i.path, batch) not in related]
+    others = [i.path for i in inputs if i.role is not Role.TIME and i.path != noisy]
+    apart = [path for path in others if first.get(path, batch) not in related]
     return {path: first[path].isdigit() for path in apart}
 
 

@@ -152,11 +152,12 @@ def check_guards(
     exported: torch.export.ExportedProgram,
     dims: Mapping[tuple[str, ...], dict[int, str]],
     model: str,
+    multiples: bool = False,
 ) -> None:
     """Refuse a capture that holds for the example's sizes only, as after `if x.shape[0] % 2:` in the model's code.
 
-    torch.export remembers such decisions as guards. They must allow a batch of three, and for every other symbol its
-    double or its half.
+    torch.export remembers such decisions as guards. They must allow a batch of three (of three times the example's,
+    where `multiples` will do), and for every other symbol its double or its half.
     """
     guards = getattr(root, "_guards_fn", None)
     if guards is None:
@@ -182,7 +183,9 @@ def check_guards(
         return ""
 
     for symbol in sorted({s for d in dims.values() for s in d.values()}):
-        ways: list[Callable[[int], int]] = [lambda _: 3] if symbol == "B" else [lambda s: 2 * s, lambda s: s // 2]
+        ways: list[Callable[[int], int]] = [lambda s: 2 * s, lambda s: s // 2]
+        if symbol == "B":
+            ways = [(lambda s: 3 * s) if multiples else (lambda _: 3)]
         if all(reasons := [complaint(symbol, way) for way in ways]):
             raise CaptureError(
                 f"{model} cannot be captured for every {symbol}: its code depends on {reasons[0]}.",

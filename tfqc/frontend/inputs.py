@@ -16,7 +16,6 @@ from tfqc.errors import CaptureError
 from tfqc.frontend.names import input_names
 from tfqc.ir.program import Constant, Input, Role
 from tfqc.ir.types import TensorType
-from tfqc.runtime.sizes import written
 
 # What diffusers calls the inputs of its denoisers. Anything else that is a tensor is constant over one image.
 SAMPLE_NAMES = {"sample", "hidden_states", "x", "latents", "noisy_latents", "x_t"}
@@ -140,10 +139,31 @@ def constants_of(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[t
     return found
 
 
+def for_each_image(constants: Mapping[tuple[str, ...], Constant], images: int) -> dict[tuple[str, ...], Constant]:
+    """Constants of a list that says the same of every image, once: `img_shapes.0.1`, `img_shapes.1.1` are
+    `img_shapes.*.1`, for any number of images."""
+    found = dict(constants)
+    for argument in {path[0] for path in constants}:
+        own = {path: value for path, value in constants.items() if path[0] == argument}
+        entries: dict[str, dict[tuple[str, ...], Constant]] = {}
+        for path, value in own.items():
+            entries.setdefault(path[1] if len(path) > 1 else "", {})[path[2:]] = value
+        first = entries.get("0")
+        listed = [*entries] == [str(i) for i in range(images)] and all(own_ == first for own_ in entries.values())
+        if first and listed and (images > 1 or () not in first):
+            found = {path: value for path, value in found.items() if path[0] != argument}
+            found |= {(argument, "*", *rest): value for rest, value in first.items()}
+    return found
+
+
 def assign_roles(
     flat: Mapping[tuple[str, ...], Tensor], roles: Mapping[str, str], domains: Mapping[str, int]
 ) -> list[Input]:
-    """One Input for each tensor of a call: the one list that says which is the sample and which the time."""
+    """One Input for each tensor of a call: the one list that says which is the sample and which the time.
+
+    A time that is no number for each image (of tokens or frames, embedded already), and any time beside the first, is
+    what samples are: it differs from step to step, and stands behind them.
+    """
     names = {".".join(path): path for path in flat}
     if len(names) < len(flat):
         twice = next(".".join(path) for path in flat if names[".".join(path)] != path)
@@ -158,35 +178,50 @@ def assign_roles(
     role_of = dict.fromkeys(flat, Role.REQUEST)
     for role in (Role.SAMPLE, Role.TIME):
         role_of |= dict.fromkeys(_in_role(role, flat, roles), role)
+    images = _images(flat, [path for path, role in role_of.items() if role is Role.SAMPLE])
+    times = [path for path, role in role_of.items() if role is Role.TIME]
+    clock = next((path for path in times if _is_time(flat[path], images)), None)
+    role_of |= {path: Role.SAMPLE for path in times if path != clock}
+    ordered = sorted(names.values(), key=lambda path: path in times and path != clock)  # the sample comes first
     words = input_names(flat)
-    inputs = [Input(words[path], role_of[path], path, _UNKNOWN, domains.get(name)) for name, path in names.items()]
-    for needed, hint in ((Role.TIME, "the timestep"), (Role.SAMPLE, "the noisy sample")):
-        found = [i for i in inputs if i.role is needed]
-        if not found:
-            outside = ", or write a module that embeds it if that is done outside of this one"
-            raise CaptureError(
-                f"No input has the role {str(needed)!r}: name {hint} with roles={{...: {str(needed)!r}}}"
-                f"{outside if needed is Role.TIME else ''}; the inputs are {', '.join(names)}."
-            )
-        if needed is Role.TIME and len(found) > 1:
-            raise CaptureError(f"Only one input can be the time, not {', '.join('.'.join(i.path) for i in found)}.")
-    _check_time(inputs, flat)
+    inputs = [Input(words[path], role_of[path], path, _UNKNOWN, domains.get(".".join(path))) for path in ordered]
+    if not any(i.role is Role.SAMPLE and i.path not in times for i in inputs):
+        raise CaptureError(
+            "No input has the role 'sample': name the noisy sample with roles={...: 'sample'}; the inputs are "
+            f"{', '.join(names)}."
+        )
+    unsaid = [n for n, path in names.items() if role_of[path] is Role.REQUEST and n not in roles]
+    if not times and (like := [n for n in unsaid if _is_time(flat[names[n]], images)]):
+        raise CaptureError(
+            f"No input has the role 'time', and {like[0]} may be it: name the timestep with roles={{...: 'time'}}; if "
+            f"the model is told none, say roles={{{', '.join(f'{n!r}: {str(Role.REQUEST)!r}' for n in like)}}}."
+        )
     return inputs
 
 
-def _check_time(inputs: list[Input], flat: Mapping[tuple[str, ...], Tensor]) -> None:
-    """Refuse a time that is not one number for each image: no table can have a row for it."""
-    paths = {i.role: i.path for i in reversed(inputs)}
-    time, sample = flat[paths[Role.TIME]], flat[paths[Role.SAMPLE]]
-    images = sample.shape[0] if sample.dim() else 1
-    if time.numel() == 1 or (time.shape[0] == images and time.numel() == images):
-        return
-    raise CaptureError(
-        f"{'.'.join(paths[Role.TIME])} is {written(time.shape)} for {images} image{'s' if images > 1 else ''}: a "
-        "timestep is one number for each of them, known in advance. Times of single tokens or frames, and times that "
-        "are embedded already, have no row in a table: give one number an image where the model takes that, too, or "
-        "write a module that embeds it."
-    )
+def _images(flat: Mapping[tuple[str, ...], Tensor], samples: Sequence[tuple[str, ...]]) -> int:
+    return flat[samples[0]].shape[0] if samples and flat[samples[0]].dim() else 1
+
+
+def images_of(inputs: Sequence[Input], flat: Mapping[tuple[str, ...], Tensor]) -> int:
+    """How many images an example has."""
+    return _images(flat, [i.path for i in inputs if i.role is Role.SAMPLE])
+
+
+def _is_time(value: Tensor, images: int) -> bool:
+    """Whether a tensor is one number for each image, or for all: what a table can have rows for."""
+    each = value.dim() > 0 and value.shape[0] == images and value.numel() == images
+    return value.dtype != torch.bool and not value.is_complex() and (value.numel() == 1 or each)
+
+
+def times_beside(model: torch.nn.Module, example: Example, roles: Roles | None = None) -> list[str]:
+    """Dotted names of times that are no role's: those of tokens or frames, and further ones.
+
+    They change at every step, as samples do, so nothing that depends on them is computed before.
+    """
+    inputs = inputs_of(model, example, roles)
+    times = _in_role(Role.TIME, [i.path for i, _ in inputs], roles_by_name(model, example, roles))
+    return [".".join(i.path) for i, _ in inputs if i.path in times and i.role is not Role.TIME]
 
 
 def inputs_of(model: torch.nn.Module, example: Example, roles: Roles | None = None) -> list[tuple[Input, Tensor]]:

@@ -13,7 +13,7 @@ from tfqc.ir.calls import is_canonical
 from tfqc.ir.consistency import inconsistencies
 from tfqc.ir.infer import Memo, mistyped
 from tfqc.ir.ops import works_in_place
-from tfqc.ir.program import STEP, Program, Role, Stage
+from tfqc.ir.program import STEP, Program, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
 from tfqc.ir.schema import check_call
 from tfqc.ir.types import TensorType, storable
@@ -75,8 +75,6 @@ def _well_formed(program: Program) -> Iterator[str]:
     if program.stage < Stage.FOLDED and parameters != declared:
         yield f"@{STEP} takes {sorted(parameters)} but the model's inputs are {sorted(declared)}."
     yield from filter(None, (storable(name, tensor.dtype) for name, tensor in program.tensors.items()))
-    if not program.input(Role.TIME):
-        yield "no input has the role 'time'."
 
 
 def _typed(program: Program) -> Iterator[str]:

@@ -32,12 +32,12 @@ def recorded_schedule(pipeline: Any, spec: ModelSpec, steps: int | None) -> tupl
         spec: of its denoiser.
         steps: of the sampler; as the pipeline's scheduler is set if None.
     """
-    why, own = "", steps_of(pipeline.scheduler)
+    why, own, time = "", steps_of(pipeline.scheduler), spec.time_name() or ""
     count = steps or own
     for call in _calls(pipeline, spec, count):
         try:
             as_set = count is not None and count == own
-            return record(pipeline, spec.model, call, as_set=as_set).schedule(spec.time_name()), ""
+            return record(pipeline, spec.model, call, as_set=as_set).schedule(time), ""
         except Exception as error:  # whatever a pipeline refuses, or needs and does not have
             why = why or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")[:200]
     return None, why

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
-from tfqc.frontend.inputs import Example, Roles, arguments_by_name, inputs_of, keys_of, replaced
+from tfqc.frontend.inputs import Example, Roles, arguments_by_name, inputs_of, keys_of, replaced, times_beside
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.ir.program import Input, Role
 from tfqc.sampling.data import Calibration
@@ -61,16 +61,25 @@ class ModelSpec:
         All but timesteps are in the example's dtypes.
         """
         values: dict[tuple[str, ...], Tensor] = {}
+        following, sample = self._following(), next(i for i, _ in self._inputs() if i.role is Role.SAMPLE)
         for item, example in self._inputs():
-            given = noisy if item.role is Role.SAMPLE else conditions.get(".".join(item.path), example)
+            name = ".".join(item.path)
+            given = noisy if item == sample else conditions.get(name, example)
+            if name in following:
+                factor, each = following[name], example.dim() > 0 and len(example) == len(self._noisy())
+                given = (factor.expand(len(noisy), *factor.shape[1:]) if each else factor) * time.flatten()[0]
             values[item.path] = time if item.role is Role.TIME else given.to(example.dtype)
         arguments = arguments_by_name(self.model, self.example_inputs)
         arguments.pop("return_dict", None)
         return replaced(arguments, values)
 
-    def time_name(self) -> str:
-        """The argument that the time is in."""
-        return next(item.path[0] for item, _ in self._inputs() if item.role is Role.TIME)
+    def time_name(self) -> str | None:
+        """The argument that the time is in; None for a model that is told none, or not one for each image."""
+        return next((item.path[0] for item, _ in self._inputs() if item.role is Role.TIME), None)
+
+    def sample_input(self) -> tuple[str, torch.dtype]:
+        """What is denoised: its dotted name, and what it is given as."""
+        return next((".".join(i.path), value.dtype) for i, value in self._inputs() if i.role is Role.SAMPLE)
 
     def request_rows(self) -> dict[str, Tensor]:
         """The example's first row of each request input, as a batch of one."""
@@ -92,10 +101,48 @@ class ModelSpec:
     def calibration(self, images: int = 16, seed: int = 0, batch_size: int = 16) -> Calibration:
         """Noise and request inputs of a few images; conditions are random numbers where the model has no others."""
         cond, uncond = (self.conditions or self._random_conditions)(images, seed)
-        noise = initial_noise(images, self.sample_shape(), seed)
+        noise = self._noise(images, seed)
         per_image = {*cond, *self._per_image()}
         shared = {k: v for k, v in self._requests().items() if k not in per_image}
-        return Calibration(noise, cond, uncond, self.guidance, batch_size, seed, shared)
+        beside = self._beside(images, seed)
+        cond, shared = {**cond, **beside[0]}, {**shared, **beside[1]}
+        uncond = None if uncond is None else {**uncond, **beside[0]}
+        return Calibration(noise, cond, uncond, self.guidance, batch_size, seed, shared, self._following())
+
+    def _noise(self, images: int, seed: int) -> Tensor:
+        """Unit noise; for a sample of whole numbers, such as tokens, the example's in any order."""
+        example = self._noisy()
+        if example.is_floating_point():
+            return initial_noise(images, self.sample_shape(), seed)
+        picked = torch.randint(
+            example.numel(), (images, *example.shape[1:]), generator=torch.Generator().manual_seed(seed)
+        )
+        return example.flatten()[picked].float()
+
+    def _beside(self, images: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is denoised beside the sample: noise for all steps, a row for each image, or as the example has it."""
+        times, per_image, shared = self._following(), dict[str, Tensor](), dict[str, Tensor]()
+        found = [(".".join(i.path), value) for i, value in self._inputs() if i.role is Role.SAMPLE][1:]
+        for number, (name, value) in enumerate(found, 1):
+            if name in times:
+                continue
+            if value.dim() > 1 and len(value) == len(self._noisy()) and value.is_floating_point():
+                per_image[name] = initial_noise(images, tuple(value.shape[1:]), seed + number)
+            else:
+                shared[name] = value
+        return per_image, shared
+
+    def _following(self) -> dict[str, Tensor]:
+        """Times beside the one of the schedule, as multiples of it: of the example's, or else of their own largest."""
+        inputs, found = self._inputs(), dict[str, Tensor]()
+        clock = next((float(value.flatten()[0]) for item, value in inputs if item.role is Role.TIME), 0.0)
+        beside = times_beside(self.model, self.example_inputs, self.roles)
+        for item, value in inputs:
+            if (name := ".".join(item.path)) in beside:
+                unit = clock or float(value.abs().max()) or 1.0
+                row = value[:1] if value.dim() and len(value) == len(self._noisy()) else value
+                found[name] = row.float() / unit
+        return found
 
     def calibration_of(self, given: Tensor | Mapping[str, Any], seed: int = 0) -> Calibration:
         """Calibration data from unit noise [N, ...], or from inputs by name, nested as the model takes them.

@@ -85,11 +85,13 @@ def check_calibration(passes: Sequence[Pass], program: Program, ctx: Context) ->
     if isinstance(data, ModelCalls):
         return _check_calls(data, program)
     given = {**data.cond, **data.shared}
-    taken = [".".join(item.path) for item in program.input(Role.REQUEST)]
+    taken = [".".join(item.path) for item in program.inputs if item.role is not Role.TIME]
     for name in given:
         if program.arguments and name.partition(".")[0] not in program.arguments:
             raise CalibrationError(f"Calibration: {name!r} is no input of the model.{suggest(name, taken)}")
-    for item in program.input(Role.REQUEST):
+    for item in [*program.input(Role.REQUEST), *program.input(Role.SAMPLE)[1:]]:
+        if ".".join(item.path) in data.following:
+            continue
         if (path := ".".join(item.path)) not in given:
             raise CalibrationError(f"The calibration data have no {path!r}, which the model needs.")
         rows = item.type.shape[:1] == ("B",)

@@ -28,6 +28,8 @@ _TEMPLATES: dict[str, str] = {
     # passes
     "features": "{features} temporal {features:|feature|features}: {compile_time} known at compile time, "
     "{per_request} per request",
+    "timeless": "{model} is told no time that is one number for each image: it has no temporal features",
+    "step-inputs": "what depends on {names} is computed at each step: no table can have rows for it",
     "maintenance": "maintenance: {*:* for # |feature|features}",
     "observed": "observed {values} {values:|value|values} over {steps} {steps:|step|steps} of {images} "
     "{images:|image|images} in one run, at most {mebibytes:.0f} MiB of activations and statistics",

@@ -91,7 +91,8 @@ class Inputs:
         # What waits for nothing but the request runs once per image, where there are no steps; in finite-set
         # calibration of the block, its rows are one for each step all the same.
         waits = bool(roles & {Role.SAMPLE, Role.TIME}) or (self.method == "fsc" and node.name in program.table(Tib))
-        per_step = self.mode != "static" and waits and has_rows(program, node.all_input_nodes[0])
+        timed = bool(program.input(Role.TIME))  # else no step is known by its time
+        per_step = self.mode != "static" and timed and waits and has_rows(program, node.all_input_nodes[0])
         spec = QuantSpec(
             format=integer(bits),
             per="step" if per_step else "tensor",
@@ -101,7 +102,8 @@ class Inputs:
         )
         if per_step or self.mode == "static":
             return spec, "per token is for linears" if per_token else ""
-        return spec, "it has no batch" if waits else "it waits for no step"
+        why = "it has no batch" if waits else "it waits for no step"
+        return spec, why if timed else "no time is known"
 
 
 def plan(

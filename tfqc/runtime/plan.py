@@ -14,7 +14,8 @@ import torch
 class Input:
     """One tensor of a call: where it stands in it (`path`), its dtype, and its shape in numbers and symbols.
 
-    `role` is what changes it: every step (`sample`, `time`) or every image (`request`).
+    `role` is what changes it: every step (`sample`, `time`) or every image (`request`). Times of tokens or frames are
+    samples, too: only one that is a number for each image is `time`.
     """
 
     name: str
@@ -45,8 +46,9 @@ class Plan:
     """How a call of the model becomes calls of its functions.
 
     `arguments` are the names of the model's arguments in order, `constants` what was captured of those that are no
-    tensors (path in the call, value), `guards` comparisons over the symbols of the shapes. `label_rows` maps parameters
-    of the step function to (input of class labels, how many labels there are): the parameter is row * labels + label.
+    tensors (path in the call, value; `*` is any entry of a list, one for each image), `guards` comparisons over the
+    symbols of the shapes. `label_rows` maps parameters of the step function to (input of class labels, how many labels
+    there are): the parameter is row * labels + label.
     `per_image` are the request inputs that have a row for each image. The other dictionaries map parameters of the step
     function to outputs of `begin` and of `time`. `outputs` is the structure of what the model returns
     (`tfqc.runtime.outputs`); None for a tensor, or a tuple of them.
@@ -73,9 +75,9 @@ class Plan:
         return next(i for i in self.inputs if i.role == "sample")
 
     @property
-    def time(self) -> Input:
-        """The timestep."""
-        return next(i for i in self.inputs if i.role == "time")
+    def time(self) -> Input | None:
+        """The timestep; None for a model that is told none."""
+        return next((i for i in self.inputs if i.role == "time"), None)
 
 
 class UnknownTimestepWarning(UserWarning):

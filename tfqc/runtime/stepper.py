@@ -50,7 +50,7 @@ class Stepper(torch.nn.Module):
         self.reload: tuple[Callable[..., Any], str] | None = None
         self._device = torch.device("cpu")
         self._calls = Call(plan)
-        self._schedule = as_called(plan.timesteps, plan.time.dtype)
+        self._schedule = as_called(plan.timesteps, plan.time.dtype) if plan.time else []
         self._known: dict[float, int] = {t: i for i, t in enumerate(self._schedule)}
         self._called = False
         self._original: dict[str, Tensor] = {}
@@ -58,7 +58,8 @@ class Stepper(torch.nn.Module):
         self._row_tensors: dict[tuple[int, torch.device], Tensor] = {}
         self._requested = [i.name for i in plan.inputs if i.role == "request"]
         self._sampled = [i.name for i in plan.inputs if i.role == "sample"]
-        self._noisy, self._dtype, self._clock = plan.sample.name, plan.sample.dtype, plan.time.name
+        self._noisy, self._dtype = plan.sample.name, plan.sample.dtype
+        self._clock = plan.time.name if plan.time else ""
         self._lock = threading.RLock()
         _ALIVE.add(self)
 
@@ -111,7 +112,7 @@ class Stepper(torch.nn.Module):
                 rows = self._rows(values)
                 values |= {name: _with_label(rows, values[k], k, n) for name, (k, n) in plan.label_rows.items()}
                 values |= {plan.row: rows} if plan.row else {}
-            else:
+            elif self._clock:
                 self._timesteps(values)
             if self._requested:
                 entry = self._request(values)
@@ -148,7 +149,7 @@ class Stepper(torch.nn.Module):
         return broken_images({name: values[name] for name in self._sampled}, len(noisy))
 
     def _check_finite(self, values: Mapping[str, Tensor]) -> None:
-        step = f"at timestep {float(values[self._clock][0]):g}"
+        step = f"at timestep {float(values[self._clock][0]):g}" if self._clock else "in this call"
         for item in self.plan.inputs:
             found = broken_images({item.name: values[item.name]}, len(values[self._noisy]))
             if found is not None and bool(found.any()):
@@ -184,7 +185,8 @@ class Stepper(torch.nn.Module):
         timesteps: list[float] = given.to(torch.float32).tolist()
         for t in timesteps:
             if t - t != 0:
-                raise ValueError(f"{'.'.join(self.plan.time.path)} is {t}, which is no timestep.")
+                where = next(i.path for i in self.plan.inputs if i.name == self._clock)
+                raise ValueError(f"{'.'.join(where)} is {t}, which is no timestep.")
         return timesteps[:1] if len(set(timesteps)) == 1 else timesteps
 
     def _row_of(self, t: float, values: Mapping[str, Tensor]) -> int:

@@ -66,6 +66,27 @@ class ModelCalls:
             found.append(flat)
         return cls(tuple(found))
 
+    @classmethod
+    def of_noise(
+        cls, data: Calibration, sample: str, dtype: torch.dtype, time: str | None, timesteps: Iterable[float]
+    ) -> ModelCalls:
+        """The model is called with the noise itself at each time, where no sampler makes images of it.
+
+        Args:
+            sample, dtype: what the noise is given as. time: the input that the time is in, None where there is none.
+        """
+        calls: list[Mapping[str, Tensor]] = []
+        for first in range(0, len(data), data.batch_size):
+            rows = slice(first, first + data.batch_size)
+            noise = data.latents[rows].to(dtype)
+            given = {**data.shared, **{name: value[rows] for name, value in data.cond.items()}, sample: noise}
+            for t in timesteps:
+                times = {name: factor * t for name, factor in data.following.items()}
+                if time is not None:
+                    times[time] = torch.full((len(noise),), t)
+                calls.append({**given, **times})
+        return cls(tuple(calls), 1.0, data.seed)
+
     def times(self, name: str) -> tuple[float, ...]:
         """Those that the model was called at, in order.
 

@@ -23,8 +23,9 @@ class Calibration:
 
     latents: unit normal noise [N, ...]; f32 here, whatever it was given in. cond, uncond: request inputs by dotted name
     (`added_cond_kwargs.time_ids`), [N, ...] each; `uncond` is None without classifier-free guidance. shared: request
-    inputs that have no row for each image (rotary ids), as the model takes them. seed: what `latents` were drawn from,
-    for the record.
+    inputs that have no row for each image (rotary ids), as the model takes them. following: times beside the one of the
+    schedule, of tokens or frames, as multiples of it; one row where all images have the same. seed: what `latents` were
+    drawn from, for the record.
 
     Raises:
         CalibrationError: no images, row counts that differ, NaN or infinity, names or types that do not agree, a
@@ -38,13 +39,15 @@ class Calibration:
     batch_size: int = 16
     seed: int = 0
     shared: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    following: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __post_init__(self) -> None:
         _check_number("batch_size", self.batch_size, lambda n: isinstance(n, int) and n >= 1, "a whole number above 0")
         _check_number("seed", self.seed, lambda n: isinstance(n, int), "a whole number")
         _check_number("guidance", self.guidance, math.isfinite, "a finite number")
         per_image = [("latents", self.latents), *self.cond.items(), *(self.uncond or {}).items()]
-        for name, tensor in [*per_image, *self.shared.items()]:
+        others = [*self.shared.items(), *self.following.items()]
+        for name, tensor in [*per_image, *others]:
             if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (comes from callers)
                 raise CalibrationError(f"Calibration: {name} is a {type(tensor).__name__}, no tensor.")
         if not self.latents.is_floating_point() or self.latents.dim() == 0:
@@ -62,7 +65,7 @@ class Calibration:
                     f"Calibration: {name} has {rows} rows, latents {len(self.latents)}; what all images share is given "
                     "as shared={...}."
                 )
-        for name, tensor in [*per_image, *self.shared.items()]:
+        for name, tensor in [*per_image, *others]:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(f"Calibration: {name} holds NaN or infinity.")
         self._check_names()
@@ -97,6 +100,7 @@ class Calibration:
         tensors = {"latents": self.latents, **{f"cond.{k}": v for k, v in self.cond.items()}}
         tensors |= {f"uncond.{k}": v for k, v in (self.uncond or {}).items()}
         tensors |= {f"shared.{k}": v for k, v in self.shared.items()}
+        tensors |= {f"following.{k}": v for k, v in self.following.items()}
         facts = {"guidance": repr(self.guidance), "batch_size": str(self.batch_size), "seed": str(self.seed)}
         write_tensors(path, tensors, facts)
 
@@ -109,7 +113,7 @@ class Calibration:
         """
         try:
             tensors, facts = read_tensors(path, CalibrationError)
-            parts: dict[str, dict[str, Tensor]] = {"cond": {}, "uncond": {}, "shared": {}}
+            parts: dict[str, dict[str, Tensor]] = {"cond": {}, "uncond": {}, "shared": {}, "following": {}}
             latents = tensors.pop("latents")
             for name, tensor in tensors.items():
                 part, _, name = name.partition(".")
@@ -121,7 +125,8 @@ class Calibration:
             raise CalibrationError(f"{path} holds no calibration data: {what}.") from error
         except (CalibrationError, ValueError) as error:
             raise CalibrationError(f"{path} holds no calibration data: {str(error)[:300].rstrip('.')}.") from error
-        return cls(latents, parts["cond"], parts["uncond"] or None, guidance, batch_size, seed, parts["shared"])
+        uncond = parts["uncond"] or None
+        return cls(latents, parts["cond"], uncond, guidance, batch_size, seed, parts["shared"], parts["following"])
 
 
 def _check_number(name: str, value: Any, fits: Callable[[Any], bool], what: str) -> None:

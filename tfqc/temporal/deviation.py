@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfqc.calibration.simulate import Simulation
+from tfqc.calibration.trajectories import followed, given_once
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Role
 from tfqc.passing.context import Context
@@ -57,7 +58,7 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
     """Latents before each step and at the end, with the given features [T, ...] in the place of computed ones."""
     schedule = ctx.need_schedule()
     run = Simulation(program, program.step)
-    wanted = {".".join(i.path): i for i in program.input(Role.REQUEST)}
+    wanted = given_once(program, data.following)
     noisy, time = (program.input(role)[0].name for role in (Role.SAMPLE, Role.TIME))
     position, ascending = {t: i for i, t in enumerate(schedule.timesteps)}, sorted(schedule.timesteps)
     what = "sampling with the TIB quantized" if features else "sampling in full precision"
@@ -70,7 +71,8 @@ def _path(program: Program, ctx: Context, data: Calibration, features: dict[str,
         run.values = {name: value[at].expand(len(x), *value.shape[1:]) for name, value in features.items()}
         given = {**conditions, **data.shared}
         request = {i.name: given[k].to(i.type.dtype) for k, i in wanted.items() if k in given}
-        result = run.call({noisy: x, time: t.expand(len(x)), **request})
+        others = followed(program, data.following, as_time(t), len(x))
+        result = run.call({noisy: x, time: t.expand(len(x)), **others, **request})
         return result[0] if isinstance(result, tuple) else result
 
     final = sample(

@@ -276,8 +276,8 @@ class Recorder:
         if self.arena is None:
             return made
         several = isinstance(made, (list, tuple))
+        args = tuple(map(self._with_spare_rows, args))
         kept = [t.clone() for t in (made if several else [made])]
-        args = tuple(map(self._with_spare, args))
 
         def call() -> None:
             again = function(*args, **kwargs)
@@ -377,11 +377,12 @@ class Recorder:
                 each = value.dim() > 1 and value.shape[0] > 1
                 return abi.Rows(self._at(value), 0, value.stride(0) if each else 0, 0, _extent(value))
 
-    def _with_spare(self, value: Any) -> Any:
-        """A table with the rows that it has room for: those that are added come to lie there."""
-        if not isinstance(value, Tensor) or (rows := self.spare.get(value.data_ptr())) is None:
-            return value
-        return value.as_strided((rows, *value.shape[1:]), value.stride())
+    def _with_spare_rows(self, operand: Any) -> Any:
+        """A table with the rows that it has room for, as later calls may read them."""
+        if not isinstance(operand, Tensor) or operand.data_ptr() not in self.spare:
+            return operand
+        self._limit(operand)
+        return operand.as_strided((self.spare[operand.data_ptr()], *operand.shape[1:]), operand.stride())
 
     def _limit(self, table: Tensor) -> None:
         if self.arena is not None:

@@ -192,6 +192,7 @@ DENOISERS = {
             "text_indices": torch.arange(4), "audio_indices": torch.arange(4, 10),
             "video_indices": torch.arange(10, 18)},
         times=FRACTIONS,
+        roles={"hidden_states": "sample", "audio_hidden_states": "sample", "timestep": "sample"},
     ),
     "MochiTransformer3DModel": Denoiser(
         {"patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,

@@ -76,11 +76,11 @@ def quantize(
         model = restored(unwrapped(getattr(pipe, part)))
         calls = [call for recording in found for call in recording.calls]
         example = {name: value for name, value in calls[0].items() if name != "return_dict"}
-        time = next(item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME)
+        time = next((item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME), None)
         artifact = compile(
             model,
             target,
-            schedule=next(recording for recording in found if recording.calls).schedule(time),
+            schedule=None if time is None else next(each for each in found if each.calls).schedule(time),
             calibration=calls,
             pipeline=pipeline,
             strategy=strategy,

@@ -1,16 +1,19 @@
-"""What a pipeline is run with for calibration: prompts, a file of them, or keyword arguments of its own."""
+"""What a pipeline is run with for calibration: prompts, a file of them, images, latents, arguments of its own."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from tfqc.errors import CalibrationError
 from tfqc.files.storage import read_text
+from tfqc.frontend.inputs import SAMPLE_NAMES, TIME_NAMES, parameters_of
 
 # Things, people, places, styles, text, few words and many: what a network is asked for.
 DEFAULT = (
@@ -25,22 +28,26 @@ DEFAULT = (
 )
 COUNT = 4  # of them, where nothing is said
 
-Prompts = int | str | Path | Sequence[str] | Sequence[Mapping[str, Any]] | None
+Prompts = int | str | Path | Tensor | Iterable[str] | Iterable[Mapping[str, Any]] | None
+
+_SAYS_WHAT = ("prompt", "prompt_embeds")  # beside one of these there is no place for a default prompt
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_MASK = ".mask"
 
 
 def runs_of(pipe: Any, given: Prompts, common: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
     """Keyword arguments of a pipeline for each of its runs; each has a generator of its own.
 
     Args:
-        given: how many of the default prompts, prompts, the Path of a file with a prompt in each line, or keyword
-            arguments for each run.
+        given: how many of the default prompts, prompts, the Path of a file with a prompt in each line or of a folder of
+            images, latents [N, ...], or keyword arguments for each run.
         common: keyword arguments of all runs.
 
     Raises:
         CalibrationError: there are none, or the pipeline does not take such arguments.
     """
     takes = inspect.signature(pipe.__call__).parameters
-    own = [{"prompt": text} if isinstance(text, str) else dict(text) for text in _listed(given, "prompt" in takes)]
+    own = _listed(given, "prompt" in takes and not any(common.get(name) is not None for name in _SAYS_WHAT))
     if not own:
         raise CalibrationError("Calibration needs at least one run of the pipeline: there are no prompts.")
     usual = {"output_type": "latent", "return_dict": False}
@@ -61,20 +68,61 @@ def runs_of(pipe: Any, given: Prompts, common: Mapping[str, Any], seed: int) -> 
     return runs
 
 
-def _listed(given: Prompts, takes_prompts: bool) -> Sequence[str | Mapping[str, Any]]:
+def model_inputs(models: Sequence[torch.nn.Module], given: Any) -> list[Mapping[str, Any]] | None:
+    """Calls of a pipeline's one denoiser, where that is what is given: mappings that hold its sample and its time."""
+    if len(models) != 1 or not isinstance(given, Sequence) or isinstance(given, str):
+        return None
+    calls: list[Any] = list(given)  # pyright: ignore[reportUnknownArgumentType]
+    names = parameters_of(models[0])
+    known = [name for name in names if name in SAMPLE_NAMES], [name for name in names if name in TIME_NAMES]
+    fits = (isinstance(call, Mapping) and all(any(n in call for n in each) for each in known) for call in calls)
+    return calls if calls and all(fits) else None
+
+
+def _listed(given: Prompts, takes_prompts: bool) -> list[dict[str, Any]]:
+    def prompts(count: int) -> list[dict[str, Any]]:
+        return [{"prompt": DEFAULT[i % len(DEFAULT)]} if takes_prompts else {} for i in range(count)]
+
     if given is None or (isinstance(given, int) and not isinstance(given, bool)):
         count = COUNT if given is None else given
-        if not takes_prompts:
-            return [{} for _ in range(count)]
-        if count > len(DEFAULT):
+        if takes_prompts and count > len(DEFAULT):
             raise CalibrationError(f"There are {len(DEFAULT)} default prompts, not {count}: give a list of your own.")
-        return DEFAULT[: max(count, 0)]
+        return prompts(max(count, 0))
+    if isinstance(given, Tensor):
+        return [{**own, "latents": given[i : i + 1]} for i, own in enumerate(prompts(len(given)))]
+    if isinstance(given, Path) and given.is_dir():
+        images = _images_in(given)
+        return [{**own, **image} for own, image in zip(prompts(len(images)), images, strict=True)]
     if isinstance(given, Path):
-        return [line.strip() for line in read_text(given, CalibrationError).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(given, CalibrationError).splitlines()]
+        return [{"prompt": line} for line in lines if line]
     items: Any = [given] if isinstance(given, str) else given  # what a caller gives may be anything
     if not isinstance(items, Sequence) or not all(isinstance(item, (str, Mapping)) for item in items):
         raise CalibrationError(
             f"calibration={str(given)[:50]!r} is neither a number, prompts, the Path of a file with a prompt in each "
-            "line, nor keyword arguments of the pipeline for each run."
+            "line or of a folder of images, latents, nor keyword arguments of the pipeline for each run."
         )
-    return items
+    return [{"prompt": item} if isinstance(item, str) else dict(item) for item in items]
+
+
+def _images_in(folder: Path) -> list[dict[str, Any]]:
+    """`image` of each file in the order of names, and `mask_image` where NAME.mask.png lies beside NAME.png."""
+    files = {f.stem: f for f in sorted(folder.iterdir()) if f.suffix.lower() in _IMAGES}
+    found: list[dict[str, Any]] = []
+    for stem, file in files.items():
+        if stem.endswith(_MASK) and stem.removesuffix(_MASK) in files:
+            continue
+        found.append({"image": _opened(file, "RGB")})
+        if (mask := files.get(stem + _MASK)) is not None:
+            found[-1]["mask_image"] = _opened(mask, "L")
+    if not found:
+        raise CalibrationError(f"{folder} holds no images ({', '.join(_IMAGES)}).")
+    return found
+
+
+def _opened(file: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise CalibrationError(f"{file} is no image that can be read: {str(error)[:200].rstrip('.')}.") from error

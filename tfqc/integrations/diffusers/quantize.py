@@ -6,11 +6,14 @@ import inspect
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from tfqc.arguments import read_target
 from tfqc.codegen.artifact import check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
@@ -18,13 +21,16 @@ from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import inputs_of
 from tfqc.frontend.unwrap import unwrapped
+from tfqc.integrations.diffusers.datafree import without_data
 from tfqc.integrations.diffusers.layers import restored
 from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
-from tfqc.integrations.diffusers.prompts import Prompts, runs_of
+from tfqc.integrations.diffusers.prompts import Prompts, model_inputs, runs_of
 from tfqc.ir.program import Role
 from tfqc.passing.pipeline import Pipeline
 from tfqc.progress import Progress, Silent
 from tfqc.sampling.recording import Recording, record_each
+
+NONE = "none"
 
 
 def quantize(
@@ -52,8 +58,12 @@ def quantize(
         pipe: a loaded pipeline with a `unet` or a `transformer`.
         target: what to compile for.
         steps: of the sampler; the pipeline's default if None. Other numbers of steps work afterwards, too.
-        calibration: how many of the default prompts (4), prompts, the Path of a file with a prompt in each line, or
-            keyword arguments of the pipeline for each run (`[{"prompt": ..., "image": ...}]`).
+        calibration: how many of the default prompts (4), prompts, the Path of a file with a prompt in each line, the
+            Path of a folder of images (for inpainting with NAME.mask.png beside NAME.png), latents [N, ...], keyword
+            arguments of the pipeline for each run (`[{"prompt": ..., "image": ...}]`), or calls of the denoiser that
+            you recorded (`[{"sample": x, "timestep": t, ...}, ...]`). "none": no data; weights get their own ranges,
+            activations those that each token has at run time, and the pipeline is run once with its denoiser silent,
+            which tells shapes and times.
         call: keyword arguments of the pipeline in every run, such as `height`, `width` and `guidance_scale`.
         strategy, pipeline, plan, dynamic, require_real: as `tfqc.compile` has them.
         seed: of the noise.
@@ -68,8 +78,16 @@ def quantize(
     if directory is not None:
         check_output(directory)
     progress = progress or Silent()
-    runs = runs_of(pipe, calibration, _common(pipe, steps, call or {}), seed)
-    recordings = _recorded(pipe, parts, runs, progress)
+    told = not (isinstance(calibration, str) and calibration == NONE)
+    if not told and pipeline is None:
+        target, pipeline = without_data(read_target(target), strategy)
+    if isinstance(calibration, Iterable) and not isinstance(calibration, (str, Tensor, Mapping)):
+        calibration = list(calibration)  # pyright: ignore[reportAssignmentType, reportUnknownArgumentType]
+    if (given := model_inputs([getattr(pipe, part) for part in parts], calibration)) is not None:
+        recordings = {parts[0]: [Recording([dict(call) for call in given])]}
+    else:
+        runs = runs_of(pipe, calibration if told else 1, _common(pipe, steps, call or {}), seed)
+        recordings = _recorded(pipe, parts, runs, progress, run_denoisers=told)
     kept = None if directory is not None else _Temporary()
     where = kept.path / "artifact" if kept else Path(str(directory))
     for part, found in recordings.items():
@@ -81,7 +99,7 @@ def quantize(
             model,
             target,
             schedule=None if time is None else next(each for each in found if each.calls).schedule(time),
-            calibration=calls,
+            calibration=calls if told else calls[:1],
             pipeline=pipeline,
             strategy=strategy,
             plan=plan,
@@ -99,14 +117,15 @@ def quantize(
 
 
 def _recorded(
-    pipe: Any, parts: Sequence[str], runs: Sequence[Mapping[str, Any]], progress: Progress
+    pipe: Any, parts: Sequence[str], runs: Sequence[Mapping[str, Any]], progress: Progress, run_denoisers: bool
 ) -> dict[str, list[Recording]]:
     """What each denoiser was called with in each run."""
     models = [getattr(pipe, part) for part in parts]
     found: dict[str, list[Recording]] = {part: [] for part in parts}
     with _quiet(pipe):
         for run in progress.track(runs, "running the pipeline for calibration", len(runs)):
-            for part, recording in zip(parts, record_each(pipe, models, run, run_denoisers=True), strict=True):
+            made = record_each(pipe, models, run, run_denoisers=run_denoisers)
+            for part, recording in zip(parts, made, strict=True):
                 found[part].append(recording)
     for part, recordings in found.items():
         if not any(recording.calls for recording in recordings):

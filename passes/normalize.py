@@ -66,6 +66,8 @@ class Normalize(Pass):
         for node in program.nodes():
             if is_call(node):
                 _create_by_size(edit, node)
+                _leave_out_nothing(edit, node)
+        program.prune()
         rewrite(program, canonical_rules() + batch_norm_rules())
         program.origins = {name: origin for name, origin in program.origins.items() if origin.module or origin.source}
 
@@ -97,6 +99,18 @@ def _create_by_size(edit: Rewriter, node: fx.Node) -> None:
             sizes[dim] = edit.insert(node, aten.sym_size.int, like, dim)
     made = {"dtype": type_.dtype, "device": torch.device("cpu"), "pin_memory": False}
     edit.become(node, aten.full.default, size=sizes, fill_value=value, **made)
+
+
+def _leave_out_nothing(edit: Rewriter, node: fx.Node) -> None:
+    """A concatenation does without parts that hold nothing: layers that compute them have no values to calibrate on."""
+    if not is_call(node, aten.cat.default):
+        return
+    parts: Any = node.kwargs["tensors"]
+    types = [edit.program.tensor_type(part) for part in parts]
+    whole, result = [t for t in types if t and 0 not in t.shape], edit.program.tensor_type(node)
+    if 0 < len(whole) < len(parts) and result and all(t.dtype == result.dtype for t in whole):
+        left = [part for part, t in zip(parts, types, strict=True) if t and 0 not in t.shape]
+        edit.update(node, tensors=left)
 
 
 def _identity(program: Program, node: fx.Node) -> fx.Node | None:

@@ -76,6 +76,18 @@ def test_identities_go() -> None:
     assert ops(program) == ["aten.linear.default", "aten.unsqueeze.default", "aten.add.Tensor"]
 
 
+def test_parts_of_nothing_go() -> None:
+    """No layer is left that would be calibrated on no value."""
+
+    def forward(self: Any, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([self.inner(x[:, None][:, 1:]), x[:, None], x[:, None] * t[:, None, None]], 1)
+
+    program = run_pass(program_of(forward), Normalize())
+    assert "aten.linear.default" not in ops(program)
+    assert len(find(program, "aten.cat")[0].kwargs["tensors"]) == 2
+    torch.testing.assert_close(program(x=X, t=T), Model(forward)(X, T))
+
+
 def test_adding_zero_stays() -> None:
     """−0.0 + 0.0 is 0.0, and integer / 1 is a float."""
     program = run_pass(program_of(lambda self, x, t: self.inner(x) + 0.0 + (t / 1).unsqueeze(1)), Normalize())

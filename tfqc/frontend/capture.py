@@ -49,15 +49,16 @@ def capture(
             and so is that of every input with the same first dimension. Not-tensor values are captured as constants.
         roles: input name (dotted for nested ones) or position -> `sample`, `time` or `request`; or these in order, or a
             function of an input's name and example. By default inputs are recognised by the names that diffusers
-            gives them.
+            gives them. A time that is not one number for each image (of tokens, frames, embedded already), and times
+            beside the first, change at every step as samples do; a model may be told none.
         domains: request inputs of integer class labels -> how many labels there are.
         dynamic: further dimensions that may differ from call to call: `"H,W"` of the sample, `"H:16..128"` in a range,
             `"hidden_states[1]=S"` of any input, or a mapping `{"sample": {2: "H", 3: "W"}}`.
         name: what the IR calls the model; its class name by default.
 
     Raises:
-        CaptureError: no input is the time or the sample, or torch.export failed (the message names the line of the
-            model's source at which it did).
+        CaptureError: no input is the sample, one may be the time and is not said to be, or torch.export failed (the
+            message names the line of the model's source at which it did).
 
     Warns:
         FixedWarning: the model's code took a way that is right for one number of images, or for one value of an input

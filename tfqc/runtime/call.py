@@ -91,8 +91,9 @@ class Call:
         """Accept what changes nothing: None, empty containers, constants that are as they were captured."""
         if path in self._by_path or value is None or path == ("return_dict",):
             return
-        if path not in self._constants and len(path) > 1 and path[1].isdigit():
-            path = next((p for p in (path, (path[0], "*", *path[2:])) if p in self._constants), path)  # of every image
+        every = (*path[:1], "*", *path[2:])  # image says the same
+        if path not in self._constants and every in self._constants and "".join(path[1:2]).isdigit():
+            path = every
         if path in self._constants:
             captured = self._constants[path]
             if isinstance(captured, str) and isinstance(value, Tensor) and has_fixed_value(captured, value):

@@ -26,14 +26,20 @@ __all__ = ["MANIFEST", "VERSION", "Artifact", "check_files", "check_output", "co
 
 @dataclass
 class Artifact:
-    """What a backend emitted, in memory: text files, tensor files, and facts for the manifest (JSON)."""
+    """What a backend emitted, in memory: files of text, tensors and bytes, and facts for the manifest (JSON)."""
 
     texts: dict[str, str]
     tensors: dict[str, Mapping[str, Tensor]]
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    binaries: dict[str, bytes] = field(default_factory=dict[str, bytes])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its files, but for the manifest."""
+        return [*self.texts, *self.tensors, *self.binaries]
 
     def __repr__(self) -> str:
-        return f"<artifact for {self.facts.get('target', 'no target')}: {', '.join([*self.texts, *self.tensors])}>"
+        return f"<artifact for {self.facts.get('target', 'no target')}: {', '.join(self.names)}>"
 
     def files(self) -> dict[str, bytes]:
         """Every file's bytes; the same bytes for the same artifact."""
@@ -47,8 +53,10 @@ class Artifact:
             (directory / name).write_text(text, encoding="utf-8")
         for name, tensors in self.tensors.items():
             save_tensors(directory / name, tensors)
+        for name, data in self.binaries.items():
+            (directory / name).write_bytes(data)
         files: dict[str, dict[str, Any]] = {}
-        for name in sorted([*self.texts, *self.tensors]):
+        for name in sorted(self.names):
             sync(directory / name)
             files[name] = {"sha256": file_hash(directory / name), "bytes": (directory / name).stat().st_size}
         path = directory / MANIFEST
@@ -64,7 +72,7 @@ class Artifact:
             ArtifactError: `directory` holds files that are no artifact's, or it cannot be written; what was there
                 still is.
         """
-        return _put(directory, [*self.texts, *self.tensors], self._write)
+        return _put(directory, self.names, self._write)
 
 
 def copy_artifact(source: str | Path, directory: str | Path) -> Path:

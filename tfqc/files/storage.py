@@ -59,6 +59,27 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: it cannot be written.
         TfqcError: a tensor is of a dtype that the format does not have.
     """
+    header, ordered = _header(tensors, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in ordered:
+            if tensors[name].numel():
+                file.write(bytes_of(tensors[name]))
+
+
+def places_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Where each tensor begins in the file that `save_tensors` writes of them without metadata, and its bytes."""
+    header, ordered = _header(tensors, None)
+    at, found = len(header), dict[str, tuple[int, int]]()
+    for name in ordered:
+        size = tensors[name].numel() * tensors[name].dtype.itemsize
+        found[name] = (at, size)
+        at += size
+    return found
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
+    """The beginning of a file, and the names of tensors in the order in which they follow."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # so that all are aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -72,11 +93,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            if tensor.numel():
-                file.write(bytes_of(tensor))
+    return len(text).to_bytes(8, "little") + text, [name for name, _ in ordered]
 
 
 @contextmanager

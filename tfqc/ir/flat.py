@@ -22,11 +22,12 @@ from tfqc.runtime.plan import as_called
 Instead = Mapping[Any, Callable[..., Any]]
 
 
-def flat_module(program: ProgramData, instead: Instead | None = None) -> torch.nn.Module:
+def flat_module(program: ProgramData, instead: Instead | None = None, one_row: bool = False) -> torch.nn.Module:
     """A module that takes the program's arguments by name, timesteps as [B], and gives the tensors of @step.
 
     Args:
         instead: what runs in place of an operation. Operations of tfqc run what they are composed of otherwise.
+        one_row: the row of the first timestep serves all images of a call.
 
     Raises:
         TfqcError: the program has no weights.
@@ -40,7 +41,7 @@ def flat_module(program: ProgramData, instead: Instead | None = None) -> torch.n
             value = graph.call_function(operator.getitem, (value, int(key) if key.isdigit() else key))
         values[item.name] = value
     graph.output(graph.call_module("flat", kwargs=values))
-    return fx.GraphModule({"flat": _Flat(program, instead or {})}, graph)
+    return fx.GraphModule({"flat": _Flat(program, instead or {}, one_row)}, graph)
 
 
 def nested(program: ProgramData, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,11 +65,11 @@ def _listed(value: Any) -> Any:
 class _Flat(torch.nn.Module):
     schedule: Tensor
 
-    def __init__(self, program: ProgramData, instead: Instead) -> None:
+    def __init__(self, program: ProgramData, instead: Instead, one_row: bool) -> None:
         super().__init__()
         if not program.has_weights:
             raise TfqcError(f"{program.model} was captured without weights, so it cannot be exported: load them first.")
-        self.plan, self.instead = plan_of(program), instead
+        self.plan, self.instead, self.one_row = plan_of(program), instead, one_row
         modules = {name: program.module(name) for name in program.functions}
         _read_one_row(modules[STEP])
         self.functions = torch.nn.ModuleDict(modules)
@@ -80,6 +81,7 @@ class _Flat(torch.nn.Module):
         plan = self.plan
         if plan.row or plan.label_rows:
             given = values[plan.time.name].to(torch.float32)
+            given = given[:1] if self.one_row else given
             rows = (given[:, None] - self.schedule[None, :]).abs().argmin(1)
             values |= {k: rows * n + values[of] for k, (of, n) in plan.label_rows.items()}
             values |= {plan.row: rows} if plan.row else {}

@@ -35,16 +35,18 @@ def save_pt2(program: ProgramData, path: Path) -> None:
         raise IRError(f"{path} cannot be written: {said(error)}.") from error
 
 
-def exported_program(program: ProgramData, instead: Instead | None = None) -> torch.export.ExportedProgram:
+def exported_program(
+    program: ProgramData, instead: Instead | None = None, one_row: bool = False
+) -> torch.export.ExportedProgram:
     """The program as torch.export has it: of the model's arguments by name, with the sizes that may differ.
 
-    `instead` is as `flat_module` has it.
+    `instead` and `one_row` are as `flat_module` has them.
 
     Raises:
         TfqcError: the program has no weights.
         IRError: torch.export does not take it.
     """
-    flat, given = flat_module(program, instead), example_arguments(program)
+    flat, given = flat_module(program, instead, one_row), example_arguments(program)
     sizes = {
         i.name: tuple(
             torch.export.Dim.AUTO if isinstance(dim, str) else torch.export.Dim.STATIC for dim in i.type.shape

@@ -52,12 +52,15 @@ class OnnxModel(Stepper):
 
     def step(self, /, **values: Tensor) -> Any:
         """One timestep, or one after the other where images have several: the model takes one row of the schedule."""
-        times, outputs = values[self.plan.time.name], list[Tensor]()
-        for t in dict.fromkeys(times.tolist()):
-            found = self._run_session({**values, self.plan.time.name: torch.full_like(times, t)})
-            outputs = [
-                torch.where(_like(times == t, new), new, old) for new, old in zip(found, outputs or found, strict=True)
-            ]
+        clock, outputs = self.plan.time, list[Tensor]()
+        if clock is None:
+            outputs = self._run_session(values)
+        else:
+            times = values[clock.name]
+            for t in dict.fromkeys(times.tolist()):
+                found = self._run_session({**values, clock.name: torch.full_like(times, t)})
+                pairs = zip(found, outputs or found, strict=True)
+                outputs = [torch.where(_like(times == t, new), new, old) for new, old in pairs]
         return tuple(outputs) if self._returns_tuple else outputs[0]
 
     def _run_session(self, values: dict[str, Tensor]) -> list[Tensor]:

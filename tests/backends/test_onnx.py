@@ -160,3 +160,15 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(TfqcError, match=r"needs onnxscript, which is not there: pip install 'tfqc\[onnx\]'"):
         tfqc.compile(tiny(), "onnx", **CALIBRATED)
+
+
+def test_a_model_without_a_time(tmp_path: Path) -> None:
+    def make() -> ModelSpec:
+        torch.manual_seed(0)
+        return ModelSpec("one", torch.nn.Conv2d(3, 3, 1), {"input": torch.randn(2, 3, 4, 4)}, roles={"input": "sample"})
+
+    call = {"input": torch.randn(3, 3, 4, 4)}
+    ours = tfqc.compile(make(), "onnx{mode=static}", calibration=2)
+    theirs = tfqc.compile(make(), "fake-quant", pipeline=ours.facts["pipeline"], calibration=2)
+    model, oracle = tfqc.load(ours.save(tmp_path / "ours")), tfqc.load(theirs.save(tmp_path / "theirs"))
+    assert difference(model(**call), oracle(**call)) < 1e-2

@@ -116,3 +116,9 @@ def test_the_command_takes_artifacts_programs_and_models(call_tfqc: Tfqc, tmp_pa
         assert done.json["stage"] == stage
         module = torch.export.load(tmp_path / "x.pt2").module()
         assert module(sample=torch.zeros(3, 2, 4, 4), timestep=torch.zeros(3, dtype=torch.int64)).shape == (3, 2, 4, 4)
+
+
+def test_a_model_without_a_time(tmp_path: Path) -> None:
+    model = torch.nn.Conv2d(3, 3, 1)
+    program = tfqc.capture(model, {"input": torch.randn(2, 3, 4, 4)}, roles={"input": "sample"})
+    check(tfqc.Pipeline.parse("normalize,discover-tib").run(program), tmp_path / "out.pt2")

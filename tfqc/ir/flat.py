@@ -73,13 +73,13 @@ class _Flat(torch.nn.Module):
         modules = {name: program.module(name) for name in program.functions}
         _read_one_row(modules[STEP])
         self.functions = torch.nn.ModuleDict(modules)
-        times = as_called(self.plan.timesteps, self.plan.time.dtype)
+        times = as_called(self.plan.timesteps, self.plan.time.dtype) if self.plan.time else []
         self.register_buffer("schedule", torch.tensor(times, dtype=torch.float32))
 
     def forward(self, **values: Tensor) -> Any:
         """One call."""
         plan = self.plan
-        if plan.row or plan.label_rows:
+        if plan.time and (plan.row or plan.label_rows):
             given = values[plan.time.name].to(torch.float32)
             given = given[:1] if self.one_row else given
             rows = (given[:, None] - self.schedule[None, :]).abs().argmin(1)

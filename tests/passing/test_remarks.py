@@ -54,6 +54,15 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
             "3 temporal features: 1 known at compile time, 2 per request",
         ),
     ),
+    "timeless": (
+        ({"model": "Net"}, "Net is told no time that is one number for each image: it has no temporal features"),
+    ),
+    "step-inputs": (
+        (
+            {"names": "times, sigma"},
+            "what depends on times, sigma is computed at each step: no table can have rows for it",
+        ),
+    ),
     "maintenance": (
         ({"fold": 1}, "maintenance: fold for 1 feature"),
         ({"fold": 20, "cache8": 1}, "maintenance: cache8 for 1 feature, fold for 20 features"),

@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tfqc.backends.cpu_int8.runtime import abi
 from tfqc.backends.cpu_int8.runtime.arena import place
 from tfqc.backends.cpu_int8.runtime.build import BuildError, best_isa, build_best, runs_here, why_not
+from tfqc.backends.cpu_int8.runtime.draft import Line
 from tfqc.backends.cpu_int8.runtime.eager import Eager
 from tfqc.backends.cpu_int8.runtime.memory import load_aligned, room
-from tfqc.backends.cpu_int8.runtime.recorder import Line, Recorder
+from tfqc.backends.cpu_int8.runtime.recorder import Recorder
 from tfqc.backends.cpu_int8.runtime.tiles import Tiles
 from tfqc.runtime import Plan, Stepper
 

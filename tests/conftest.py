@@ -15,8 +15,10 @@ os.environ["MKL_CBWR"] = "AVX2,STRICT"
 
 import torch
 
+from tests.captures import captures_once
 from tests.models import MODELS, ROLES, Example
 from tests.subjects import Subject, find_subject
+from tfqc import driver
 from tfqc.frontend import capture
 from tfqc.instruments import Instrument
 from tfqc.ir.program import Program
@@ -25,6 +27,7 @@ from tfqc.passing import Context
 from tfqc.passing.pipeline import Pipeline
 
 torch.set_num_threads(1)
+driver.capture = captures_once()
 
 Programs = Callable[[str], Program]
 

@@ -32,7 +32,7 @@ class TestCudaInt4Border(Border):
 class TestCudaInt4(Conformance):
     backend = "cuda-int4"
     targets = ("cuda-int4{arch=sm_86}", "cuda-int4{arch=sm_90a mode=w4a8 activations=per-token}")
-    models: ClassVar = ("unet2d", "unet-sd", "unet-sdxl", "dit")
+    models: ClassVar = ("unet-sd", "unet2d", "unet-sdxl", "dit")
 
     def want(self, program: Program, call: dict[str, Any]) -> Tensor:
         """A batch of several timesteps as one batch for each: torch rounds f16 differently in batches of other sizes,

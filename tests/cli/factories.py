@@ -85,6 +85,25 @@ def dit() -> ModelSpec:
     return ModelSpec("small-dit", model, inputs, DDIMScheduler())
 
 
+class Nested(Tiny):
+    """Conditions in a dictionary: some of them for each image, one for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(3, 2)
+
+    def forward(self, sample: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Shifts the sample."""
+        shift = self.text(conditions["text"]) * conditions["strength"]
+        return super().forward(sample + shift[:, :, None, None], timestep)
+
+
+def nested() -> ModelSpec:
+    """A small model with nested request inputs."""
+    conditions = {"text": torch.linspace(-1, 1, 6).reshape(2, 3), "strength": torch.tensor([0.5])}
+    return ModelSpec("nested", _seeded(Nested), {**INPUTS, "conditions": conditions}, DDIMScheduler())
+
+
 def sdxl() -> ModelSpec:
     """A UNet with nested request inputs."""
     model, inputs = MODELS["unet-sdxl"]()

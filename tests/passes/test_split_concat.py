@@ -184,8 +184,10 @@ class Odd(nn.Module):
         return self.leave(self.both(torch.cat([a, b], dim=1)))
 
 
-@pytest.mark.parametrize(("name", "splits"), [("unet-sd", 4), ("odd", 1)])
-@pytest.mark.parametrize("target", ["cpu-int8", "cuda-int4{arch=sm_86 mode=w4a8 edges=none}"])
+@pytest.mark.parametrize(
+    ("target", "name", "splits"),
+    [("cpu-int8", "unet-sd", 4), ("cpu-int8", "odd", 1), ("cuda-int4{arch=sm_86 mode=w4a8 edges=none}", "odd", 1)],
+)
 def test_parts_run_as_integers(target: str, name: str, splits: int, subject: Subjects, tmp_path: Path) -> None:
     """All products have kernels, the sums of parts are in their epilogues."""
     its = of_example("odd", example(Odd, 4, 8, 8)) if name == "odd" else subject(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,12 @@ torch.set_num_threads(1)
 driver.capture = captures_once()
 
 Programs = Callable[[str], Program]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what lives to the end: torch's objects are most of what it looks through."""
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache

@@ -55,6 +55,30 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         runs_of(pipe, folder, {}, 0)
 
 
+def test_what_a_pipeline_does_not_run_on(tmp_path: Path) -> None:
+    """Its own words, and what to do; the pipeline is as it was."""
+    pipe, _ = pipeline("img2img", tmp_path)
+    scheduler, forward = pipe.scheduler, pipe.unet.forward
+    for calibration in (None, ["a fox"], [{"image": 3}], [{}]):
+        with pytest.raises(
+            CalibrationError, match=r"Img2ImgPipeline does not run on what calibration gives it \(.*call="
+        ):
+            tfqc.quantize(pipe, W8A8, steps=2, calibration=calibration)
+    assert pipe.scheduler is scheduler and pipe.unet.forward == forward
+
+
+def test_the_name_of_a_file_is_no_prompt(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    file = tmp_path / "prompts"
+    file.write_text("\n \n")
+    for text in (str(file), str(tmp_path), "not-there.txt"):
+        with pytest.raises(CalibrationError, match="looks like a file"):
+            runs_of(pipe, text, {}, 0)
+    with pytest.raises(CalibrationError, match="prompts holds no prompts"):
+        runs_of(pipe, file, {}, 0)
+    assert [run["prompt"] for run in runs_of(pipe, "a fox/a dog.", {}, 0)] == ["a fox/a dog."]
+
+
 def test_latents(tmp_path: Path) -> None:
     pipe, _ = pipeline("sd", tmp_path)
     latents = torch.randn(2, 4, 8, 8)

@@ -17,7 +17,7 @@ from tfqc.arguments import read_target
 from tfqc.codegen.artifact import check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
-from tfqc.errors import CalibrationError
+from tfqc.errors import CalibrationError, TfqcError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import inputs_of
 from tfqc.frontend.unwrap import unwrapped
@@ -122,7 +122,7 @@ def _recorded(
     """What each denoiser was called with in each run."""
     models = [getattr(pipe, part) for part in parts]
     found: dict[str, list[Recording]] = {part: [] for part in parts}
-    with _quiet(pipe):
+    with _quiet(pipe), _refusing(pipe):
         for run in progress.track(runs, "running the pipeline for calibration", len(runs)):
             made = record_each(pipe, models, run, run_denoisers=run_denoisers)
             for part, recording in zip(parts, made, strict=True):
@@ -148,6 +148,21 @@ def _common(pipe: Any, steps: int | None, call: Mapping[str, Any]) -> dict[str, 
     takes = inspect.signature(pipe.__call__).parameters
     count = {} if steps is None or "num_inference_steps" not in takes else {"num_inference_steps": steps}
     return {**count, **call}
+
+
+@contextmanager
+def _refusing(pipe: Any) -> Generator[None]:
+    """What a pipeline says of its arguments, in a sentence that says where they come from."""
+    try:
+        yield
+    except TfqcError:
+        raise
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CalibrationError(
+            f"{type(pipe).__name__} does not run on what calibration gives it ({why[:200].rstrip('.')}): give what a "
+            "run of it needs, as call={...} for all runs or calibration=[{...}, ...] for each."
+        ) from error
 
 
 @contextmanager

@@ -101,8 +101,8 @@ def _listed(given: Prompts, takes_prompts: bool) -> list[dict[str, Any]]:
         return [{"prompt": line} for line in lines if line]
     if isinstance(given, str) and (os.path.exists(given) or given.endswith(".txt")):
         raise CalibrationError(
-            f"calibration={given[:200]!r} is text, which is a prompt, and looks like a file: give Path(...) for what is "
-            "in it, or a list for a prompt of these words."
+            f"calibration={given[:200]!r} is text, which is a prompt, and looks like a file: give Path(...) for what "
+            "is in it, or a list for a prompt of these words."
         )
     items: Any = [given] if isinstance(given, str) else given  # what a caller gives may be anything
     if not isinstance(items, Sequence) or not all(isinstance(item, (str, Mapping)) for item in items):

@@ -62,7 +62,7 @@ class TfqcConfig(QuantizationConfigMixin):
             )
         if strange := [name for name in facts if name not in _STORED]:
             raise SpecError(
-                f"TfqcConfig takes no {strange[0]!r}: weights have 8 bits, and it takes target and modules_to_not_convert."
+                f"TfqcConfig takes no {strange[0]!r}: weights have 8 bits; target and modules_to_not_convert are taken."
             )
         names = [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else modules_to_not_convert or ()
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tfqc.arguments import read_target
+from tfqc.arguments import check_others, read_pipeline, read_plan, read_target, whole
 from tfqc.codegen.artifact import check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
@@ -77,6 +77,7 @@ def quantize(
     parts = denoisers_of(pipe)
     if directory is not None:
         check_output(directory)
+    _check(target, pipeline, strategy, plan, dynamic, seed, progress, steps, call)
     progress = progress or Silent()
     told = not (isinstance(calibration, str) and calibration == NONE)
     if not told and pipeline is None:
@@ -114,6 +115,18 @@ def quantize(
     for part in parts:
         getattr(pipe, part).kept = kept  # as long as the denoiser is
     return pipe
+
+
+def _check(
+    target: Any, pipeline: Any, strategy: Any, plan: Any, dynamic: Any, seed: Any, progress: Any, steps: Any, call: Any
+) -> None:
+    """Refuse what `compile` would refuse behind the runs of the pipeline, which may take an hour."""
+    read_plan(plan, read_pipeline(pipeline, read_target(target), strategy))
+    check_others(None, None, dynamic, seed, None, None, progress)
+    if steps is not None:
+        whole("steps", steps, CalibrationError, least=1)
+    if call is not None and not isinstance(call, Mapping):
+        raise TfqcError(f"call={str(call)[:50]} is no mapping from names of the pipeline's arguments to values.")
 
 
 def _recorded(

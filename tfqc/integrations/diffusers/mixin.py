@@ -64,7 +64,8 @@ class TfqcConfig(QuantizationConfigMixin):
             raise SpecError(
                 f"TfqcConfig takes no {strange[0]!r}: weights have 8 bits; target and modules_to_not_convert are taken."
             )
-        names = [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else modules_to_not_convert or ()
+        names: Any = modules_to_not_convert or ()  # a config.json may hold anything
+        names = [names] if isinstance(names, str) else names
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise SpecError(f"modules_to_not_convert={modules_to_not_convert!r} is no list of names of modules.")
         self.quant_method = TfqcMethod.TFQC  # pyright: ignore[reportAttributeAccessIssue] (its enumeration is closed)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -182,6 +183,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": "fashion-unett"}, r"no model 'fashion-unett'.*Did you mean 'fashion-unet'"),
     ({"model": ""}, r"is no diffusers folder"),
     ({"model": "no.such:factory"}, r"cannot be found"),
+    ({"model": "json:dumps"}, r"'json:dumps' is called without arguments.*missing a required argument: 'obj'"),
+    ({"model": "json:__name__"}, r"'json:__name__' is called without arguments.*not a callable"),
     ({"model": torch.nn.Linear(2, 2)}, r"inputs of a Linear are not known: give example_inputs"),
     ({"target": "fake-qant"}, r"Did you mean 'fake-quant'"),
     ({"target": None}, r"target=None is no target"),
@@ -222,6 +225,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"example_inputs": {"smaple": torch.zeros(1)}}, r"takes no input 'smaple'"),
     ({"example_inputs": "x"}, r"example_inputs='x' is neither a mapping"),
     ({"example_inputs": 3}, r"example_inputs=3 is neither a mapping"),
+    ({"example_inputs": {"sample": np.zeros(1)}}, r"example_inputs holds a numpy array: give the tensors"),
+    ({"example_inputs": {}}, r"example_inputs holds nothing: give the tensors"),
+    ({"plan": __file__}, r"is text, and there is a file of that name: give its Path"),
     ({"roles": {"smaple": "sample"}}, r"no input 'smaple' to give a role"),
     ({"roles": {"sample": "noise"}}, r"'noise' is no role"),
     ({"roles": 3}, r"roles=3 is no mapping from names or positions"),

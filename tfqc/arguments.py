@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tfqc.codegen.recipes import STRATEGIES
 from tfqc.codegen.target import Target
@@ -70,6 +73,8 @@ def read_plan(given: Any, pipeline: Pipeline) -> str:
         raise SpecError(
             f"plan={_shown(given)} is no plan: give text, or the Path of a file, as `tfqc inspect` prints it."
         )
+    if isinstance(given, str) and os.path.exists(given):
+        raise SpecError(f"plan={_shown(given)} is text, and there is a file of that name: give its Path.")
     text = given if isinstance(given, str) else read_text(given, SpecError)
     if not check_plan(text):
         raise SpecError("The plan has no line: leave it out, or say for a layer what its operands are quantized to.")
@@ -148,6 +153,11 @@ def check_others(
     if example_inputs is not None and not isinstance(example_inputs, (Mapping, list, tuple)):
         raise TfqcError(
             f"example_inputs={_shown(example_inputs)} is neither a mapping nor a list of the model's arguments."
+        )
+    arrays = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, np.ndarray)]
+    if arrays or (example_inputs is not None and not example_inputs):
+        raise TfqcError(
+            f"example_inputs holds {'a numpy array' if arrays else 'nothing'}: give the tensors of a call of the model."
         )
     if workdir is not None and not isinstance(workdir, (str, Path)):
         raise TfqcError(f"workdir={_shown(workdir)} is no path.")

@@ -50,6 +50,7 @@ from tfqc.progress import Progress, Silent
 from tfqc.quant.plan import is_float
 from tfqc.recipe import Recipe, check_recipe
 from tfqc.runtime import VERSION, Stepper
+from tfqc.runtime.origin import Origin
 from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule
@@ -210,7 +211,7 @@ def load(directory: str | Path, *, check_finite: bool = False) -> torch.nn.Modul
         raise ArtifactError(f"{directory} does not say which backend it is for: compile the model again.")
     model = find_backend(manifest["backend"])().load(directory)
     if isinstance(model, Stepper):
-        model.reload, model.check_finite = (load, str(directory)), check_finite
+        model.reload, model.check_finite = Origin.of(load, directory), check_finite
     return model
 
 

@@ -292,15 +292,25 @@ def test_files_that_are_not_whole(case: Case, tmp_path: Path) -> None:
     for change, said in (
         ({"conv_in.weight": whole["conv_in.weight"].float()}, r"conv_in\.weight holds torch\.float32, and the model"),
         ({"conv_in.weight_scale": None}, r"The model's files hold no conv_in\.weight_scale"),
+        ({"conv_in.weight": whole["conv_in.weight"][:1].clone()}, r"conv_in\.weight is 1x4x3x3 in the model's files"),
+        ({"conv_in.weight_scale": whole["conv_in.weight_scale"][:1].clone()}, r"weight_scale is 1 in .* model's 32"),
     ):
         save_file({k: v for k, v in {**whole, **change}.items() if v is not None}, file)
         with pytest.raises(ValueError, match=said):
             case.cls.from_pretrained(tmp_path / "saved")
+    save_file({**whole, "conv_in.weight_scale": whole["conv_in.weight_scale"].half()}, file)
+    with pytest.raises(ValueError, match=r"weight_scale holds torch\.bfloat16, and scales are float32"):
+        case.cls.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
 
 
 def test_what_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="target='cuda-int4' has no weights that diffusers could load: use cpu-int8"):
         TfqcConfig("cuda-int4")
+    with pytest.raises(SpecError, match="TfqcConfig takes no 'bits': weights have 8 bits"):
+        TfqcConfig(bits=4)
+    for names in (3, ["conv_in", 3], {"conv_in": True}):
+        with pytest.raises(SpecError, match="is no list of names of modules"):
+            TfqcConfig(modules_to_not_convert=names)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TfqcError, match=r"This is a compiled model.*TfqcDenoiser\.from_pretrained"):
         TfqcConfig.from_dict({"quant_method": "tfqc", "model_class": "X"})
     case = Case("unet", tmp_path)

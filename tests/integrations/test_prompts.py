@@ -12,7 +12,7 @@ from PIL import Image
 
 import tfqc
 from tests.integrations.pipelines import pipeline
-from tfqc.errors import CalibrationError
+from tfqc.errors import CalibrationError, TfqcError
 from tfqc.integrations.diffusers.datafree import without_data
 from tfqc.integrations.diffusers.prompts import DEFAULT, runs_of
 from tfqc.sampling.recording import record, record_each
@@ -53,6 +53,52 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     (folder / "c.png").write_bytes(b"no image either")
     with pytest.raises(CalibrationError, match=r"c\.png is no image that can be read"):
         runs_of(pipe, folder, {}, 0)
+
+
+def test_what_a_pipeline_does_not_run_on(tmp_path: Path) -> None:
+    """Its own words, and what to do; the pipeline is as it was."""
+    pipe, _ = pipeline("img2img", tmp_path)
+    scheduler, forward = pipe.scheduler, pipe.unet.forward
+    for calibration in (None, ["a fox"], [{"image": 3}], [{}]):
+        with pytest.raises(
+            CalibrationError, match=r"Img2ImgPipeline does not run on what calibration gives it \(.*call="
+        ):
+            tfqc.quantize(pipe, W8A8, steps=2, calibration=calibration)
+    assert pipe.scheduler is scheduler and pipe.unet.forward == forward
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"target": "int8"}, "There is no backend 'int8'"),
+        ({"strategy": "fould"}, "There is no strategy 'fould'"),
+        ({"plan": "conv_in weight"}, "Line 1 of the plan"),
+        ({"pipeline": "normalise"}, "There is no pass 'normalise'"),
+        ({"dynamic": 3}, "dynamic=3 is neither text"),
+        ({"seed": "a"}, "seed='a' is no whole number"),
+        ({"progress": 3}, "progress=3 has no track"),
+        ({"steps": 2.5}, "steps=2.5 is no whole number"),
+        ({"steps": 0}, "steps=0 is out of range"),
+        ({"call": 3}, "call=3 is no mapping"),
+    ],
+)
+def test_what_is_refused_before_the_pipeline_is_run(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    pipe.scheduler = None  # a run would fail
+    with pytest.raises(TfqcError, match=said):
+        tfqc.quantize(pipe, **given)
+
+
+def test_the_name_of_a_file_is_no_prompt(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    file = tmp_path / "prompts"
+    file.write_text("\n \n")
+    for text in (str(file), str(tmp_path), "not-there.txt"):
+        with pytest.raises(CalibrationError, match="looks like a file"):
+            runs_of(pipe, text, {}, 0)
+    with pytest.raises(CalibrationError, match="prompts holds no prompts"):
+        runs_of(pipe, file, {}, 0)
+    assert [run["prompt"] for run in runs_of(pipe, "a fox/a dog.", {}, 0)] == ["a fox/a dog."]
 
 
 def test_latents(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -157,6 +158,12 @@ def _from_factory(name: str) -> ModelSpec:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise CaptureError(f"Factory {name!r} cannot be found: {error}.") from error
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise CaptureError(f"Factory {name!r} is called without arguments, and that cannot be: {error}.") from error
+    except ValueError:  # it does not say what it takes
+        pass
     made = factory()
     if isinstance(made, ModelSpec):
         return made

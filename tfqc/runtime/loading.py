@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tfqc.runtime.files import checked_manifest
+from tfqc.runtime.origin import Origin
 from tfqc.runtime.stepper import Stepper
 
 
@@ -43,6 +44,6 @@ def load(directory: str | Path, *, trust_code: bool = False, check_finite: bool 
     finally:
         sys.dont_write_bytecode = written
     model: Stepper = module.load(directory)
-    model.reload = (functools.partial(load, trust_code=True), str(directory))
+    model.reload = Origin.of(functools.partial(load, trust_code=True), directory)
     model.check_finite = check_finite
     return model

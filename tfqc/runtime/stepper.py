@@ -15,6 +15,7 @@ from torch import Tensor
 from tfqc.runtime.call import Call
 from tfqc.runtime.encoding import encode_row
 from tfqc.runtime.groups import groups_of, joined
+from tfqc.runtime.origin import Origin
 from tfqc.runtime.outputs import Output, put_together
 from tfqc.runtime.plan import Plan, UnknownTimestepWarning, as_called, buffer_name
 from tfqc.runtime.requests import Request, all_finite, broken_images
@@ -47,12 +48,13 @@ class Stepper(torch.nn.Module):
         _settle()
         self.plan = plan
         self.check_finite = False
-        self.reload: tuple[Callable[..., Any], str] | None = None
+        self.reload: Origin | None = None
         self._device = torch.device("cpu")
         self._calls = Call(plan)
         self._schedule = as_called(plan.timesteps, plan.time.dtype) if plan.time else []
         self._known: dict[float, int] = {t: i for i, t in enumerate(self._schedule)}
         self._called = False
+        self._time_is_read = False
         self._original: dict[str, Tensor] = {}
         self._requests: list[Request] = []
         self._row_tensors: dict[tuple[int, torch.device], Tensor] = {}
@@ -262,7 +264,11 @@ class Stepper(torch.nn.Module):
         time = self._clock
         size = (classes,) if label else inputs[time].shape
         inputs[time] = inputs[time].new_full(size, t, dtype=_time_dtype(inputs[time], t))
-        return self.time(**inputs)
+        if self.reload is not None and not self._time_is_read:  # its weights are read by its first call
+            self.reload.check()
+        found = self.time(**inputs)
+        self._time_is_read = True
+        return found
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -309,7 +315,7 @@ class Stepper(torch.nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.reload is None:
             raise TypeError("This model was not loaded from a directory, so it can be neither copied nor pickled.")
-        return (again, (*self.reload, str(self._device), self.check_finite))
+        return (again, (self.reload, str(self._device), self.check_finite))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         make, arguments = self.__reduce_ex__(2)
@@ -320,9 +326,10 @@ class Stepper(torch.nn.Module):
         raise ValueError("A compiled model without values is of no use: it is not emptied.")
 
 
-def again(load: Callable[[str], Any], directory: str, device: str, check_finite: bool) -> Any:
+def again(origin: Origin, device: str, check_finite: bool) -> Any:
     """A model that was copied, pickled or sent to another process: loaded anew from its directory."""
-    model = load(directory)
+    origin.check()
+    model = origin.load(origin.directory)
     model.check_finite = check_finite
     return model if device == "cpu" else model.to(device)
 

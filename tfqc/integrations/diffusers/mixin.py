@@ -17,6 +17,7 @@ from tfqc.integrations.diffusers.layers import Int8Layer, replace_layers, restor
 from tfqc.version import __version__
 
 _TARGETS = ("cpu-int8",)
+_STORED = ("quant_method", "version", "runtime")  # what a config.json holds beside
 _WEIGHT, _SCALE = "weight", "weight_scale"
 
 
@@ -59,10 +60,17 @@ class TfqcConfig(QuantizationConfigMixin):
                 f"target={target!r} has no weights that diffusers could load: use {' or '.join(_TARGETS)}, and give "
                 "options of a target to tfqc.quantize(pipe, target)."
             )
+        if strange := [name for name in facts if name not in _STORED]:
+            raise SpecError(
+                f"TfqcConfig takes no {strange[0]!r}: weights have 8 bits; target and modules_to_not_convert are taken."
+            )
+        names: Any = modules_to_not_convert or ()  # a config.json may hold anything
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise SpecError(f"modules_to_not_convert={modules_to_not_convert!r} is no list of names of modules.")
         self.quant_method = TfqcMethod.TFQC  # pyright: ignore[reportAttributeAccessIssue] (its enumeration is closed)
         self.target, self.version = target, facts.get("version", __version__)
-        names = [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else modules_to_not_convert
-        self.modules_to_not_convert = list(names or ())
+        self.modules_to_not_convert = list(names)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: there is little."""
@@ -144,12 +152,18 @@ class TfqcQuantizer(DiffusersQuantizer):
         """Take codes or a scale as they were stored, or quantize a weight.
 
         Raises:
-            ValueError: what is stored is neither.
+            ValueError: what is stored is neither, or has not the layer's shape.
         """
         layer, part = _split(model, param_name)
         assert isinstance(layer, Int8Layer)
         value = param_value.to(target_device)
+        if value.shape != (wanted := getattr(layer, part).shape):  # else they would be broadcast
+            raise ValueError(
+                f"{param_name} is {_size(value.shape)} in the model's files, and the model's {_size(wanted)}."
+            )
         if part == _SCALE:
+            if value.dtype not in (torch.float32, torch.int32):  # `maybe_update_state_dict`
+                raise ValueError(f"{param_name} holds {value.dtype}, and scales are float32.")
             layer.take_scale(value.view(torch.float32))
         elif not self.pre_quantized:
             layer.take_weight(value)
@@ -178,6 +192,10 @@ def _within(name: str, part: str) -> bool:
 def _split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     layer, _, part = name.rpartition(".")
     return model.get_submodule(layer), part
+
+
+def _size(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "one number"
 
 
 def _is_scale(name: str, value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,14 @@ def _listed(given: Prompts, takes_prompts: bool) -> list[dict[str, Any]]:
         return [{**own, **image} for own, image in zip(prompts(len(images)), images, strict=True)]
     if isinstance(given, Path):
         lines = [line.strip() for line in read_text(given, CalibrationError).splitlines()]
+        if not any(lines):
+            raise CalibrationError(f"{given} holds no prompts: write one in each line.")
         return [{"prompt": line} for line in lines if line]
+    if isinstance(given, str) and (os.path.exists(given) or given.endswith(".txt")):
+        raise CalibrationError(
+            f"calibration={given[:200]!r} is text, which is a prompt, and looks like a file: give Path(...) for what "
+            "is in it, or a list for a prompt of these words."
+        )
     items: Any = [given] if isinstance(given, str) else given  # what a caller gives may be anything
     if not isinstance(items, Sequence) or not all(isinstance(item, (str, Mapping)) for item in items):
         raise CalibrationError(

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tfqc.arguments import read_target
+from tfqc.arguments import check_others, read_pipeline, read_plan, read_target, whole
 from tfqc.codegen.artifact import check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
-from tfqc.errors import CalibrationError
+from tfqc.errors import CalibrationError, TfqcError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import inputs_of
 from tfqc.frontend.unwrap import unwrapped
@@ -77,6 +77,7 @@ def quantize(
     parts = denoisers_of(pipe)
     if directory is not None:
         check_output(directory)
+    _check(target, pipeline, strategy, plan, dynamic, seed, progress, steps, call)
     progress = progress or Silent()
     told = not (isinstance(calibration, str) and calibration == NONE)
     if not told and pipeline is None:
@@ -116,13 +117,25 @@ def quantize(
     return pipe
 
 
+def _check(
+    target: Any, pipeline: Any, strategy: Any, plan: Any, dynamic: Any, seed: Any, progress: Any, steps: Any, call: Any
+) -> None:
+    """Refuse what `compile` would refuse behind the runs of the pipeline, which may take an hour."""
+    read_plan(plan, read_pipeline(pipeline, read_target(target), strategy))
+    check_others(None, None, dynamic, seed, None, None, progress)
+    if steps is not None:
+        whole("steps", steps, CalibrationError, least=1)
+    if call is not None and not isinstance(call, Mapping):
+        raise TfqcError(f"call={str(call)[:50]} is no mapping from names of the pipeline's arguments to values.")
+
+
 def _recorded(
     pipe: Any, parts: Sequence[str], runs: Sequence[Mapping[str, Any]], progress: Progress, run_denoisers: bool
 ) -> dict[str, list[Recording]]:
     """What each denoiser was called with in each run."""
     models = [getattr(pipe, part) for part in parts]
     found: dict[str, list[Recording]] = {part: [] for part in parts}
-    with _quiet(pipe):
+    with _quiet(pipe), _refusing(pipe):
         for run in progress.track(runs, "running the pipeline for calibration", len(runs)):
             made = record_each(pipe, models, run, run_denoisers=run_denoisers)
             for part, recording in zip(parts, made, strict=True):
@@ -148,6 +161,21 @@ def _common(pipe: Any, steps: int | None, call: Mapping[str, Any]) -> dict[str, 
     takes = inspect.signature(pipe.__call__).parameters
     count = {} if steps is None or "num_inference_steps" not in takes else {"num_inference_steps": steps}
     return {**count, **call}
+
+
+@contextmanager
+def _refusing(pipe: Any) -> Generator[None]:
+    """What a pipeline says of its arguments, in a sentence that says where they come from."""
+    try:
+        yield
+    except TfqcError:
+        raise
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CalibrationError(
+            f"{type(pipe).__name__} does not run on what calibration gives it ({why[:200].rstrip('.')}): give what a "
+            "run of it needs, as call={...} for all runs or calibration=[{...}, ...] for each."
+        ) from error
 
 
 @contextmanager

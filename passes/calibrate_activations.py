@@ -14,8 +14,8 @@ from tfqc.ir.rows import Quantizer, QuantPlan, RowSource, Tib
 from tfqc.ir.tables import Fact
 from tfqc.ir.views import Conv
 from tfqc.passing import Context, Contract, Pass
-from tfqc.quant.parameters import quantizer_of, set_input_quantizer
-from tfqc.quant.plan import fillable
+from tfqc.quant.parameters import quantizer_of, set_input_quantizer, set_protected
+from tfqc.quant.plan import fillable, protected_steps
 from tfqc.quant.planning import Inputs, plan
 
 
@@ -73,6 +73,9 @@ class CalibrateActivations(Pass):
             if spec.per == "token":
                 row = quantizer_of(program, node)
                 rows[node.name] = dataclasses.replace(row, input_bits=spec.format.bits, input_how="per-token")
+        protected = {n: protected_steps(program, n, "input") for n in found}
+        for node, steps in protected.items():
+            set_protected(program, node, steps)
         static = [n for n, spec in found.items() if spec.per != "token"]
         if not static:
             return
@@ -82,7 +85,7 @@ class CalibrateActivations(Pass):
         for node in static:
             spec = found[node]
             parameters = ranges[node.all_input_nodes[0].name].qparams(
-                spec.grid, spec.method, spec.per == "step", spec.intervals
+                spec.grid, spec.method, spec.per == "step", spec.intervals, protected[node]
             )
             how = f"{'per-step' if spec.per == 'step' else 'static'} {spec.range}"
             set_input_quantizer(program, node, spec.format.bits, *parameters, how)

@@ -17,8 +17,8 @@ from tfqc.ir.rows import Quantizer, QuantPlan, RowSource, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Contract, Pass
 from tfqc.quant.grid import range_to_qparams
-from tfqc.quant.parameters import has_rows, set_input_quantizer
-from tfqc.quant.plan import fillable
+from tfqc.quant.parameters import has_rows, set_input_quantizer, set_protected
+from tfqc.quant.plan import fillable, protected_steps
 from tfqc.quant.planning import Inputs, plan
 from tfqc.temporal.features import tib_run
 
@@ -82,6 +82,7 @@ class CalibrateFiniteSet(Pass):
                 continue
             how = "per-step fsc" if found[0].numel() > 1 else "static min-max"
             set_input_quantizer(program, node, spec.format.bits, *found, how)
+            set_protected(program, node, protected_steps(program, node, "input"))
 
     def _of_block(self, program: Program, ctx: Context, nodes: list[fx.Node]) -> dict[str, tuple[Tensor, Tensor]]:
         """Least and greatest values of what the block's linears and convolutions read, by the value's name."""

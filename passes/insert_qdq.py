@@ -68,8 +68,14 @@ class InsertQdq(Pass):
                     _quantize_weight(program, function, node, quantizer, packed)
         del program.tables[Quantizer.table]  # the graph says it now; what the table kept alive may go
         program.prune()
+        if protected := [program.tensors[q.input_protected] for q in quantizers.values() if q.input_protected]:
+            ctx.remark("protected-steps", count=len(protected), protected=_most(protected), steps=len(protected[0]))
         if left:
             ctx.remark("left-in-float", **left)
+
+
+def _most(masks: list[torch.Tensor]) -> int:
+    return max(0 if mask.is_meta else int(mask.sum()) for mask in masks)
 
 
 def _check_filled(program: Program, quantizers: dict[str, Quantizer]) -> None:
@@ -103,7 +109,7 @@ def _quantize_input(
     operand = WEIGHTED[node.target].input
     value = node.kwargs[operand]
     assert isinstance(value, fx.Node)
-    key = (value.name, f"{quantizer.input_scale}/{quantizer.input_bits}")
+    key = (value.name, f"{quantizer.input_scale}/{quantizer.input_bits}/{quantizer.input_protected}")
     if key not in shared:
         if not quantizer.input_scale:
             args = (value, quantizer.input_bits)
@@ -129,7 +135,20 @@ def _quantize_input(
                 name=f"{value.name}_dq",
                 function=function,
             )
+        if quantizer.input_protected:
+            shared[key] = _protect(program, function, node, value, shared[key], quantizer.input_protected, row)
     Rewriter(program, function).update(node, **{operand: shared[key]})
+
+
+def _protect(
+    program: Program, function: str, node: fx.Node, value: fx.Node, quantized: fx.Node, steps: str, row: str
+) -> fx.Node:
+    """The value as it is at protected steps, as it was quantized at the others."""
+    args = (program.tensor_node(steps, function), 0, program.node(row, function))
+    protected = program.insert(node, aten.index_select.default, args, name=f"{value.name}_protected", function=function)
+    return program.insert(
+        node, aten.where.self, (protected, value, quantized), name=f"{value.name}_kept", function=function
+    )
 
 
 def _quantize_weight(

@@ -23,7 +23,8 @@ from tfqc.recipe.schema import json_schema
 ROOT = Path(__file__).parents[1]
 READMES = [
     "README.md", "CONTRIBUTING.md", "tfqc/README.md", "tfqc/ir/README.md", "tfqc/runtime/README.md",
-    "tfqc/integrations/README.md", "passes/README.md", "backends/README.md", "tests/ptx/README.md", "bench/README.md",
+    "tfqc/integrations/README.md", "tfqc/integrations/formats/README.md", "passes/README.md", "backends/README.md",
+    "tests/ptx/README.md", "bench/README.md",
 ]  # fmt: skip
 TREES = ("tfqc", "passes", "backends", "tests", "bench")
 MADE = {"model.py", "kernels.cpp", "kernels.cu", "program.ir", "remarks.json", "00-capture.ir"}  # what commands write

@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 from tfqc.codegen.recipes import STRATEGIES
 from tfqc.codegen.target import Target
 from tfqc.errors import CalibrationError, PipelineError, SpecError, TfqcError, suggest
-from tfqc.files.storage import read_text
+from tfqc.files.storage import parse_json, read_text
 from tfqc.instruments import Instrument
 from tfqc.ir.rows import QuantPlan
 from tfqc.passing.pipeline import Pipeline
 from tfqc.quant.plan_text import read_plan as check_plan
+from tfqc.quant.step_policy import KEY, StepPolicy, policy_in, read_policy
 from tfqc.sampling.calls import ModelCalls
 from tfqc.sampling.data import Calibration
 from tfqc.sampling.schedule import SamplingSchedule, number
@@ -81,6 +82,29 @@ def read_plan(given: Any, pipeline: Pipeline) -> str:
     if not any(QuantPlan in item.contract().provides for item in pipeline.passes):
         raise PipelineError("No pass of the pipeline reads a plan: put plan-quantization behind discover-tib.")
     return text
+
+
+def read_step_policy(given: Any) -> StepPolicy | None:
+    """Steps that are protected, from whatever `compile` takes; None for None.
+
+    Raises:
+        SpecError: it says none, or one that cannot be carried out.
+    """
+    if given is None or isinstance(given, StepPolicy):
+        return given
+    where = ""
+    if isinstance(given, Path):
+        where = str(given / "config.json" if given.is_dir() else given)
+        given = parse_json(read_text(Path(where), SpecError), where, SpecError)
+    if not isinstance(given, Mapping):
+        raise SpecError(
+            f"step_policy={_shown(given)} is no policy: give what stands under {KEY}, or the Path of a config.json."
+        )
+    if "schema_version" in given:
+        return read_policy(given)
+    if (found := policy_in(given)) is None:
+        raise SpecError(f"{where or 'step_policy'} has no quantization_config.runtime.{KEY}.")
+    return found
 
 
 def read_schedule(given: Any, steps: Any) -> SamplingSchedule | None:

@@ -21,6 +21,7 @@ from tfqc.arguments import (
     read_pipeline,
     read_plan,
     read_schedule,
+    read_step_policy,
     read_target,
 )
 from tfqc.codegen.artifact import Artifact, check_files
@@ -48,6 +49,7 @@ from tfqc.passing.pipeline import Pipeline
 from tfqc.passing.remarks import Remark
 from tfqc.progress import Progress, Silent
 from tfqc.quant.plan import is_float
+from tfqc.quant.step_policy import StepPolicy, policy_in, policy_of, with_policy
 from tfqc.recipe import Recipe, check_recipe
 from tfqc.runtime import VERSION, Stepper
 from tfqc.runtime.origin import Origin
@@ -78,6 +80,7 @@ def compile(
     pipeline: str | Pipeline | None = None,
     strategy: str = "fold",
     plan: str | Path | None = None,
+    step_policy: StepPolicy | Mapping[str, Any] | Path | None = None,
     example_inputs: Example | None = None,
     roles: Roles | None = None,
     dynamic: DynamicDims | None = None,
@@ -102,6 +105,8 @@ def compile(
         strategy: how temporal features are kept (`tfqc.codegen.recipes.STRATEGIES`).
         plan: what is quantized to what, layer by layer: text as `tfqc inspect --plan` prints it, or the Path of a file;
             what it does not speak of is planned by the pipeline's options.
+        step_policy: steps at which inputs of layers stay in floating point (`tfqc.quant.step_policy`): what stands
+            under `diffusion_step_policy`, or the Path of a config.json; by default what the model's own config says.
         example_inputs, roles: for `capture`, where the model's class does not tell.
         dynamic: dimensions that may differ from call to call, beside the batch: "H,W" (as `capture` has them).
         seed: of the calibration images and of everything drawn.
@@ -118,7 +123,8 @@ def compile(
     if recipe is not None:
         check_recipe(
             recipe, model=model, target=target, schedule=schedule, steps=steps, calibration=calibration,
-            pipeline=pipeline, strategy=strategy, plan=plan, dynamic=dynamic, seed=seed, require_real=require_real,
+            pipeline=pipeline, strategy=strategy, plan=plan, step_policy=step_policy, dynamic=dynamic, seed=seed,
+            require_real=require_real,
         )  # fmt: skip
     target = read_target(target)
     backend = target.backend
@@ -130,9 +136,14 @@ def compile(
     passes = read_pipeline(pipeline, target, strategy) + Pipeline(backend.legalize(target.options))
     own_plan = read_plan(plan, passes)
     check_others(roles, example_inputs, dynamic, seed, workdir, instruments, progress)
+    policy = read_step_policy(step_policy)
     data = read_calibration(calibration)
     own_schedule = read_schedule(schedule, steps)
     spec = None if isinstance(model, Program) else _spec(model, example_inputs, roles, dynamic)
+    if policy is None and spec is not None:
+        policy = policy_in(getattr(spec.model, "config", None))
+    if policy is not None:
+        passes = with_policy(passes, policy)
     told = _sample_and_time(model if isinstance(model, Program) else spec)
     if own_schedule is None and steps is None and spec is not None and isinstance(data, ModelCalls) and told[2]:
         own_schedule = SamplingSchedule(data.times(told[2]))
@@ -188,6 +199,8 @@ def compile(
     program.tables.pop(QuantPlan.table, None)  # it has been carried out
     artifact = backend.emit(program, target.options)
     artifact.facts |= _facts(program, target, passes, context)
+    if (kept := policy_of(passes, policy.scope if policy else ("transformer",))) is not None:
+        artifact.facts["step_policy"] = kept.to_config()
     if made_from is not None:
         artifact.facts["recipe"] = made_from
     return artifact

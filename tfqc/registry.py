@@ -47,6 +47,7 @@ BACKENDS = {
     "fake-quant": "tfqc.backends.fake_quant.backend:FakeQuantBackend",
     "cuda-int4": "tfqc.backends.cuda_int4.backend:CudaInt4Backend",
     "onnx": "tfqc.backends.onnx.backend:OnnxBackend",
+    "openvino": "tfqc.backends.openvino.backend:OpenVinoBackend",
     "cpu-int8": "tfqc.backends.cpu_int8.backend:CpuInt8Backend",
 }
 _KINDS = {"passes": "pass", "backends": "backend"}

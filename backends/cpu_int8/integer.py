@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from tfqc.codegen.support import YES, Support
+from tfqc.ir.match import is_call
 from tfqc.ir.program import Program
 from tfqc.ir.types import TensorType
 from tfqc.ir.views import Attention, Conv, Dequantize, Linear, Quantize, QuantizeDynamic, StoredWeight
@@ -38,6 +41,8 @@ def on_integers(program: Program, layer: Linear | Conv) -> Support:
 def _of_input(program: Program, read: fx.Node) -> str:
     if dynamic := QuantizeDynamic.of(read):
         return "" if dynamic.bits == 8 else f"its input has {dynamic.bits} bits"
+    if is_call(read, aten.where.self) and _quantized(read.kwargs["other"]):
+        return "its input stays in floating point at some steps"
     known = Dequantize.of(read)
     if known is None:
         return "its input is in floating point"
@@ -47,6 +52,10 @@ def _of_input(program: Program, read: fx.Node) -> str:
     if not keeps_batch(program, made.node):
         return "the first dimension of its input is not the batch"
     return "" if (made.qmin, made.qmax) == (0, 255) else f"its input's codes lie in {made.qmin}..{made.qmax}"
+
+
+def _quantized(value: Any) -> bool:
+    return Dequantize.of(value) is not None or QuantizeDynamic.of(value) is not None
 
 
 def _of_weight(program: Program, stored: StoredWeight) -> str:

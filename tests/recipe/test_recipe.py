@@ -16,6 +16,7 @@ import tfqc
 from tests.cli.factories import tiny
 from tfqc.errors import RecipeError
 from tfqc.files.storage import tensors_hash
+from tfqc.quant.step_policy import StepPolicy
 from tfqc.recipe.recipe import recipe_of
 from tfqc.recipe.schema import RecipeFile, json_schema
 
@@ -27,6 +28,7 @@ FULL = {
     "scheduler": {"name": "DDIMScheduler", "beta_schedule": "scaled_linear"},
     "pipeline": "normalize,discover-tib,plan-quantization{weights=4},select-maintenance,fold-cache",
     "plan": "by Ann\nconv_in weight -> float\n",
+    "step_policy": StepPolicy(1, 2).to_config(),
     "calibration": 2,
     "seed": 7,
     "dynamic": "H,W",
@@ -56,6 +58,12 @@ def test_all_keys_are_read_and_resolved(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert tfqc.Recipe.load(tmp_path / "again.yaml").resolved == FULL
     assert "plan: |\n  by Ann\n" in recipe.to_yaml()
+
+
+def test_a_step_policy_is_read_strictly(tmp_path: Path) -> None:
+    wrong = {**StepPolicy(1).to_config(), "schema_version": 2}
+    message = refused(write(tmp_path, step_policy=wrong))
+    assert "r.yaml, line 1: step_policy: diffusion_step_policy.schema_version is 2" in message, message
 
 
 def test_defaults_are_those_of_compile(tmp_path: Path) -> None:

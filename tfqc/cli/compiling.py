@@ -31,6 +31,7 @@ def compile_model(
         str, typer.Option(help="How temporal features are kept: tib (naive), fold, cache8, select, ...")
     ] = "fold",
     plan: options.PlanFile = None,
+    step_policy: options.StepPolicyFile = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the sampler to compile for; as it is set, or 50.")
     ] = None,
@@ -83,7 +84,8 @@ def compile_model(
             "steps": steps,
             "calibration": calibration_images if calibration is None else options.read_calibration(calibration),
             "pipeline": None if pipeline is None else options.read_pipeline(pipeline),
-            "strategy": strategy, "plan": plan, "dynamic": dynamic, "seed": seed, "require_real": require_real,
+            "strategy": strategy, "plan": plan, "step_policy": step_policy, "dynamic": dynamic, "seed": seed,
+            "require_real": require_real,
         }  # fmt: skip
     with kept_work(beside(out, "work")) as work, StderrProgress() as progress:
         spec = find_model(name)

@@ -36,6 +36,10 @@ ScheduleFile = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="What is quantized to what, as `tfqc inspect --plan` prints it.")
 ]
+StepPolicyFile = Annotated[
+    Path | None,
+    typer.Option("--step-policy", help="A config.json that says at which steps inputs stay in floating point."),
+]
 Dynamic = Annotated[
     str | None,
     typer.Option(help="Dimensions that may differ from call to call: H,W or H:32..128,W or hidden_states[1]=S."),

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # What `tfqc compile` is told either by options or by a recipe.
 _SAID = (
-    "target", "pipeline", "strategy", "plan", "steps", "schedule", "dynamic", "calibration_images", "calibration",
-    "seed", "require_real",
+    "target", "pipeline", "strategy", "plan", "step_policy", "steps", "schedule", "dynamic", "calibration_images",
+    "calibration", "seed", "require_real",
 )  # fmt: skip
 app = typer.Typer(name="recipe", help="Recipes: files that say all that `tfqc compile` is given.", no_args_is_help=True)
 

@@ -124,6 +124,7 @@ class Manifest(Listing):
     calibration: CalibrationFacts | None = None
     seed: int = 0
     recipe: RecipeFacts | None = None
+    step_policy: dict[str, JsonValue] | None = None
     report: list[str] = []
     remarks: list[RemarkFacts] = []
     versions: dict[str, str] = {}

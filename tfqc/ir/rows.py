@@ -122,6 +122,7 @@ class Quantizer(Row):
 
     Weight: `codes` int8, `weight_scale` and `weight_zero_point` [O, G], one for each `group` of the flattened row.
     Input: `input_scale` and `input_zero_point` [1] when static, [T] when per step; none when per token.
+    `input_protected` bool [T, 1, ...] with the input's rank: where True, the input stays in floating point.
     """
 
     table: ClassVar[str] = "quantizer"
@@ -135,6 +136,7 @@ class Quantizer(Row):
     input_scale: str = ""
     input_zero_point: str = ""
     input_how: str = ""
+    input_protected: str = ""
 
     def tensors(self) -> tuple[str, ...]:
         names = (
@@ -143,6 +145,7 @@ class Quantizer(Row):
             self.weight_zero_point,
             self.input_scale,
             self.input_zero_point,
+            self.input_protected,
         )
         return tuple(n for n in names if n)
 

@@ -43,6 +43,9 @@ _TEMPLATES: dict[str, str] = {
     "hoisted": "hoist: {operations} {operations:|operation runs|operations run} once per image, giving {values} "
     "{values:|value|values}",
     "left-in-float": "left in floating point: {*:# *}",
+    "protected-steps": "protected steps: {count} {count:|input stays|inputs stay} in floating point at {protected} of "
+    "{steps} {steps:|step|steps}; at the others values are rounded, and multiplied in floating point, too: no kernel "
+    "takes both",
     "lowered": "lowered to {to}: {count} {count:|linear or convolution|linears and convolutions}",
     "low-rank-fused": "branches of low rank in products: {count}",
     "fused": "fused into products: {count} {count:|activation, gate or addition|activations, gates and additions}",

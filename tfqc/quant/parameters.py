@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -67,6 +67,18 @@ def set_input_quantizer(
     )
 
 
+def set_protected(program: Program, node: fx.Node, steps: Sequence[bool]) -> None:
+    """Let a node's input stay in floating point at the steps that are True; none are where there are none."""
+    type_ = program.tensor_type(node.all_input_nodes[0])
+    if not any(steps) or type_ is None:
+        return
+    mask = torch.tensor(steps).reshape(-1, *[1] * (len(type_.shape) - 1))
+    (name,) = _store(program, f"act.{node.all_input_nodes[0].name}", {"protected": mask})
+    program.tables.setdefault(RowSource.table, {})[name] = RowSource("activation")
+    rows = program.tables.setdefault(Quantizer.table, {})
+    rows[node.name] = dataclasses.replace(quantizer_of(program, node), input_protected=name)
+
+
 def _store(program: Program, base: str, values: Mapping[str, Tensor]) -> list[str]:
     """Keep tensors as `base.scale` and so on, once where several nodes have the same; under another base otherwise."""
     for number in itertools.count():
@@ -103,6 +115,14 @@ def stored_weight(program: Program, row: Quantizer) -> Tensor:
 
 def input_fake_quantizer(program: Program, row: Quantizer, repeats: int = 1) -> Callable[[Tensor], Tensor]:
     """Fake quantization of a node's input whose first dimension is steps, each `repeats` times."""
+    quantize = _input_fake_quantizer(program, row, repeats)
+    if not row.input_protected:
+        return quantize
+    protected = program.tensors[row.input_protected].repeat_interleave(repeats, 0)
+    return lambda x: torch.where(protected, x, quantize(x))
+
+
+def _input_fake_quantizer(program: Program, row: Quantizer, repeats: int) -> Callable[[Tensor], Tensor]:
     if not row.input_scale:
         return lambda x: torch.ops.tfqc.quantize_dynamic(x, row.input_bits)
     scale, zero_point = program.tensors[row.input_scale], program.tensors[row.input_zero_point]

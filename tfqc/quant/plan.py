@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from tfqc.analysis.weighted import is_weighted
@@ -52,20 +54,31 @@ def fillable(program: Program, node: fx.Node, operand: str, by: str) -> QuantSpe
     specs = planned(program, node, operand)
     if not any(spec.is_quantized for spec in specs):
         return None
-    if why := _why_not(specs) or (_why_not_weight if operand == "weight" else _why_not_input)(program, node, specs[0]):
+    spec = next(spec for spec in specs if spec.is_quantized)
+    if why := _why_not(specs, operand) or (_why_not_weight if operand == "weight" else _why_not_input)(
+        program, node, spec
+    ):
         raise PassError(
             f"The {operand} of {program.at(node)} is planned as {specs_to_text(specs)}, which {by} cannot do: {why}."
         )
-    return specs[0]
+    return spec
 
 
-def _why_not(specs: Specs) -> str:
+def protected_steps(program: Program, node: fx.Node, operand: str) -> list[bool]:
+    """Of each step of the schedule, whether an operand stays in floating point there; empty where all are alike."""
+    specs = sorted(planned(program, node, operand), key=lambda spec: spec.steps or (0, 0))
+    parts = [(spec.steps, not spec.is_quantized) for spec in specs if spec.steps is not None]
+    return [protected for (start, stop), protected in parts for _ in range(start, stop)]
+
+
+def _why_not(specs: Specs, operand: str) -> str:
     """Why no pass quantizes an operand so; empty if some do."""
     if any(spec.channels for spec in specs):
         return "no pass splits an operand along its channels"
-    if any(spec.steps for spec in specs):
-        return "no pass quantizes an operand otherwise at other steps (per=step has other scales at each)"
-    (spec,) = specs
+    alike = {replace(spec, steps=None, by="", why="") for spec in specs if spec.is_quantized}
+    if any(spec.steps for spec in specs) and (operand != "input" or len(alike) > 1):
+        return "no pass quantizes an operand otherwise at other steps, but an input may be float at some of them"
+    spec = next(iter(alike))
     if not spec.format.is_integer:
         return f"passes quantize to integers, and {spec.format.name} is none"
     return "no pass divides an operand by smoothing factors" if spec.smooth else ""
@@ -84,6 +97,7 @@ def _why_not_input(program: Program, node: fx.Node, spec: QuantSpec) -> str:
         return f"an input has one scale, or one for each token or step, not per={spec.per}"
     if spec.per == "token" and Linear.of(node) is None:
         return "per=token is for linears"
-    if spec.per == "step" and not has_rows(program, node.all_input_nodes[0]):
-        return "per=step is for inputs whose first dimension is the batch"
+    timed = spec.per == "step" or spec.steps is not None
+    if timed and not has_rows(program, node.all_input_nodes[0]):
+        return "steps are of inputs whose first dimension is the batch"
     return ""

@@ -166,9 +166,10 @@ def _impossible(program: Program, node: fx.Node, operand: str, specs: Specs, rol
     for spec in specs:
         if operand == "weight" and weight_of(node) is not None and spec.per in ("token", "step"):
             return f"a weight is the same for every {spec.per}, so it has a scale for each channel or group"
-        if operand == "input" and spec.per == "step" and not roles & {Role.SAMPLE, Role.TIME}:
+        of_steps = spec.per == "step" or spec.steps is not None
+        if operand == "input" and of_steps and not roles & {Role.SAMPLE, Role.TIME}:
             return f"{program.at(node)} runs once per image, where there are no steps"
-        if operand == "input" and spec.per == "step" and not program.input(Role.TIME):
+        if operand == "input" and of_steps and not program.input(Role.TIME):
             return f"{program.model} is told no time that is one number for each image, so no step is known"
     return _not_whole(specs, "channels", _channels(program, node)) or _not_whole(specs, "steps", steps)
 

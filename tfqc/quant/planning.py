@@ -7,7 +7,7 @@ their own, what nothing is planned for when they run; so a pipeline may do witho
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import fx
@@ -22,10 +22,11 @@ from tfqc.ir.views import Linear
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
 from tfqc.passing.spec import changed_options
-from tfqc.quant.formats import FLOAT, QuantSpec, integer
+from tfqc.quant.formats import FLOAT, QuantSpec, Specs, integer
 from tfqc.quant.parameters import has_rows
 from tfqc.quant.plan import planned, set_planned
 from tfqc.quant.plan_text import bind_plan
+from tfqc.quant.step_policy import StepPolicy, parts_of
 
 Scope = Literal["all", "tib", "linear"]
 PLANNER = "plan-quantization"
@@ -38,6 +39,9 @@ _UNDOING = {
     "skip": "leave skip out",
     "weights=none": "give weights bits",
     "activations=none": "give activations bits",
+    "first-steps=": "leave first-steps out",
+    "last-steps=": "leave last-steps out",
+    "reasoner=": "say reasoner=native",
 }
 
 
@@ -73,7 +77,7 @@ class Weights:
 class Inputs:
     """Options for inputs: bits and edges as for weights; the range search; what has a scale: the tensor, each step of
     the schedule (in `intervals` rows, 0 = one a step), each token. Where a step or a token cannot have one, the next
-    best has: convolutions per step, what waits for no step per tensor."""
+    best has: convolutions per step, what waits for no step per tensor. `policy`: steps that are protected."""
 
     operand: ClassVar[str] = "input"
     none: ClassVar[str] = "activations=none"
@@ -82,6 +86,7 @@ class Inputs:
     mode: Literal["static", "per-step", "per-token"] = "static"
     intervals: int = 0
     edges: int | None = None
+    policy: StepPolicy = field(default_factory=StepPolicy)
 
     def spec(self, program: Program, node: fx.Node, roles: Roles, bits: int) -> tuple[QuantSpec, str]:
         """The spec of a node's input, and why it is not as that of others."""
@@ -104,6 +109,26 @@ class Inputs:
             return spec, "per token is for linears" if per_token else ""
         why = "it has no batch" if waits else "it waits for no step"
         return spec, why if timed else "no time is known"
+
+    def parts(self, program: Program, node: fx.Node, roles: Roles, spec: QuantSpec, steps: int) -> Specs:
+        """A spec for each part of a schedule of so many steps: protected steps stay in floating point."""
+        by = spec.by
+        if not roles & {Role.SAMPLE, Role.TIME}:
+            protected = self.policy.reasoner == "a16"
+            return (QuantSpec(format=FLOAT, by=by, why="reasoner=a16") if protected else spec,)
+        found = parts_of(self.policy.protects(steps))
+        if not any(mark for _, _, mark in found) or not program.input(Role.TIME):
+            return (spec,)
+        if not has_rows(program, node.all_input_nodes[0]):  # one value for images of several steps
+            return (spec,)
+        kept = QuantSpec(format=FLOAT, by=by, why=f"first-steps={self.policy.first_steps}")
+        last = replace(kept, why=f"last-steps={self.policy.last_steps}")
+        if len(found) == 1:
+            return (kept if self.policy.first_steps else last,)
+        return tuple(
+            replace((kept if start < self.policy.first_steps else last) if mark else spec, steps=(start, stop))
+            for start, stop, mark in found
+        )
 
 
 def plan(
@@ -145,7 +170,10 @@ def plan(
             found, why = options.spec(program, node, roles[node.name], bits)
             reasons = ["tib" if scope == "tib" else "", f"edges={bits}" if bits != options.bits else "", why]
             spec = replace(found, by=item.name, why=", ".join(filter(None, reasons)))
-        set_planned(program, node, options.operand, (spec,))
+        specs = (spec,)
+        if isinstance(options, Inputs) and spec.is_quantized:
+            specs = options.parts(program, node, roles[node.name], spec, len(ctx.schedule or ()))
+        set_planned(program, node, options.operand, specs)
 
 
 def undoing(why: str) -> str:

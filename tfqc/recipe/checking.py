@@ -19,6 +19,7 @@ from tfqc.frontend.dynamic import read_dynamic
 from tfqc.models.find import builtin_names
 from tfqc.passing.pipeline import Pipeline
 from tfqc.quant.plan_text import read_plan
+from tfqc.quant.step_policy import read_policy
 from tfqc.recipe.reading import Layer, shown, validated
 from tfqc.recipe.schema import NamedTarget, RecipeFile, Times, allowed
 from tfqc.sampling.calls import load_calibration
@@ -76,6 +77,9 @@ def checked(layer: Layer) -> Checked:
         with _said(layer, "plan"):
             read_plan(text)
         found.add("plan", text)
+    if its.step_policy is not None:
+        with _said(layer, "step_policy"):
+            found.add("step_policy", read_policy(its.step_policy).to_config())
     _calibration(its.calibration, layer, found)
     found.add("seed", its.seed)
     if its.dynamic is not None:

@@ -16,7 +16,7 @@ from tfqc.recipe.reading import read_file, read_settings, shown
 from tfqc.recipe.schema import RecipeFile
 
 # Of arguments that a recipe need not say: what stands for nothing. The model and its schedule may come from elsewhere.
-_UNSAID: dict[str, Any] = {"steps": None, "pipeline": None, "plan": None, "dynamic": None}
+_UNSAID: dict[str, Any] = {"steps": None, "pipeline": None, "plan": None, "step_policy": None, "dynamic": None}
 
 
 class Recipe(Mapping[str, Any]):

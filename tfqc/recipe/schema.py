@@ -78,6 +78,9 @@ class RecipeFile(_Strict):
     plan: Text | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="lines of a plan, as text or as a list: `conv_in weight -> int8{per=channel}`"
     )
+    step_policy: dict[str, JsonValue] | None = Field(
+        None, description="steps that are protected, as a diffusion_step_policy of schema version 1 has them"
+    )
     calibration: Annotated[int, Field(ge=1, lt=2**31)] | Name | None = Field(
         None,
         description="a number of images to draw, or the path of a file that Calibration.save wrote, relative to this "

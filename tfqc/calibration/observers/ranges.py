@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,18 +22,25 @@ class StepRanges:
 
     steps: list[RangeStats]
 
-    def qparams(self, grid: Grid, method: RangeMethod, per_step: bool, intervals: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, [T] where `per_step` (`intervals` rows repeated, if not 0), else [1]."""
+    def qparams(
+        self, grid: Grid, method: RangeMethod, per_step: bool, intervals: int, left_out: Sequence[bool] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, [T] where `per_step` (`intervals` rows repeated, if not 0), else [1].
+
+        left_out: steps that are not looked at where others share their row.
+        """
         count = len(self.steps)
         groups = count if intervals == 0 else min(intervals, count)
         owner = [step * groups // count if per_step else 0 for step in range(count)]
-        ranges = [
-            activation_range(_joined([s for s, o in zip(self.steps, owner, strict=True) if o == g]), grid, method)
-            for g in range(groups if per_step else 1)
-        ]
+        shares = [[i for i in range(count) if owner[i] == g] for g in range(groups if per_step else 1)]
+        ranges = [activation_range(_joined(self._looked_at(steps, left_out)), grid, method) for steps in shares]
         lo, hi = (torch.stack([r[end] for r in ranges]) for end in (0, 1))
         scale, zero_point = range_to_qparams(lo, hi, grid)
         return (scale[owner], zero_point[owner]) if per_step else (scale, zero_point)
+
+    def _looked_at(self, steps: list[int], left_out: Sequence[bool]) -> list[RangeStats]:
+        wanted = [i for i in steps if not left_out or not left_out[i]]
+        return [self.steps[i] for i in wanted or steps]
 
 
 class Ranges(Observer[StepRanges]):

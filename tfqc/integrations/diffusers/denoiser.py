@@ -17,10 +17,11 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 
-from tfqc.codegen.artifact import copy_artifact
+from tfqc.codegen.artifact import copy_artifact, read_manifest
 from tfqc.driver import load
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.files.storage import parse_json, read_text, write_text
+from tfqc.quant.step_policy import KEY, policy_in
 from tfqc.version import __version__
 
 CONFIG, ARTIFACT = "config.json", "artifact"
@@ -160,14 +161,27 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
         Raises:
             ArtifactError: there is no such thing, or its files have changed.
+            SpecError: its config has a step policy that is none.
         """
         directory = Path(pretrained_model_name_or_path) / (subfolder or "")
         config = parse_json(read_text(directory / CONFIG, ArtifactError), f"{directory / CONFIG}", ArtifactError)
         facts = config.pop(_FACTS, None) if isinstance(config, dict) else None
         if not isinstance(facts, dict) or facts.get("quant_method") != "tfqc":
             raise ArtifactError(f"{directory / CONFIG} is not that of a model which tfqc compiled.")
+        compiled = runtime_of(read_manifest(directory / ARTIFACT))
+        if policy_in(facts) != policy_in(compiled):
+            raise ArtifactError(
+                f"{directory / CONFIG} has another {KEY} than the artifact was compiled with: quantize the model "
+                "again with step_policy=..., or leave the config as it was saved."
+            )
         made = cls(directory / ARTIFACT, config, facts)
         return made if kwargs.get("torch_dtype") is None else made.to(kwargs["torch_dtype"])
+
+
+def runtime_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `quantization_config` says of steps that an artifact protects; nothing where there are none."""
+    policy = manifest["step_policy"]
+    return {} if policy is None else {"runtime": {KEY: policy}}
 
 
 def _without_facts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tfqc.errors import SpecError, TfqcError
 from tfqc.integrations.diffusers.layers import Int8Layer, replace_layers, restore_layers
+from tfqc.quant.step_policy import policy_in
 from tfqc.version import __version__
 
 _TARGETS = ("cpu-int8",)
@@ -41,9 +42,10 @@ class TfqcConfig(QuantizationConfigMixin):
         target: whose weights these are; `cpu-int8`.
         modules_to_not_convert: names of modules, or parts of them between dots, whose layers stay as they are; so do
             those that the model itself keeps in float32.
+        facts: `runtime`, with the `diffusion_step_policy` that `tfqc.quantize(pipe)` carries out.
 
     Raises:
-        SpecError: another target.
+        SpecError: another target, or a `runtime` that is no step policy.
         TfqcError: the config of a compiled model, which is loaded in another way.
     """
 
@@ -71,6 +73,9 @@ class TfqcConfig(QuantizationConfigMixin):
         self.quant_method = TfqcMethod.TFQC  # pyright: ignore[reportAttributeAccessIssue] (its enumeration is closed)
         self.target, self.version = target, facts.get("version", __version__)
         self.modules_to_not_convert = list(names)
+        if facts.get("runtime") is not None:  # nothing here quantizes activations; `tfqc.quantize(pipe)` does
+            policy_in(facts)
+            self.runtime = facts["runtime"]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: there is little."""

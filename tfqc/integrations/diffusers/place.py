@@ -15,7 +15,7 @@ from diffusers.utils.outputs import BaseOutput
 from tfqc.codegen.artifact import read_manifest
 from tfqc.errors import TfqcError
 from tfqc.frontend.unwrap import unwrapped
-from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
+from tfqc.integrations.diffusers.denoiser import TfqcDenoiser, runtime_of
 from tfqc.models.find import denoisers_in
 
 
@@ -64,7 +64,7 @@ def _made(model: Any, directory: Path) -> TfqcDenoiser:
         "output_class": _full_name(_output_class(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return TfqcDenoiser(directory.resolve(), dict(model.config), facts)
+    return TfqcDenoiser(directory.resolve(), dict(model.config), facts | runtime_of(manifest))
 
 
 def _output_class(model: torch.nn.Module) -> type:

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tfqc.arguments import check_others, read_pipeline, read_plan, read_target, whole
+from tfqc.arguments import check_others, read_pipeline, read_plan, read_step_policy, read_target, whole
 from tfqc.codegen.artifact import check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
-from tfqc.errors import CalibrationError, TfqcError
+from tfqc.errors import CalibrationError, SpecError, TfqcError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.inputs import inputs_of
 from tfqc.frontend.unwrap import unwrapped
@@ -28,6 +28,7 @@ from tfqc.integrations.diffusers.prompts import Prompts, model_inputs, runs_of
 from tfqc.ir.program import Role
 from tfqc.passing.pipeline import Pipeline
 from tfqc.progress import Progress, Silent
+from tfqc.quant.step_policy import StepPolicy, policy_in
 from tfqc.sampling.recording import Recording, record_each
 
 NONE = "none"
@@ -43,6 +44,7 @@ def quantize(
     strategy: str = "fold",
     pipeline: str | Pipeline | None = None,
     plan: str | Path | None = None,
+    step_policy: StepPolicy | Mapping[str, Any] | Path | None = None,
     dynamic: DynamicDims | None = None,
     seed: int = 0,
     directory: str | Path | None = None,
@@ -66,6 +68,7 @@ def quantize(
             which tells shapes and times.
         call: keyword arguments of the pipeline in every run, such as `height`, `width` and `guidance_scale`.
         strategy, pipeline, plan, dynamic, require_real: as `tfqc.compile` has them.
+        step_policy: as `tfqc.compile` has it; of several denoisers those in its scope.
         seed: of the noise.
         directory: where the artifact is kept, of several denoisers each under its name; a temporary one if None
             (`pipe.save_pretrained` copies it).
@@ -79,6 +82,7 @@ def quantize(
         check_output(directory)
     _check(target, pipeline, strategy, plan, dynamic, seed, progress, steps, call)
     progress = progress or Silent()
+    policies = _policies(pipe, parts, read_step_policy(step_policy))
     told = not (isinstance(calibration, str) and calibration == NONE)
     if not told and pipeline is None:
         target, pipeline = without_data(read_target(target), strategy)
@@ -104,6 +108,7 @@ def quantize(
             pipeline=pipeline,
             strategy=strategy,
             plan=plan,
+            step_policy=policies[part],
             example_inputs=example,
             dynamic=dynamic,
             seed=seed,
@@ -147,6 +152,17 @@ def _recorded(
                 f"pipeline without it ({part}=None)."
             )
     return found
+
+
+def _policies(pipe: Any, parts: Sequence[str], given: StepPolicy | None) -> dict[str, StepPolicy]:
+    """The policy of each denoiser: what was given, or its own config's, where it is in the scope."""
+    found = {part: given or policy_in(unwrapped(getattr(pipe, part)).config) or StepPolicy() for part in parts}
+    if given is not None and not set(parts) & set(given.scope):
+        raise SpecError(
+            f"The step policy is for {', '.join(given.scope)}, and this {type(pipe).__name__} has "
+            f"{', '.join(parts)}: name it in the policy's scope."
+        )
+    return {part: policy if part in policy.scope else StepPolicy() for part, policy in found.items()}
 
 
 class _Temporary:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfqc.backends.onnx.extra import needed
+from tfqc.codegen.onnx.extra import needed
 
 _LIBRARY = torch.library.Library("tfqc_onnx", "DEF")
 _LIBRARY.define("quantize(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")

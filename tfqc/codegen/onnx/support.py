@@ -12,10 +12,10 @@ from tfqc.ir.types import TensorType
 from tfqc.ir.views import Quantize, StoredWeight
 
 
-def why_not(program: Program, node: fx.Node) -> str:
-    """Why an operation is not written; empty if it is."""
+def why_not(program: Program, node: fx.Node, target: str) -> str:
+    """Why an operation is not written for a target; empty if it is."""
     if (quantize := Quantize.of(node)) and (quantize.qmin, quantize.qmax) not in ((0, 255), (-128, 127)):
-        return "QuantizeLinear rounds to all of 8 bits: take onnx{activations=8} or onnx{activations=none}"
+        return f"QuantizeLinear rounds to all of 8 bits: take {target}{{activations=8}} or {target}{{activations=none}}"
     if stored := StoredWeight.of(node):
         type_, groups = program.type(node), program.type(stored.scale)
         assert isinstance(type_, TensorType) and isinstance(groups, TensorType)

@@ -1,0 +1,1 @@
+"""openvino: models of OpenVINO, with FakeQuantize where values are quantized."""

@@ -1,0 +1,1 @@
+"""Programs as ONNX models, for backends whose engines read these."""

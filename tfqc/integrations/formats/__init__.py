@@ -1,0 +1,1 @@
+"""Checkpoints in formats that other tools read and write."""

@@ -1,7 +1,7 @@
 """A compiled denoiser that diffusers takes for one of its models: called, saved and loaded like any.
 
 A pipeline's `model_index.json` names it as `["tfqc", "TfqcDenoiser"]`. Diffusers takes classes of other libraries from
-modules that have been imported, so `import tfqc` comes before `DiffusionPipeline.from_pretrained`.
+modules that have been imported, which torch does where tfqc is installed (`tfqc.integrations.be_there`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ modules that have been imported, which torch does where tfqc is installed (`tfqc
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from tfqc.codegen.artifact import copy_artifact
 from tfqc.driver import load
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.files.storage import parse_json, read_text, write_text
+from tfqc.integrations.diffusers.names import class_of
 from tfqc.version import __version__
 
 CONFIG, ARTIFACT = "config.json", "artifact"
@@ -68,7 +68,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
     @functools.cached_property
     def _output_class(self) -> Any:
-        return _of_diffusers(self.facts["output_class"])
+        return class_of(self.facts["output_class"], "diffusers")
 
     # -- a model of diffusers ---------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
     def _skeleton(self) -> Any:
         """The model without values: what is read of it, is read there."""
         with torch.device("meta"):
-            return _of_diffusers(self.facts["model_class"]).from_config(dict(self.config))
+            return class_of(self.facts["model_class"], "diffusers").from_config(dict(self.config))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,17 +172,6 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
 def _without_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != _FACTS}
-
-
-def _of_diffusers(name: str) -> Any:
-    """A class by its full name; nothing outside diffusers is imported."""
-    module, _, attribute = name.rpartition(".")
-    if module.partition(".")[0] != "diffusers":
-        raise ArtifactError(f"{name[:100]!a} is no class of diffusers.")
-    found = getattr(importlib.import_module(module), attribute, None)
-    if not isinstance(found, type):
-        raise ArtifactError(f"This diffusers has no {name}.")
-    return found
 
 
 def _unchanging(name: str) -> str:

@@ -16,7 +16,8 @@ from tests.integrations.parts import text_encoder
 from tests.integrations.pipelines import pipeline
 from tests.integrations.test_quantize import PLAIN, images
 from tfqc.codegen.artifact import read_manifest
-from tfqc.errors import ArtifactError, CalibrationError, CaptureError
+from tfqc.errors import ArtifactError, CalibrationError, CaptureError, TfqcError
+from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
 from tfqc.integrations.diffusers.part import TfqcPart
 from tfqc.integrations.diffusers.parts import beside, compile_part
 from tfqc.integrations.diffusers.place import into
@@ -77,6 +78,60 @@ def test_sizes_tiles_slices_and_dtypes_of_an_autoencoder(whole: Any) -> None:
     assert moved.dtype == torch.bfloat16 == next(moved.post_quant_conv.parameters()).dtype
     assert moved.decode(latents.bfloat16()).sample.dtype == torch.bfloat16
     assert made.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.unload_lora_weights(),
+        lambda pipe: pipe.disable_freeu(),
+        lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet, backend="eager")),
+        lambda pipe: pipe.text_encoder.compile(backend="eager"),
+        lambda pipe: pipe.to("cpu", torch.float32),
+    ],
+)
+def test_switches_that_change_no_image(switch: Any, whole: Any) -> None:
+    _, made, call, _ = whole
+    want = images(made, call)
+    pipe = type(made)(**copy.deepcopy(made.components), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    switch(pipe)
+    assert np.array_equal(images(pipe, call), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.fuse_qkv_projections(vae=False),
+        lambda pipe: pipe.vae.fuse_qkv_projections(),
+        lambda pipe: pipe.load_textual_inversion({"<x>": torch.zeros(32)}, token="<x>"),
+        lambda pipe: pipe.vae.set_attn_processor(None),
+        lambda pipe: pipe.unet.load_state_dict({}),
+        lambda pipe: pipe.text_encoder.enable_gradient_checkpointing(),
+    ],
+)
+def test_switches_that_are_refused(change: Any, whole: Any) -> None:
+    with pytest.raises(TfqcError, match=r"A compiled model cannot do \w+\(\): its layers and weights are fixed"):
+        change(whole[1])
+
+
+def test_where_hooks_and_maps_put_it(whole: Any, tmp_path: Path) -> None:
+    """Hooks look for parameters; files of other variants lie beside its own; diffusers asks how large it is."""
+    own, made, call, _ = whole
+    assert next(made.unet.parameters()).numel() == 1 and not list(made.unet.buffers())
+    assert made.unet.get_memory_footprint() > 1e5 < made.vae.get_memory_footprint()
+    made = copy.copy(made)
+    made.vae = own.vae
+    made.save_pretrained(tmp_path / "saved", variant="fp16")
+    given = {"variant": "fp16", "device_map": "balanced", "torch_dtype": torch.float32}
+    loaded = type(made).from_pretrained(tmp_path / "saved", **given)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(images(loaded, call), images(made, call))
+    moved = TfqcDenoiser.from_pretrained(tmp_path / "saved" / "unet", device_map={"": "cpu"}, torch_dtype=torch.float16)
+    assert (moved.device, moved.dtype) == (torch.device("cpu"), torch.float16)
 
 
 def called(*calls: dict[str, Any]) -> list[Recording]:

@@ -244,7 +244,7 @@ def test_files_of_strangers(compiled: Any, tmp_path: Path) -> None:
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="is not that of a model which tfqc compiled"):
         TfqcDenoiser.from_pretrained(tmp_path, subfolder="unet")
-    weights = tmp_path / "unet" / "artifact" / "weights.safetensors"
+    weights = tmp_path / "unet" / "artifact.tfqc" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ArtifactError):
-        tfqc.load(tmp_path / "unet" / "artifact")
+        tfqc.load(tmp_path / "unet" / "artifact.tfqc")

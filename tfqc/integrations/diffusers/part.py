@@ -7,7 +7,6 @@ what was compiled. Their weights are gone. A pipeline's `model_index.json` names
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,9 @@ from tfqc.codegen.artifact import copy_artifact
 from tfqc.driver import load
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.files.storage import parse_json, read_tensors, read_text, write_tensors, write_text
+from tfqc.integrations.diffusers.denoiser import ARTIFACT, placed
 from tfqc.integrations.diffusers.names import class_of, full_name
+from tfqc.integrations.diffusers.refusing import CHANGING, refuse
 from tfqc.version import __version__
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -49,6 +50,7 @@ class TfqcPart(ModelMixin, ConfigMixin):
             "quant_method": "tfqc", "version": __version__, "model_class": full_name(type(model)), "dtype": dtype,
             "compiled": sorted(artifacts),
         }  # fmt: skip
+        self._parameters_before = sum(parameter.numel() for parameter in model.parameters())
         self.artifacts = {place: Path(directory).resolve() for place, directory in artifacts.items()}
         self._running = {place: load(directory) for place, directory in self.artifacts.items()}
         self.kept: Any = None  # a temporary directory that the artifacts lie in
@@ -60,6 +62,7 @@ class TfqcPart(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
+        self._follow()  # to where hooks have moved what they see of it
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -81,24 +84,41 @@ class TfqcPart(ModelMixin, ConfigMixin):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+        return next((t.device for t in self.model.parameters()), torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TfqcPart:
         made = type(self)(copy.deepcopy(self.model, memo), self.artifacts)
-        made.kept = self.kept
+        made.kept, made._parameters_before = self.kept, self._parameters_before
         return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TfqcPart:
-        for compiled in self._running.values():
-            compiled.to(fn(torch.empty(0)).device)
-        super()._apply(lambda t: t.to(fn(t.new_empty(0, device="cpu")).dtype) if t.is_meta else fn(t), recurse)
+        super()._apply(fn, recurse)
+        self._follow()
         return self
 
+    def _follow(self) -> None:
+        """Go where hooks have moved what they see of it."""
+        device = self.device
+        for compiled in self._running.values():
+            if device.type != "meta" and device != next((t.device for t in compiled.buffers()), device):
+                compiled.to(device)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the model that was compiled; none of them is trained."""
+        return 0 if only_trainable else self._parameters_before
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all tensors, compiled or not."""
+        models = (self.model, *self._running.values())
+        return sum(t.numel() * t.itemsize for model in models for t in (*model.parameters(), *model.buffers()))
+
     def to(self, *args: Any, **kwargs: Any) -> TfqcPart:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As any module; weights that are gone stay so."""
+        """As any module; what is compiled takes every dtype."""
         torch.nn.Module.to(self, *args, **kwargs)
         return self
+
+    def unload_lora(self) -> None:
+        """Nothing: there is none."""
 
     def extra_repr(self) -> str:
         """What of it is compiled."""
@@ -118,8 +138,7 @@ class TfqcPart(ModelMixin, ConfigMixin):
         target.mkdir(parents=True, exist_ok=True)
         for place, directory in self.artifacts.items():
             copy_artifact(directory, target / _folder(place))
-        kept = {name: t.contiguous() for name, t in self.model.state_dict().items() if not t.is_meta}
-        write_tensors(target / TENSORS, kept)
+        write_tensors(target / TENSORS, {name: t.contiguous() for name, t in self.model.state_dict().items()})
         own = self.config.to_dict() if hasattr(self.config, "to_dict") else dict(self.config)
         config = {"_class_name": type(self).__name__, _FACTS: self.facts, "model": own}
         write_text(target / CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
@@ -153,11 +172,16 @@ class TfqcPart(ModelMixin, ConfigMixin):
         if strange := [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]:
             raise ArtifactError(f"{directory / TENSORS} holds {strange[0]!a:.100}, which {name} does not have so.")
         model.load_state_dict(tensors, strict=False, assign=True)
-        gone = [n for n, t in model.state_dict().items() if t.is_meta and not (t.dim() > 1 and _inside(n, places))]
-        if gone:
-            raise ArtifactError(f"{directory / TENSORS} lacks {gone[0]}.")
         made = cls(model.eval(), {place: directory / _folder(place) for place in places})
-        return made if kwargs.get("torch_dtype") is None else made.to(kwargs["torch_dtype"])
+        if lacking := [name for name, t in model.state_dict().items() if t.is_meta]:
+            raise ArtifactError(f"{directory / TENSORS} lacks {lacking[0]}.")
+        return placed(made, kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The model without values, by which diffusers tells how large it is."""
+        facts = config[_FACTS]
+        return _without_values(facts["model_class"], config["model"], facts["dtype"])
 
 
 def _without_values(name: str, config: Mapping[str, Any], dtype: str) -> Any:
@@ -173,21 +197,18 @@ def _without_values(name: str, config: Mapping[str, Any], dtype: str) -> Any:
 
 
 def _empty(module: torch.nn.Module) -> None:
-    """Leave no values in matrices; what has one dimension stays, since pipelines call norms by themselves."""
+    """Leave no matrices; what has one dimension stays, since pipelines call norms by themselves."""
     for own in module.modules():
         for held in (own._parameters, own._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and tensor.dim() > 1 and not tensor.is_meta:
-                    empty = tensor.detach().to("meta")
-                    held[name] = torch.nn.Parameter(empty, False) if held is own._parameters else empty  # pyright: ignore
-
-
-def _inside(name: str, places: list[str]) -> bool:
-    return any(not place or name.startswith(f"{place}.") for place in places)
+            held.update({name: None for name, tensor in held.items() if tensor is not None and tensor.dim() > 1})
 
 
 def _folder(place: str) -> str:
-    return f"artifact-{place}" if place else "artifact"
+    return f"artifact.{place}" if place else ARTIFACT
 
 
+refuse(
+    TfqcPart, *CHANGING, "add_adapter", "load_adapter", "load_lora_adapter", "get_input_embeddings",
+    "resize_token_embeddings", "set_attn_processor",
+)  # fmt: skip
 TfqcPart.__module__ = "tfqc"  # where diffusers looks for it

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tfqc.errors import TfqcError
     from tfqc.frontend import capture
     from tfqc.integrations.diffusers.denoiser import TfqcDenoiser
+    from tfqc.integrations.diffusers.part import TfqcPart
     from tfqc.integrations.diffusers.quantize import quantize
     from tfqc.ir import Program, parse, render
     from tfqc.models.spec import ModelSpec
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration", "Context", "ModelSpec", "Pass", "Pipeline", "Program", "Recipe", "SamplingSchedule", "Target",
-    "TfqcDenoiser", "TfqcError",
+    "TfqcDenoiser", "TfqcError", "TfqcPart",
     "capture", "compile", "load", "parse", "quantize", "render",
 ]  # fmt: skip
 
@@ -42,6 +43,7 @@ _HOMES = {
     "Pass": "tfqc.passing", "Pipeline": "tfqc.passing.pipeline", "Program": "tfqc.ir", "Recipe": "tfqc.recipe",
     "SamplingSchedule": "tfqc.sampling.schedule", "Target": "tfqc.codegen.target", "TfqcError": "tfqc.errors",
     "ModelMixin": "diffusers", "TfqcDenoiser": "tfqc.integrations.diffusers.denoiser",
+    "TfqcPart": "tfqc.integrations.diffusers.part",
     "quantize": "tfqc.integrations.diffusers.quantize",
     "capture": "tfqc.frontend", "compile": "tfqc.driver", "load": "tfqc.driver", "parse": "tfqc.ir",
     "render": "tfqc.ir",

@@ -127,9 +127,9 @@ def test_without_data(name: str, target: str, tmp_path: Path, monkeypatch: pytes
     want = images(pipe, call)
     runs: list[bool] = []
 
-    def watched(*args: Any, run_denoisers: bool) -> Any:
+    def watched(*args: Any, run_denoisers: bool, **more: Any) -> Any:
         runs.append(run_denoisers)
-        return record_each(*args, run_denoisers=run_denoisers)
+        return record_each(*args, run_denoisers=run_denoisers, **more)
 
     monkeypatch.setattr("tfqc.integrations.diffusers.quantize.record_each", watched)
     given = {k: v for k, v in call.items() if k != "prompt"}

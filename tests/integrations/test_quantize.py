@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +107,39 @@ def test_an_expert_that_is_never_called(tmp_path: Path) -> None:
     assert not isinstance(pipe.transformer, TfqcDenoiser)
 
 
+def installed(directory: Path) -> Path:
+    """What pip writes beside tfqc when it installs it: what other packages find it by."""
+    about = directory / "tfqc-0.dist-info"
+    about.mkdir(parents=True)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    lines = [
+        f"[{group}]\n{name} = {place}" for group, own in project["entry-points"].items() for name, place in own.items()
+    ]
+    (about / "entry_points.txt").write_text("\n".join(lines))
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tfqc\nVersion: 0\n")
+    return directory
+
+
 def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
+    """It never says `import tfqc`. Text encoder and autoencoder are compiled, too."""
     pipe, call = pipeline("sd", tmp_path)
-    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=2)
+    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=1, parts="all")
     assert pipe.unet.facts["target"] == "cpu-int8"
     want = images(pipe, call)
     pipe.save_pretrained(tmp_path / "saved")
     code = (
-        "import sys, tfqc, torch, numpy\n"
+        "import sys\n"
         "from diffusers import DiffusionPipeline\n"
+        "import numpy, torch\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
         f"made = pipe({call['prompt']!r}, num_inference_steps=4, num_images_per_prompt=2, output_type='np',\n"
         "            generator=torch.Generator().manual_seed(1)).images\n"
         "numpy.save(sys.argv[2], made)\n"
     )
+    path = os.pathsep.join(map(str, (Path(__file__).parents[2], installed(tmp_path / "site"))))
     given = [sys.executable, "-c", code, tmp_path / "saved", tmp_path / "made.npy"]
-    subprocess.run(given, check=True, capture_output=True)
+    done = subprocess.run(given, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(tmp_path / "made.npy"), want)
 
 
@@ -224,7 +243,7 @@ def test_files_of_strangers(compiled: Any, tmp_path: Path) -> None:
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="is not that of a model which tfqc compiled"):
         TfqcDenoiser.from_pretrained(tmp_path, subfolder="unet")
-    weights = tmp_path / "unet" / "artifact" / "weights.safetensors"
+    weights = tmp_path / "unet" / "artifact.tfqc" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ArtifactError):
-        tfqc.load(tmp_path / "unet" / "artifact")
+        tfqc.load(tmp_path / "unet" / "artifact.tfqc")

@@ -7,6 +7,7 @@ import os
 import re
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,12 +108,13 @@ def export(
 
 @contextmanager
 def _as_it_was(model: torch.nn.Module) -> Generator[None]:
-    """What modules keep beside parameters and buffers is put back: caches would hold tensors without values."""
+    """What modules keep beside parameters and buffers is put back: caches would hold tensors without values, and hooks
+    that a model gives itself at its first call (transformers' do) would be given twice."""
     ours = {"_parameters", "_buffers", "_modules"}
     kept = [(vars(module), {k: v for k, v in vars(module).items() if k not in ours}) for module in model.modules()]
     kept += [(vars(v), dict(vars(v))) for _, own in list(kept) for v in own.values() if _keeps_things(v)]
     lists = [(v, list(v)) for _, own in kept for v in own.values() if type(v) is list]
-    kept += [(v, dict(v)) for _, own in list(kept) for v in own.values() if type(v) is dict]
+    kept += [(v, dict(v)) for _, own in list(kept) for v in own.values() if type(v) in (dict, OrderedDict)]
     try:
         yield
     finally:

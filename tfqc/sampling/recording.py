@@ -81,30 +81,38 @@ def record_each(
     *,
     as_set: bool = False,
     run_denoisers: bool = False,
+    beside: Sequence[torch.nn.Module] = (),
 ) -> list[Recording]:
-    """As `record`, of one run of a pipeline that has several: a recording for each."""
+    """As `record`, of one run of a pipeline that has several: a recording for each.
+
+    Args:
+        beside: modules beside the denoisers, which compute as they do.
+    """
     own = pipeline.scheduler
-    found = [Recording() for _ in denoisers]
-    forwards = [denoiser.forward for denoiser in denoisers]
+    models = [*denoisers, *beside]
+    found = [Recording() for _ in models]
+    forwards = [model.forward for model in models]
     with torch.random.fork_rng(devices=[]):
         try:
             pipeline.scheduler = set_to(own, None) if as_set else copy.deepcopy(own)
             if as_set:
                 pipeline.scheduler.set_timesteps = functools.wraps(own.set_timesteps)(lambda *_, **__: None)
             pipeline.scheduler.step = _counted(pipeline.scheduler.step, found)
-            for denoiser, recording in zip(denoisers, found, strict=True):
-                denoiser.forward = _recorded(pipeline, denoiser, recording, run_denoisers)
+            for number, (model, recording) in enumerate(zip(models, found, strict=True)):
+                runs = run_denoisers or number >= len(denoisers)
+                model.forward = _recorded(pipeline, model, recording, runs)
             pipeline(**call)
         finally:
             pipeline.scheduler = own
-            for denoiser, forward in zip(denoisers, forwards, strict=True):
-                _restore(denoiser, forward)
+            for model, forward in zip(models, forwards, strict=True):
+                _restore(model, forward)
     return found
 
 
 def _recorded(pipeline: Any, denoiser: torch.nn.Module, found: Recording, run: bool) -> Callable[..., Any]:
     forward = denoiser.forward
     signature = inspect.signature(forward)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     answers: dict[Any, Any] = {}
 
     @functools.wraps(forward)
@@ -113,7 +121,9 @@ def _recorded(pipeline: Any, denoiser: torch.nn.Module, found: Recording, run: b
             found.scheduler = copy.deepcopy(pipeline.scheduler)
             for patched in ("step", "set_timesteps"):
                 vars(found.scheduler).pop(patched, None)
-        found.calls.append(dict(signature.bind(*args, **kwargs).arguments))
+        named = dict(signature.bind(*args, **kwargs).arguments)
+        further = named.pop(rest, {})
+        found.calls.append({**named, **further})
         if run:
             return forward(*args, **kwargs)
         key = str(pytree.tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, Tensor) else v, (args, kwargs)))

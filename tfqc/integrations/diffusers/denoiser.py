@@ -1,38 +1,34 @@
 """A compiled denoiser that diffusers takes for one of its models: called, saved and loaded like any.
 
 A pipeline's `model_index.json` names it as `["tfqc", "TfqcDenoiser"]`. Diffusers takes classes of other libraries from
-modules that have been imported, so `import tfqc` comes before `DiffusionPipeline.from_pretrained`.
+modules that have been imported, which torch does where tfqc is installed (`tfqc.integrations.be_there`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 
 from tfqc.codegen.artifact import copy_artifact, read_manifest
 from tfqc.driver import load
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.files.storage import parse_json, read_text, write_text
+from tfqc.integrations.diffusers.names import class_of
+from tfqc.integrations.diffusers.refusing import CHANGING, refuse, unchanging
 from tfqc.quant.step_policy import KEY, policy_in
 from tfqc.version import __version__
 
-CONFIG, ARTIFACT = "config.json", "artifact"
+CONFIG, ARTIFACT = "config.json", "artifact.tfqc"  # diffusers looks for variants behind a dot in every name
 _FACTS = "quantization_config"
-_KEPT = ("cache_context",)  # methods of the model that change nothing of it
-
-# What ModelMixin does to a model's layers, of which there are none here.
-_CHANGING = (
-    "compile_repeated_blocks", "enable_gradient_checkpointing", "enable_group_offload", "enable_layerwise_casting",
-    "fuse_qkv_projections", "set_attention_backend",
-)  # fmt: skip
+_KEPT = ("cache_context", "disable_freeu", "unload_lora")  # methods of the model that change nothing of it
 
 
 class TfqcDenoiser(ModelMixin, ConfigMixin):
@@ -52,10 +48,11 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
     def __init__(self, directory: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         super().__init__()
-        self.compiled = load(directory)
+        vars(self)["compiled"] = load(directory)  # no submodule: hooks that move tensors one by one would break it
         self.facts = {"quant_method": "tfqc", "version": __version__, **facts}
         self._internal_dict = FrozenDict({**config, _FACTS: self.facts})
-        self._artifact, self._dtype = directory, getattr(torch, self.facts["dtype"])
+        self._artifact = directory
+        self.place = torch.nn.Parameter(torch.zeros(1, dtype=getattr(torch, self.facts["dtype"])), False)  # for hooks
         self.kept: Any = None  # a temporary directory that the artifact lies in
         self.eval()
 
@@ -63,46 +60,46 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """What the compiled model returns: its output class, or with `return_dict=False` a tuple."""
+        self._follow()
         found = self.compiled(*args, **kwargs)
         values = tuple(found) if isinstance(found, tuple) else (found,)
         return self._output_class(*values) if return_dict else values
 
     @functools.cached_property
     def _output_class(self) -> Any:
-        return _of_diffusers(self.facts["output_class"])
+        return class_of(self.facts["output_class"], "diffusers")
 
     # -- a model of diffusers ---------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the inputs that it is called with, and of its outputs."""
-        return self._dtype
+        return self.place.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next((t.device for t in self.compiled.buffers()), torch.device("cpu"))
+        return self.place.device
 
     def to(self, *args: Any, **kwargs: Any) -> TfqcDenoiser:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Move to a device that it was compiled for; a dtype is that of inputs and outputs, and of nothing within."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if dtype is not None:
-            self._dtype = dtype
-        if device is not None:
-            self.compiled.to(device)
+        torch.nn.Module.to(self, *args, **kwargs)
         return self
 
-    def half(self, *args: Any) -> TfqcDenoiser:
-        """`to(torch.float16)`."""
-        return self.to(torch.float16)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TfqcDenoiser:
+        super()._apply(fn, recurse)
+        self._follow()
+        return self
 
-    def bfloat16(self) -> TfqcDenoiser:
-        """`to(torch.bfloat16)`."""
-        return self.to(torch.bfloat16)
+    def _follow(self) -> None:
+        """Go where hooks have moved what they see of it."""
+        device = self.place.device
+        if device.type != "meta" and device != next((t.device for t in self.compiled.buffers()), device):
+            self.compiled.to(device)
 
-    def float(self, *args: Any) -> TfqcDenoiser:
-        """`to(torch.float32)`."""
-        return self.to(torch.float32)
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the compiled model's tensors."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.compiled.buffers())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of the model that was compiled; none of them is trained."""
@@ -112,7 +109,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
     def _skeleton(self) -> Any:
         """The model without values: what is read of it, is read there."""
         with torch.device("meta"):
-            return _of_diffusers(self.facts["model_class"]).from_config(dict(self.config))
+            return class_of(self.facts["model_class"], "diffusers").from_config(dict(self.config))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -122,7 +119,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
                 raise
         found = getattr(self._skeleton, name)
         if callable(found) and not isinstance(found, torch.nn.Module) and name not in _KEPT:
-            raise AttributeError(_unchanging(name))
+            raise AttributeError(unchanging(name))
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TfqcDenoiser:
@@ -158,6 +155,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
         Args:
             torch_dtype: of inputs and outputs; as it was saved by default.
+            device_map: where it is to lie.
 
         Raises:
             ArtifactError: there is no such thing, or its files have changed.
@@ -174,8 +172,23 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
                 f"{directory / CONFIG} has another {KEY} than the artifact was compiled with: quantize the model "
                 "again with step_policy=..., or leave the config as it was saved."
             )
-        made = cls(directory / ARTIFACT, config, facts)
-        return made if kwargs.get("torch_dtype") is None else made.to(kwargs["torch_dtype"])
+        return placed(cls(directory / ARTIFACT, config, facts), kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The model without values, by which diffusers tells how large it is."""
+        facts = config[_FACTS]
+        with torch.device("meta"):
+            return class_of(facts["model_class"], "diffusers").from_config(_without_facts(config))
+
+
+def placed(model: Any, given: Mapping[str, Any]) -> Any:
+    """A loaded model in the dtype and on the device that `from_pretrained` was given."""
+    device, dtype = given.get("device_map"), given.get("torch_dtype")
+    device = device.get("") if isinstance(device, Mapping) else device
+    if device not in (None, "auto", "balanced"):
+        model.to(torch.device(device))
+    return model if dtype is None else model.to(dtype)
 
 
 def runtime_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,31 +201,5 @@ def _without_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != _FACTS}
 
 
-def _of_diffusers(name: str) -> Any:
-    """A class by its full name; nothing outside diffusers is imported."""
-    module, _, attribute = name.rpartition(".")
-    if module.partition(".")[0] != "diffusers":
-        raise ArtifactError(f"{name[:100]!a} is no class of diffusers.")
-    found = getattr(importlib.import_module(module), attribute, None)
-    if not isinstance(found, type):
-        raise ArtifactError(f"This diffusers has no {name}.")
-    return found
-
-
-def _unchanging(name: str) -> str:
-    return (
-        f"A compiled model cannot do {name}(): its layers and weights are fixed. Do it before tfqc.quantize, or where "
-        "LoRA is loaded, fuse it into the model first (pipe.fuse_lora()) and quantize then."
-    )
-
-
-def _refusing(name: str) -> Any:
-    def refused(self: TfqcDenoiser, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TfqcError(_unchanging(name))
-
-    return refused
-
-
-for _name in _CHANGING:
-    setattr(TfqcDenoiser, _name, _refusing(_name))
+refuse(TfqcDenoiser, *CHANGING)
 TfqcDenoiser.__module__ = "tfqc"  # where diffusers looks for it, and for the ModelMixin that tells how it is loaded

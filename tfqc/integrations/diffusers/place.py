@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 
-from tfqc.codegen.artifact import read_manifest
+from tfqc.codegen.artifact import MANIFEST, read_manifest
 from tfqc.errors import TfqcError
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.integrations.diffusers.denoiser import TfqcDenoiser, runtime_of
+from tfqc.integrations.diffusers.names import full_name
+from tfqc.integrations.diffusers.part import TfqcPart
+from tfqc.integrations.diffusers.parts import own_copy
 from tfqc.models.find import denoisers_in
 
 
@@ -37,31 +39,37 @@ def denoisers_of(pipe: Any) -> list[str]:
 
 
 def into(directory: str | Path, pipe: Any) -> Any:
-    """Put saved artifacts of a pipeline's denoisers in their places, and return the pipeline, which is the same object.
+    """Put saved artifacts of a pipeline's parts in their places, and return the pipeline, which is the same object.
 
     Args:
-        directory: the artifact; where the pipeline has several denoisers, one within it for each, under its name.
+        directory: the denoiser's artifact; where there are several, one within it for each, under the part's name.
 
     Raises:
         TfqcError: the pipeline has no denoiser, or there is no artifact for it.
     """
-    parts = denoisers_of(pipe)
-    made = {part: _made(getattr(pipe, part), place_of(directory, part, parts)) for part in parts}
+    parts, directory = denoisers_of(pipe), Path(directory)
+    several = not (directory / MANIFEST).is_file()
+    made: dict[str, Any] = {part: _made(getattr(pipe, part), place_of(directory, part, several)) for part in parts}
+    found = sorted(each.name for each in directory.iterdir() if each.is_dir()) if several and directory.is_dir() else []
+    for name in dict.fromkeys(each.partition(".")[0] for each in found):
+        if name in pipe.components and name not in parts:
+            places = {each.partition(".")[2]: directory / each for each in found if each.partition(".")[0] == name}
+            made[name] = TfqcPart(own_copy(unwrapped(getattr(pipe, name))), places)
     pipe.register_modules(**made)
     return pipe
 
 
-def place_of(directory: str | Path, part: str, parts: Sequence[str]) -> Path:
-    """Where the artifact of one of a pipeline's denoisers lies."""
-    return Path(directory) / part if len(parts) > 1 else Path(directory)
+def place_of(directory: str | Path, part: str, several: bool) -> Path:
+    """Where the artifact of one of a pipeline's parts lies."""
+    return Path(directory) / part if several else Path(directory)
 
 
 def _made(model: Any, directory: Path) -> TfqcDenoiser:
     model, manifest = unwrapped(model), read_manifest(directory)
     facts = {
         "target": manifest["target"],
-        "model_class": _full_name(type(model)),
-        "output_class": _full_name(_output_class(model)),
+        "model_class": full_name(type(model)),
+        "output_class": full_name(_output_class(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return TfqcDenoiser(directory.resolve(), dict(model.config), facts | runtime_of(manifest))
@@ -72,7 +80,3 @@ def _output_class(model: torch.nn.Module) -> type:
     hints = typing.get_type_hints(model.forward).get("return")
     named = [hint for hint in (hints, *typing.get_args(hints)) if isinstance(hint, type)]
     return next((hint for hint in named if issubclass(hint, BaseOutput)), Transformer2DModelOutput)
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -36,13 +36,16 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MASK = ".mask"
 
 
-def runs_of(pipe: Any, given: Prompts, common: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
+def runs_of(
+    pipe: Any, given: Prompts, common: Mapping[str, Any], seed: int, whole: bool = False
+) -> list[dict[str, Any]]:
     """Keyword arguments of a pipeline for each of its runs; each has a generator of its own.
 
     Args:
         given: how many of the default prompts, prompts, the Path of a file with a prompt in each line or of a folder of
             images, latents [N, ...], or keyword arguments for each run.
         common: keyword arguments of all runs.
+        whole: up to the image, not to its latents.
 
     Raises:
         CalibrationError: there are none, or the pipeline does not take such arguments.
@@ -51,7 +54,7 @@ def runs_of(pipe: Any, given: Prompts, common: Mapping[str, Any], seed: int) -> 
     own = _listed(given, "prompt" in takes and not any(common.get(name) is not None for name in _SAYS_WHAT))
     if not own:
         raise CalibrationError("Calibration needs at least one run of the pipeline: there are no prompts.")
-    usual = {"output_type": "latent", "return_dict": False}
+    usual = {"output_type": "np" if whole else "latent", "return_dict": False}
     runs: list[dict[str, Any]] = []
     for number, mine in enumerate(own):
         run = {**{k: v for k, v in usual.items() if k in takes}, **common, **mine}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from tfqc.arguments import check_others, read_pipeline, read_plan, read_step_policy, read_target, whole
-from tfqc.codegen.artifact import check_output
+from tfqc.codegen.artifact import Artifact, check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
 from tfqc.errors import CalibrationError, SpecError, TfqcError
@@ -23,6 +25,7 @@ from tfqc.frontend.inputs import inputs_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.integrations.diffusers.datafree import without_data
 from tfqc.integrations.diffusers.layers import restored
+from tfqc.integrations.diffusers.parts import ALL, DENOISER, beside, compile_part
 from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
 from tfqc.integrations.diffusers.prompts import Prompts, model_inputs, runs_of
 from tfqc.ir.program import Role
@@ -46,6 +49,7 @@ def quantize(
     plan: str | Path | None = None,
     step_policy: StepPolicy | Mapping[str, Any] | Path | None = None,
     dynamic: DynamicDims | None = None,
+    parts: str | Sequence[str] = DENOISER,
     seed: int = 0,
     directory: str | Path | None = None,
     progress: Progress | None = None,
@@ -67,8 +71,11 @@ def quantize(
             activations those that each token has at run time, and the pipeline is run once with its denoiser silent,
             which tells shapes and times.
         call: keyword arguments of the pipeline in every run, such as `height`, `width` and `guidance_scale`.
-        strategy, pipeline, plan, dynamic, require_real: as `tfqc.compile` has them.
+        strategy, pipeline, plan, dynamic, require_real: as `tfqc.compile` has them, for the denoiser.
         step_policy: as `tfqc.compile` has it; of several denoisers those in its scope.
+        parts: what else is compiled for the target: "all", or names such as "vae" and "text_encoder". They have no
+            time; of an autoencoder it is what the pipeline calls of `encoder` and `decoder`. Of "all", what cannot be
+            compiled stays as it is, and a warning says why.
         seed: of the noise.
         directory: where the artifact is kept, of several denoisers each under its name; a temporary one if None
             (`pipe.save_pretrained` copies it).
@@ -77,30 +84,44 @@ def quantize(
     Raises:
         TfqcError: what, where, and what to do.
     """
-    parts = denoisers_of(pipe)
+    denoisers, others = denoisers_of(pipe), beside(pipe, parts)
     if directory is not None:
         check_output(directory)
     _check(target, pipeline, strategy, plan, dynamic, seed, progress, steps, call)
     progress = progress or Silent()
-    policies = _policies(pipe, parts, read_step_policy(step_policy))
+    policies = _policies(pipe, denoisers, read_step_policy(step_policy))
     told = not (isinstance(calibration, str) and calibration == NONE)
+    own_target = target = read_target(target)
     if not told and pipeline is None:
-        target, pipeline = without_data(read_target(target), strategy)
+        target, pipeline = without_data(target, strategy)
     if isinstance(calibration, Iterable) and not isinstance(calibration, (str, Tensor, Mapping)):
         calibration = list(calibration)  # pyright: ignore[reportAssignmentType, reportUnknownArgumentType]
-    if (given := model_inputs([getattr(pipe, part) for part in parts], calibration)) is not None:
-        recordings = {parts[0]: [Recording([dict(call) for call in given])]}
+    if (given := model_inputs([getattr(pipe, part) for part in denoisers], calibration)) is not None:
+        if others:
+            raise CalibrationError("Calls of the denoiser tell nothing of other parts: give prompts, or no parts.")
+        recordings = {denoisers[0]: [Recording([dict(call) for call in given])]}
     else:
-        runs = runs_of(pipe, calibration if told else 1, _common(pipe, steps, call or {}), seed)
-        recordings = _recorded(pipe, parts, runs, progress, run_denoisers=told)
+        runs = runs_of(pipe, calibration if told else 1, _common(pipe, steps, call or {}), seed, whole=bool(others))
+        recordings = _recorded(pipe, denoisers, others, runs, progress, run_denoisers=told)
     kept = None if directory is not None else _Temporary()
     where = kept.path / "artifact" if kept else Path(str(directory))
-    for part, found in recordings.items():
+    made: dict[str, Artifact] = {}
+    for place, module in others.items():
+        if not any(each.calls for each in recordings[place]):
+            continue  # the pipeline has no use for it
+        try:
+            made[place] = compile_part(module, recordings[place], own_target, seed, progress)
+        except TfqcError as error:
+            if parts != ALL:
+                raise
+            warnings.warn(f"The {place} of this {type(pipe).__name__} stays as it is: {error}", stacklevel=2)
+    for part in denoisers:
+        found = recordings[part]
         model = restored(unwrapped(getattr(pipe, part)))
         calls = [call for recording in found for call in recording.calls]
         example = {name: value for name, value in calls[0].items() if name != "return_dict"}
         time = next((item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME), None)
-        artifact = compile(
+        made[part] = compile(
             model,
             target,
             schedule=None if time is None else next(each for each in found if each.calls).schedule(time),
@@ -115,10 +136,11 @@ def quantize(
             progress=progress,
             require_real=require_real,
         )
-        artifact.save(place_of(where, part, parts))
+    for place, artifact in made.items():
+        artifact.save(place_of(where, place, len(made) > 1))
     into(where, pipe)
-    for part in parts:
-        getattr(pipe, part).kept = kept  # as long as the denoiser is
+    for place in made:
+        getattr(pipe, place.partition(".")[0]).kept = kept  # as long as the part is
     return pipe
 
 
@@ -135,18 +157,23 @@ def _check(
 
 
 def _recorded(
-    pipe: Any, parts: Sequence[str], runs: Sequence[Mapping[str, Any]], progress: Progress, run_denoisers: bool
+    pipe: Any,
+    parts: Sequence[str],
+    others: Mapping[str, Module],
+    runs: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    run_denoisers: bool,
 ) -> dict[str, list[Recording]]:
-    """What each denoiser was called with in each run."""
+    """What each denoiser and each other part was called with in each run."""
     models = [getattr(pipe, part) for part in parts]
-    found: dict[str, list[Recording]] = {part: [] for part in parts}
+    found: dict[str, list[Recording]] = {part: [] for part in (*parts, *others)}
     with _quiet(pipe), _refusing(pipe):
         for run in progress.track(runs, "running the pipeline for calibration", len(runs)):
-            made = record_each(pipe, models, run, run_denoisers=run_denoisers)
-            for part, recording in zip(parts, made, strict=True):
+            made = record_each(pipe, models, run, run_denoisers=run_denoisers, beside=list(others.values()))
+            for part, recording in zip(found, made, strict=True):
                 found[part].append(recording)
-    for part, recordings in found.items():
-        if not any(recording.calls for recording in recordings):
+    for part in parts:
+        if not any(recording.calls for recording in found[part]):
             raise CalibrationError(
                 f"{type(pipe).__name__} did not call its {part}: take a number of steps at which it does, or a "
                 f"pipeline without it ({part}=None)."

@@ -19,7 +19,7 @@ from tfqc.codegen.target import Target
 from tfqc.driver import compile
 from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
-from tfqc.frontend.inputs import inputs_of
+from tfqc.frontend.taken import inputs_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.integrations.diffusers.datafree import without_data
 from tfqc.integrations.diffusers.layers import restored

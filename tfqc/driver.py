@@ -34,9 +34,11 @@ from tfqc.errors import ArtifactError, CalibrationError, CaptureError, PassError
 from tfqc.files.storage import tensors_hash
 from tfqc.frontend import capture
 from tfqc.frontend.dynamic import DynamicDims, places, read_dynamic
-from tfqc.frontend.inputs import Example, Roles, inputs_of
+from tfqc.frontend.inputs import Example, Roles
+from tfqc.frontend.taken import inputs_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.instruments import Instrument, VerifyEach
+from tfqc.ir.interpret import plan_of
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program, Role, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan
@@ -152,7 +154,7 @@ def compile(
     own_schedule, calibrated_on = without_sampler(*told, own_schedule, drawn)
     context = Context(
         schedule=own_schedule,
-        calibration=calibrated_on,
+        calibration=_grouped(model, calibrated_on) if isinstance(model, Program) else calibrated_on,
         seed=seed,
         workdir=None if workdir is None else Path(workdir),
         progress=progress or Silent(),
@@ -184,6 +186,8 @@ def compile(
             program.tables.pop(QuantPlan.table, None)
     if isinstance(program.batch, int) and isinstance(drawn, Calibration):
         context.calibration = without_sampler(*told, own_schedule, drawn.in_batches(program.batch))[1]
+    elif start is None:
+        context.calibration = _grouped(program, context.calibration)
     check_weights(program)
     made_from = None if recipe is None else recipe.facts(tensors_hash(program.tensors.items()))
     _rehearse(passes, program, context, target, require_real)
@@ -329,6 +333,13 @@ def _sample_and_time(model: Program | ModelSpec | None) -> tuple[str, torch.dtyp
 def _denoiser(pipeline: Any) -> torch.nn.Module | None:
     part = denoiser_in(pipeline)
     return unwrapped(getattr(pipeline, part)) if part else None
+
+
+def _grouped(program: Program, data: Calibration | ModelCalls | None) -> Calibration | ModelCalls | None:
+    """Recorded calls as a program of a fixed number of images takes them."""
+    if isinstance(data, ModelCalls) and isinstance(program.batch, int):
+        return data.in_groups(plan_of(program))
+    return data
 
 
 def _calibration(spec: ModelSpec | None, given: CalibrationData, seed: int) -> Calibration | ModelCalls | None:

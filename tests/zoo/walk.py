@@ -117,8 +117,8 @@ def _exact(its: Denoiser, model: nn.Module) -> Artifact:
 
 
 def _quantized(its: Denoiser, program: Program, target: str) -> Artifact:
-    """From the program that is there, on 16 images at each timestep: calls as its pipeline makes them."""
-    recorded = [its.call(2, t, seed) for seed in range(2, 10) for t in _times(its)]
+    """From the program that is there, on calls as its pipeline makes them, 16 images at each timestep."""
+    recorded = [its.call(2, t, seed) for seed in range(2, 2 + its.draws) for t in _times(its)]
     return tfqc.compile(program, target, schedule=_schedule(its), calibration=recorded)
 
 

@@ -38,7 +38,10 @@ _MULTIPLE = re.compile(r"B % (\d+) == 0")
 @dataclass(frozen=True)
 class Example:
     """A model and the call that it is captured from: `arguments` and `dims` as `prepare` gives them, `flat` the tensors
-    as they were given."""
+    as they were given.
+
+    each: it is of one image, as what lists of images are made of, and is captured for one at a time.
+    """
 
     model: torch.nn.Module
     arguments: dict[str, Any]
@@ -46,6 +49,7 @@ class Example:
     flat: Mapping[Place, Tensor]
     dims: Dims
     name: str
+    each: bool = False
 
 
 def program_of(its: Example, export: Export) -> Program:
@@ -59,16 +63,17 @@ def program_of(its: Example, export: Export) -> Program:
         CaptureError: the model cannot be exported so either.
     """
     try:
-        return _of_any_batch(its, export)
+        return _of_one_image(its, export, []) if its.each else _of_any_batch(its, export)
     except CaptureError as error:
         found = deciding_inputs(its.model, its.arguments, source_of)
         requests = {i.path for i in its.inputs if i.role is Role.REQUEST}
         decided = {path: line for path, line in found.items() if path in requests}
         try:
-            program = _of_examples_batch(its, export, [*decided])
+            program = (_of_one_image if its.each else _of_examples_batch)(its, export, [*decided])
         except CaptureError as second:
             with suppress(CaptureError):  # whole videos, where the batch is their frames
-                return _of_any_batch(its, export, multiples=True)
+                if not its.each:
+                    return _of_any_batch(its, export, multiples=True)
             if others := [path for path in found if path not in requests]:
                 raise CaptureError(
                     f"{its.name} decides at {found[others[0]]} by the values of {'.'.join(others[0])}, which differ "
@@ -114,9 +119,13 @@ def _of_examples_batch(its: Example, export: Export, decided: list[Place]) -> Pr
     except CaptureError:
         if images_of(its.inputs, its.flat) != 1:
             raise
-        once = {i.path: its.flat[i.path].detach() for i in its.inputs if i.role is not Role.TIME}
-        times = {i.path: _at(its.arguments, i.path)[:1] for i in its.inputs if i.role is Role.TIME}
-        return _of_one_batch(replace(its, arguments=replaced(its.arguments, once | times)), export, decided)
+        return _of_one_image(its, export, decided)
+
+
+def _of_one_image(its: Example, export: Export, decided: list[Place]) -> Program:
+    once = {i.path: its.flat[i.path].detach() for i in its.inputs if i.role is not Role.TIME}
+    times = {i.path: _at(its.arguments, i.path)[:1] for i in its.inputs if i.role is Role.TIME}
+    return _of_one_batch(replace(its, arguments=replaced(its.arguments, once | times)), export, decided)
 
 
 def _of_one_batch(its: Example, export: Export, decided: list[Place]) -> Program:

@@ -27,6 +27,7 @@ from tfqc.frontend.inputs import (
     roles_by_name,
     tensors_by_path,
 )
+from tfqc.frontend.lists import as_lists, at_each, check_each, differing, lists_of_images, one_image
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.ir.program import Program
 
@@ -46,7 +47,9 @@ def capture(
         model: called as `model(**example_inputs)` (or positionally). Put in eval mode for the capture. One inside
             `torch.compile` or DataParallel is taken out of it.
         example_inputs: tensors of any device and floating point type; the first dimension of the sample is the batch,
-            and so is that of every input with the same first dimension. Not-tensor values are captured as constants.
+            and so is that of every input with the same first dimension. Not-tensor values are captured as constants. A
+            sample that is a list of tensors, one for each image, is computed image by image, with what is beside it in
+            lists of as many; sizes in which the entries of a list differ may differ from call to call.
         roles: input name (dotted for nested ones) or position -> `sample`, `time` or `request`; or these in order, or a
             function of an input's name and example. By default inputs are recognised by the names that diffusers
             gives them. A time that is not one number for each image (of tokens, frames, embedded already), and times
@@ -66,16 +69,28 @@ def capture(
     """
     model = unwrapped(model)
     roles = roles_by_name(model, example_inputs, roles)
-    arguments = arguments_by_name(model, example_inputs)
+    whole = arguments_by_name(model, example_inputs)
+    lists = lists_of_images(whole, roles)
+    arguments = one_image(whole, lists) if lists else whole
     flat = tensors_by_path(arguments, roles)
     inputs = assign_roles(flat, roles, domains or {})
     asked = read_dynamic(dynamic)
-    asked_at = places(asked, inputs, {path: tuple(tensor.shape) for path, tensor in flat.items()})
+    placed = at_each(inputs, lists)
+    shapes = {item.path: tuple(flat[own.path].shape) for item, own in zip(placed, inputs, strict=True)}
+    own_dims = places(asked, placed, shapes)
+    asked_at = {own.path: own_dims.get(item.path, {}) for item, own in zip(placed, inputs, strict=True)}
+    for path, dims in differing(lists).items():
+        asked_at[path] = dims | asked_at[path]
     paths = {i.path for i in inputs}
     constants = {path: value for path, value in constants_of(model, arguments).items() if path not in paths}
     constants = for_each_image(constants, images_of(inputs, flat))
     arguments, dims = prepare(arguments, inputs, flat, asked_at)
-    program = program_of(_Example(model, arguments, inputs, flat, dims, name or type(model).__name__), _export)
+    example = _Example(model, arguments, inputs, flat, dims, name or type(model).__name__, each=bool(lists))
+    with as_lists(model, lists):
+        program = program_of(example, _export)
+    if lists:
+        check_each(model, whole, lists)
+        program.inputs = tuple(at_each(program.inputs, lists))
     program.arguments = tuple(dict.fromkeys((*parameters_of(model), *arguments)))
     program.constants |= constants
     program.guards = (*program.guards, *ranges(asked))

@@ -27,6 +27,7 @@ from tfqc.errors import CaptureError
 from tfqc.frontend.attention import dense_attention
 from tfqc.frontend.evaluating import evaluating
 from tfqc.frontend.inputs import keys_of
+from tfqc.frontend.lengths import symbolic_lengths
 from tfqc.frontend.names import printable, tensor_names
 from tfqc.ir.program import Input, Origin, Role
 from tfqc.runtime.outputs import Structure, taken_apart
@@ -84,7 +85,7 @@ def export(
     try:
         with (
             evaluating(model), warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _Attached(),
-            dense_attention(model),
+            dense_attention(model), symbolic_lengths(model),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             dynamic_shapes = {k: shapes(v, (k,)) for k, v in arguments.items()}
@@ -132,12 +133,18 @@ def _keeps_things(value: Any) -> bool:
     return hasattr(value, "__dict__") and not theirs and not isinstance(value, (torch.nn.Module, Tensor, type, dict))
 
 
+_PAD_SEQUENCE = torch._C._nn.pad_sequence  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _Attached(TorchFunctionMode):
-    """`x.data` as `x.detach()`: torch.export does not see what is written to the former."""
+    """`x.data` as `x.detach()`: torch.export does not see what is written to the former. Sequences of one as they are:
+    there is nothing to pad."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if func is _PAD_SEQUENCE and len(args[0]) == 1:
+            return args[0][0].unsqueeze(0 if args[1:2] == (True,) or (kwargs or {}).get("batch_first") else 1)
         return func(*args, **(kwargs or {}))
 
 

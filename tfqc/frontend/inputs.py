@@ -97,14 +97,14 @@ def tensors_by_path(
     leaves = {keys_of(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
     numbers = {p for p, leaf in leaves.items() if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)}
     tensors = {p for p, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    times = _in_role(Role.TIME, tensors | numbers, roles or {})
+    times = in_role(Role.TIME, tensors | numbers, roles or {})
     return {p: torch.as_tensor(leaf) for p, leaf in leaves.items() if p in tensors or (p in numbers and p in times)}
 
 
 _USUAL = {Role.SAMPLE: SAMPLE_NAMES, Role.TIME: TIME_NAMES}
 
 
-def _in_role(role: Role, paths: Collection[tuple[str, ...]], roles: Mapping[str, str]) -> set[tuple[str, ...]]:
+def in_role(role: Role, paths: Collection[tuple[str, ...]], roles: Mapping[str, str]) -> set[tuple[str, ...]]:
     """Places that have a role: as the caller says, else by the usual names, those that are nested least."""
     if role in roles.values():
         return {path for path in paths if roles.get(".".join(path)) == role}
@@ -177,7 +177,7 @@ def assign_roles(
 
     role_of = dict.fromkeys(flat, Role.REQUEST)
     for role in (Role.SAMPLE, Role.TIME):
-        role_of |= dict.fromkeys(_in_role(role, flat, roles), role)
+        role_of |= dict.fromkeys(in_role(role, flat, roles), role)
     images = _images(flat, [path for path, role in role_of.items() if role is Role.SAMPLE])
     times = [path for path, role in role_of.items() if role is Role.TIME]
     clock = next((path for path in times if _is_time(flat[path], images)), None)
@@ -214,23 +214,6 @@ def _is_time(value: Tensor, images: int) -> bool:
     return value.dtype != torch.bool and not value.is_complex() and (value.numel() == 1 or each)
 
 
-def times_beside(model: torch.nn.Module, example: Example, roles: Roles | None = None) -> list[str]:
-    """Dotted names of times that are no role's: those of tokens or frames, and further ones.
-
-    They change at every step, as samples do, so nothing that depends on them is computed before.
-    """
-    inputs = inputs_of(model, example, roles)
-    times = _in_role(Role.TIME, [i.path for i, _ in inputs], roles_by_name(model, example, roles))
-    return [".".join(i.path) for i, _ in inputs if i.path in times and i.role is not Role.TIME]
-
-
-def inputs_of(model: torch.nn.Module, example: Example, roles: Roles | None = None) -> list[tuple[Input, Tensor]]:
-    """The tensor inputs of a model, with the example's values: names, places and roles as `capture` has them."""
-    named = roles_by_name(model, example, roles)
-    flat = tensors_by_path(arguments_by_name(model, example), named)
-    return [(item, flat[item.path]) for item in assign_roles(flat, named, {})]
-
-
 def prepare(
     arguments: dict[str, Any],
     inputs: list[Input],
@@ -263,6 +246,8 @@ def replaced(arguments: Mapping[str, Any], values: Mapping[tuple[str, ...], Any]
     def build(value: Any, path: tuple[str, ...]) -> Any:
         if path in values:
             return values[path]
+        if (*path, "*") in values:  # a list of images, as rows
+            return list(values[*path, "*"].unbind(0))
         if isinstance(value, Mapping):
             return {k: build(v, (*path, str(k))) for k, v in value.items()}
         if isinstance(value, (list, tuple)):

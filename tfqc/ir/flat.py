@@ -17,6 +17,7 @@ from tfqc.ir.data import BEGIN, STEP, TIME, ProgramData
 from tfqc.ir.interpret import plan_of
 from tfqc.ir.match import is_call
 from tfqc.ir.ops import DEFINED
+from tfqc.runtime.call import EACH
 from tfqc.runtime.plan import as_called
 
 Instead = Mapping[Any, Callable[..., Any]]
@@ -38,6 +39,8 @@ def flat_module(program: ProgramData, instead: Instead | None = None, one_row: b
     for item in program.inputs:
         value = arguments[item.path[0]]
         for key in item.path[1:]:
+            if key == EACH:  # rows of one tensor
+                break
             value = graph.call_function(operator.getitem, (value, int(key) if key.isdigit() else key))
         values[item.name] = value
     graph.output(graph.call_module("flat", kwargs=values))
@@ -58,6 +61,8 @@ def nested(program: ProgramData, values: Mapping[str, Any]) -> dict[str, Any]:
 def _listed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
+    if EACH in value:
+        return value[EACH]
     items = {key: _listed(inner) for key, inner in value.items()}
     return list(items.values()) if all(key.isdigit() for key in items) else items
 

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from tfqc.errors import CalibrationError
 from tfqc.frontend.dynamic import DynamicDims
-from tfqc.frontend.inputs import Example, Roles, arguments_by_name, inputs_of, keys_of, replaced, times_beside
+from tfqc.frontend.inputs import Example, Roles, arguments_by_name, keys_of, replaced
+from tfqc.frontend.taken import inputs_of, times_beside
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.ir.program import Input, Role
 from tfqc.sampling.data import Calibration

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from tfqc.runtime.fixed import has_fixed_value
+from tfqc.runtime.groups import Given
 from tfqc.runtime.plan import Input, Plan
 from tfqc.runtime.sizes import Dim, arithmetic, letters, meaning, solve, symbols_in, written
 
 Path = tuple[str, ...]
+EACH = "*"  # in a path: any entry of a list that has one for each image
 
 
 class Call:
     """Checks calls against a plan."""
 
     MOST_KEPT = 256
+    MOST_ENTRIES = 16
     DEEPEST = 32  # containers in containers
 
     def __init__(self, plan: Plan) -> None:
@@ -31,15 +34,16 @@ class Call:
         self._by_path = {i.path: i for i in plan.inputs}
         self._constants = dict(plan.constants)
         self._used = {path[0] for path in (*self._by_path, *self._constants)} | {"return_dict"}
-        self._flat = all(len(i.path) == 1 for i in plan.inputs)
+        self._listed = {i.name: i for i in plan.inputs if i.path[-1] == EACH}
         self._timeless = [i for i in plan.inputs if i.role != "time"]
         self._times = [i for i in plan.inputs if i.role == "time"]
         self._noisy = plan.sample.name
         self._right: set[Any] = set()
         self._converted: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._entries: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tensors by input name, as they were given.
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Given]:
+        """Tensors by input name, as they were given; a list of images as a list.
 
         Raises:
             TypeError: an input is missing, is none that was captured, or is no tensor.
@@ -47,14 +51,15 @@ class Call:
         """
         return self._tensors(self._named(args, kwargs))
 
-    def bind(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.dtype]:
+    def bind(self, given: Mapping[str, Given]) -> tuple[dict[str, Tensor], torch.dtype]:
         """Tensors by input name, in the captured dtypes, and the dtype that the sample had; timesteps are one value for
-        each image.
+        each image, and a list of one image is [1, ...].
 
         Raises:
             TypeError: a tensor is of no fitting kind.
             ValueError: a shape or a timestep that the model was not captured for.
         """
+        values = {k: self._row(self._listed[k], v) if isinstance(v, list) else v for k, v in given.items()}
         sample = values[self._noisy]
         dtype = sample.dtype
         if sample.dim() != len(self._plan.sample.shape) or 0 in sample.shape:
@@ -91,7 +96,9 @@ class Call:
         """Accept what changes nothing: None, empty containers, constants that are as they were captured."""
         if path in self._by_path or value is None or path == ("return_dict",):
             return
-        every = (*path[:1], "*", *path[2:])  # image says the same
+        every = (*path[:1], EACH, *path[2:])  # image says the same
+        if every in self._by_path:
+            return
         if path not in self._constants and every in self._constants and "".join(path[1:2]).isdigit():
             path = every
         if path in self._constants:
@@ -121,13 +128,37 @@ class Call:
         for item in self._plan.inputs:
             value: Any = call.get(item.path[0])
             for key in item.path[1:]:
-                value = dict(_items(value)).get(key)
+                if key == EACH and not isinstance(value, Mapping):
+                    value = self._list(item, value)
+                else:
+                    value = dict(_items(value)).get(key)
             if value is None:
                 raise TypeError(f"The model needs the input {'.'.join(item.path)!r} ({written(item.shape)}).")
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) and not (item.name in self._listed and isinstance(value, list)):
                 value = self._made(item, value)
             values[item.name] = value
         return values
+
+    def _list(self, item: Input, value: Any) -> Any:
+        """Entries of a list of images as tensors; rows of one tensor are entries, too."""
+        if isinstance(value, (list, tuple)) and value:
+            return [each if isinstance(each, Tensor) else self._made(item, each) for each in value]
+        return value
+
+    def _row(self, item: Input, entries: list[Tensor]) -> Tensor:
+        """The entry of the one image, as [1, ...]; the same tensor for the same request, since what it gives is kept
+        by it."""
+        name = ".".join(item.path[:-1])
+        if len(entries) != 1:
+            raise ValueError(f"{name} has {len(entries)} entries for 1 image: give one for each.")
+        if item.role != "request":
+            return entries[0].unsqueeze(0)
+        key = (item.name, id(entries[0]))
+        if key not in self._entries:
+            if len(self._entries) == self.MOST_ENTRIES:
+                self._entries.clear()
+            self._entries[key] = (entries[0], entries[0].unsqueeze(0))  # kept, so that its identity is not reused
+        return self._entries[key][1]
 
     def _made(self, item: Input, value: Any) -> Tensor:
         """Numbers and arrays as tensors."""

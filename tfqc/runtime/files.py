@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION = 3
 """Of the run time. A model needs the version that its manifest names, or a later one."""
 
 

@@ -1,6 +1,7 @@
 """What a model returns: its tensors, and the structure in which they were, as data.
 
-A structure is JSON: `["tensor", 0]` is the first of the tensors that the step returns, `["value", 1.5]` a constant;
+A structure is JSON: `["tensor", 0]` is the first of the tensors that the step returns, `["rows", 0]` a list of its
+rows, one for each image; `["value", 1.5]` a constant;
 `["tuple", [...]]` and `["list", [...]]` hold structures, `["dict", [[key, ...], ...]]` and
 `["fields", "module:class", [[name, ...], ...]]` named ones. An artifact names a class and does not bring it: a class is
 used if the process has loaded it already and it has these fields, and none of its code runs to make the result. Without
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -55,6 +57,10 @@ pytree.register_pytree_node(
 )
 
 
+class EachImage(list[Any]):
+    """A list with a tensor for each image, as a model returns it: rows of one tensor."""
+
+
 def taken_apart(output: Any) -> tuple[list[tuple[tuple[str, ...], Tensor]], Structure]:
     """The tensors of an output, each with its place in it, and the structure.
 
@@ -67,6 +73,9 @@ def taken_apart(output: Any) -> tuple[list[tuple[tuple[str, ...], Tensor]], Stru
         if isinstance(value, Tensor):
             tensors.append((path, value))
             return ["tensor", len(tensors) - 1]
+        if isinstance(value, EachImage):
+            tensors.append((path, torch.stack(value)))
+            return ["rows", len(tensors) - 1]
         if isinstance(value, _VALUES):
             return ["value", value]
         if len(path) < DEEPEST:
@@ -90,6 +99,8 @@ def put_together(structure: Structure, tensors: Sequence[Any]) -> Any:
     match structure:
         case ["tensor", int(number)]:
             return tensors[number]
+        case ["rows", int(number)]:
+            return list(tensors[number])
         case ["value", value]:
             return value
         case ["tuple", parts]:
@@ -110,7 +121,7 @@ def renumbered(structure: Structure, numbers: Mapping[int, int]) -> Structure:
     """The same structure around tensors in another order."""
     kind, *rest = structure
     match kind:
-        case "tensor":
+        case "tensor" | "rows":
             return [kind, numbers[rest[0]]]
         case "tuple" | "list":
             return [kind, [renumbered(part, numbers) for part in rest[0]]]
@@ -127,7 +138,7 @@ def check_structure(structure: Any, depth: int = 0) -> Iterator[int]:
         ValueError: it is none.
     """
     match structure:
-        case ["tensor", int(number)] if type(number) is int and number >= 0:
+        case ["tensor" | "rows", int(number)] if type(number) is int and number >= 0:
             yield number
         case ["value", value] if isinstance(value, _VALUES):
             pass
@@ -164,6 +175,8 @@ def prediction_of(output: Any, sample: Tensor) -> Tensor:
     tensors, _ = taken_apart(output)
     if not tensors:
         raise TypeError(f"The model returns no tensor, but a {type(output).__name__}.")
+    if len(tensors) == len(sample) and all(tensor.shape == sample.shape[1:] for _, tensor in tensors):
+        return torch.stack([tensor for _, tensor in tensors])  # a list of images
     places, values = zip(*tensors, strict=True)
     return values[prediction_at(places, [v.shape for v in values], sample.shape)]
 

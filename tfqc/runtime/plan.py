@@ -14,6 +14,8 @@ import torch
 class Input:
     """One tensor of a call: where it stands in it (`path`), its dtype, and its shape in numbers and symbols.
 
+    A path that ends with `*` is of a list with a tensor for each image: its shape is that of an entry, as [1, ...].
+
     `role` is what changes it: every step (`sample`, `time`) or every image (`request`). Times of tokens or frames are
     samples, too: only one that is a number for each image is `time`.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfqc.runtime.call import Call
 from tfqc.runtime.encoding import encode_row
-from tfqc.runtime.groups import groups_of, joined
+from tfqc.runtime.groups import Given, groups_of, joined
 from tfqc.runtime.origin import Origin
 from tfqc.runtime.outputs import Output, put_together
 from tfqc.runtime.plan import Plan, UnknownTimestepWarning, as_called, buffer_name
@@ -94,7 +94,7 @@ class Stepper(torch.nn.Module):
                 return self._returned(self._bound(given))
             return self._returned(joined(self.plan, [self._bound(group) for group in groups], len(given[self._noisy])))
 
-    def _bound(self, given: dict[str, Tensor]) -> Any:
+    def _bound(self, given: Mapping[str, Given]) -> Any:
         values, dtype = self._calls.bind(given)
         kind = values[self._noisy].device.type
         try:

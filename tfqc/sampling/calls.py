@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tfqc.errors import CalibrationError
 from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.runtime.call import EACH
+from tfqc.runtime.groups import Given, groups_of
+from tfqc.runtime.plan import Plan
 from tfqc.sampling.data import Calibration
 
 
@@ -87,6 +90,19 @@ class ModelCalls:
                 calls.append({**given, **times})
         return cls(tuple(calls), 1.0, data.seed)
 
+    def in_groups(self, plan: Plan) -> ModelCalls:
+        """For a model that computes a fixed number of images at once: calls of so many, by the paths of its inputs
+        (`x.*` for a list of images); the last of a call's images again, where there are too few."""
+        found: list[Mapping[str, Tensor]] = []
+        for call in self.calls:
+            found_at = {i.name: _at(call, i.path) for i in plan.inputs}
+            given = {name: value for name, value in found_at.items() if value is not None}
+            whole = len(given) == len(found_at)  # else it is refused for what it lacks
+            for group in (groups_of(plan, given) if whole else None) or [given]:
+                rows = {name: v[0][None] if isinstance(v, list) else v for name, v in group.items()}
+                found.append({".".join(i.path): rows[i.name] for i in plan.inputs if i.name in rows})
+        return replace(self, calls=tuple(found))
+
     def times(self, name: str) -> tuple[float, ...]:
         """Those that the model was called at, in order.
 
@@ -130,6 +146,15 @@ def load_calibration(path: Path) -> Calibration | ModelCalls:
         return ModelCalls.load(path)
     except CalibrationError:
         return Calibration.load(path)
+
+
+def _at(call: Mapping[str, Tensor], path: tuple[str, ...]) -> Given | None:
+    """The input of a call; entries of a list, where the path is that of one."""
+    name = ".".join(path)
+    if name in call or path[-1] != EACH:
+        return call.get(name)
+    entries = [call[f"{name[:-1]}{number}"] for number in range(len(call)) if f"{name[:-1]}{number}" in call]
+    return entries or None
 
 
 def _flatten(path: str, value: Any, into: dict[str, Tensor]) -> None:

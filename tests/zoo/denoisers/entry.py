@@ -35,13 +35,15 @@ class Denoiser:
     """How a small model of a class is made and called.
 
     config: of the constructor. inputs: a call. times: timesteps of a schedule, in the order in which they are visited,
-    None for a model that is told no time. roles: of inputs whose names do not tell them.
+    None for a model that is told no time. roles: of inputs whose names do not tell them. draws: calls of two images
+    that it is calibrated on at each timestep; more where an image holds few numbers, whose largest are rare.
     """
 
     config: Mapping[str, Any]
     inputs: Inputs
     times: tuple[float, ...] | None = THOUSANDS
     roles: Mapping[str, str] | None = None
+    draws: int = 8
 
     def call(self, images: int, t: float = 0.0, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments for a batch at one timestep."""

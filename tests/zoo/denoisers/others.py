@@ -41,6 +41,7 @@ DENOISERS = {
          "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"), "feats_pair_repr": ("xt_bb_ca_pair_dists",)},
         _protein, times=FRACTIONS,
         roles={"bb_ca": "sample", "local_latents": "sample", "bb_ca_time": "time", "local_latents_time": "time"},
+        draws=64,
     ),
     "Cosmos3OmniTransformer": Denoiser(
         {"head_dim": 6, "hidden_act": "relu2", "hidden_size": 12, "intermediate_size": 24, "latent_channel": 2,

@@ -63,7 +63,8 @@ DENOISERS = {
     ),
     "Kandinsky3UNet": Denoiser(
         {"in_channels": 4, "time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "layers_per_block": 2,
-         "block_out_channels": (8, 16, 16, 32), "cross_attention_dim": 12, "encoder_hid_dim": 10},
+         "block_out_channels": (48, 48, 48, 96),  # six channels a group, as released
+         "cross_attention_dim": 12, "encoder_hid_dim": 10},
         lambda n, b, t: {
             "sample": n(b, 4, 16, 16), "timestep": t[0], "encoder_hidden_states": n(b, 5, 10),
             "encoder_attention_mask": torch.ones(b, 5)},

@@ -43,8 +43,11 @@ _METHODS: dict[Any, str] = {
 }  # fmt: skip
 _INFIX: dict[Any, str] = {
     aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/", operator.add: "+",
-    operator.mul: "*", operator.sub: "-", operator.floordiv: "//",
+    operator.mul: "*", operator.sub: "-", operator.floordiv: "//", operator.truediv: "/", operator.mod: "%",
+    operator.pow: "**", operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">",
+    operator.ge: ">=", operator.and_: "&", operator.or_: "|",
 }  # fmt: skip
+_PREFIX: dict[Any, str] = {operator.neg: "-", operator.pos: "+", operator.not_: "not "}
 # Operands of ATen that functions of torch do not have: they say which library computes the same.
 _NOT_OF_TORCH = ("cudnn_enable", "cudnn_enabled")
 
@@ -72,6 +75,10 @@ def expression(node: fx.Node, stored: Stored) -> str:
         return f"{value(args[0], stored)}.shape[{value(args[1], stored)}]"
     if is_call(node, *_INFIX) and len(args) == 2 and not kwargs:
         return f"{value(args[0], stored)} {_INFIX[node.target]} {value(args[1], stored)}"
+    if is_call(node, *_PREFIX):
+        return f"{_PREFIX[node.target]}{value(args[0], stored)}"
+    if is_call(node, operator.abs):
+        return f"abs({value(args[0], stored)})"
     if is_call(node, *_METHODS) and not kwargs:
         return f"{value(args[0], stored)}.{_METHODS[node.target]}({', '.join(value(a, stored) for a in args[1:])})"
     name = op_name(node.target)

@@ -21,7 +21,7 @@ from tfqc.codegen.target import Target
 from tfqc.driver import compile
 from tfqc.errors import CalibrationError, SpecError, TfqcError
 from tfqc.frontend.dynamic import DynamicDims
-from tfqc.frontend.inputs import inputs_of
+from tfqc.frontend.taken import inputs_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.integrations.diffusers.datafree import without_data
 from tfqc.integrations.diffusers.layers import restored
@@ -105,12 +105,17 @@ def quantize(
         recordings = _recorded(pipe, denoisers, others, runs, progress, run_denoisers=told)
     kept = None if directory is not None else _Temporary()
     where = kept.path / "artifact" if kept else Path(str(directory))
-    made: dict[str, Artifact] = {}
+    several, made = len(denoisers) + len(others) > 1, list[str]()
+
+    def save(place: str, artifact: Artifact) -> None:
+        artifact.save(place_of(where, place, several))
+        made.append(place)
+
     for place, module in others.items():
         if not any(each.calls for each in recordings[place]):
             continue  # the pipeline has no use for it
         try:
-            made[place] = compile_part(module, recordings[place], own_target, seed, progress)
+            save(place, compile_part(module, recordings[place], own_target, seed, progress))
         except TfqcError as error:
             if parts != ALL:
                 raise
@@ -121,7 +126,7 @@ def quantize(
         calls = [call for recording in found for call in recording.calls]
         example = {name: value for name, value in calls[0].items() if name != "return_dict"}
         time = next((item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME), None)
-        made[part] = compile(
+        artifact = compile(
             model,
             target,
             schedule=None if time is None else next(each for each in found if each.calls).schedule(time),
@@ -136,8 +141,7 @@ def quantize(
             progress=progress,
             require_real=require_real,
         )
-    for place, artifact in made.items():
-        artifact.save(place_of(where, place, len(made) > 1))
+        save(part, artifact)
     into(where, pipe)
     for place in made:
         getattr(pipe, place.partition(".")[0]).kept = kept  # as long as the part is

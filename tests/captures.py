@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfqc.files.storage import bytes_of
 from tfqc.frontend import capture
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.ir.program import Program
@@ -85,7 +86,7 @@ def _key(model: nn.Module, example: Any, options: Any) -> str:
             if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
                 raise Unknown
             digest.update(repr((value.dtype, value.shape, value.stride(), value.requires_grad)).encode())
-            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(bytes_of(value.detach()) if value.numel() else b"")
         elif isinstance(value, _PLAIN):
             digest.update(repr(value).encode())
         elif isinstance(value, _NAMED):

@@ -106,6 +106,13 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
         ({"operations": 25, "values": 8}, "hoist: 25 operations run once per image, giving 8 values"),
     ),
     "left-in-float": (({"group_norm": 21, "bmm": 1}, "left in floating point: 1 bmm, 21 group_norm"),),
+    "protected-steps": (
+        (
+            {"count": 1, "protected": 6, "steps": 50},
+            "protected steps: 1 input stays in floating point at 6 of 50 steps; at the others values are rounded, and "
+            "multiplied in floating point, too: no kernel takes both",
+        ),
+    ),
     "lowered": (
         ({"to": "int8", "count": 1}, "lowered to int8: 1 linear or convolution"),
         ({"to": "tensor cores", "count": 12}, "lowered to tensor cores: 12 linears and convolutions"),

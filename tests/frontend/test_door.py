@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -263,3 +264,23 @@ def test_a_program_has_nothing_to_complete_them_with() -> None:
     program = capture(Plain(), (X, T))
     with pytest.raises(CalibrationError, match="captured Program has no example inputs"):
         tfqc.compile(program, schedule=diffusers.DDIMScheduler(), steps=4, calibration=X)
+
+
+def test_a_cache_that_skips_blocks_is_refused() -> None:
+    """As `enable_cache` hangs it on a model of diffusers: what it computed at one step would be that of all."""
+    model: Any = Plain()
+    model.inner._diffusers_hook = SimpleNamespace(hooks={"mag_cache": SimpleNamespace(_is_stateful=True)})
+    with pytest.raises(CaptureError, match=r"inner has the hook 'mag_cache'.*disable_cache"):
+        capture(model, {"x": X, "t": T})
+    model.inner._diffusers_hook.hooks = {"group_offloading": SimpleNamespace(_is_stateful=False)}
+    capture(model, {"x": X, "t": T})
+
+
+def test_one_text_for_all_images_or_one_for_each_as_in_the_example() -> None:
+    for_all = capture(Plain(), {"x": X, "t": T, "shift": torch.ones(1, 8)})
+    torch.testing.assert_close(for_all(x=X, t=T, shift=torch.ones(1, 8)), Plain()(X, T, torch.ones(1, 8)))
+    with pytest.raises(ValueError, match=r"shift is 2x8; this model takes 1x8, one for all images as in the example"):
+        for_all(x=X, t=T, shift=torch.ones(2, 8))
+    each = capture(Plain(), {"x": X, "t": T, "shift": torch.ones(2, 8)})
+    with pytest.raises(ValueError, match=r"one for each of x: give shift\.expand\(2, -1\), where one is for all"):
+        each(x=X, t=T, shift=torch.ones(1, 8))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,13 @@ def test_what_would_change_it_is_refused(change: Any, compiled: Any) -> None:
         (AttributeError, TfqcError), match=r"A compiled model cannot do \w+\(\): its layers and weights"
     ):
         change(compiled)
+
+
+def test_a_cache_on_top_is_refused(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(enable_cache=lambda _: None)
+    monkeypatch.setattr(type(compiled.unet), "_skeleton", model)
+    with pytest.raises(AttributeError, match=r"cannot do enable_cache\(\).*compile two modules of your own"):
+        compiled.unet.enable_cache(None)
 
 
 def test_what_is_not_taken(compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

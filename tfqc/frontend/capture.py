@@ -28,7 +28,7 @@ from tfqc.frontend.inputs import (
     tensors_by_path,
 )
 from tfqc.frontend.lists import as_lists, at_each, check_each, differing, lists_of_images, one_image
-from tfqc.frontend.unwrap import unwrapped
+from tfqc.frontend.unwrap import refuse_caches, unwrapped
 from tfqc.ir.program import Program
 
 
@@ -60,14 +60,15 @@ def capture(
         name: what the IR calls the model; its class name by default.
 
     Raises:
-        CaptureError: no input is the sample, one may be the time and is not said to be, or torch.export failed (the
-            message names the line of the model's source at which it did).
+        CaptureError: no input is the sample, one may be the time and is not said to be, the model skips blocks at some
+            steps (a cache), or torch.export failed (the message names the line of the model's source at which it did).
 
     Warns:
         FixedWarning: the model's code took a way that is right for one number of images, or for one value of an input
             (which line did it).
     """
     model = unwrapped(model)
+    refuse_caches(model)
     roles = roles_by_name(model, example_inputs, roles)
     whole = arguments_by_name(model, example_inputs)
     lists = lists_of_images(whole, roles)

@@ -224,7 +224,9 @@ class Call:
         if given or guards:
             text += f" with {' and '.join([*given, *guards])}"
         if known.get("B") and value.dim() == len(item.shape) and item.shape[:1] == ("B",) and len(value) != known["B"]:
-            return f"{text}, one for each of {self._plan.sample.name}."
+            sizes = ", ".join([str(known["B"]), *["-1"] * (value.dim() - 1)])
+            way = f": give {'.'.join(item.path)}.expand({sizes}), where one is for all" if len(value) == 1 else ""
+            return f"{text}, one for each of {self._plan.sample.name}{way}."
         if value.dim() != len(item.shape):
             return f"{text}."
         pairs = enumerate(zip(item.shape, value.shape, strict=True))
@@ -233,6 +235,8 @@ class Call:
         if fixed and channels not in fixed and 0 not in fixed:
             asked = ",".join(_asked(item, dim) for dim in fixed)
             text += f": compile it with dynamic='{asked}' (--dynamic {asked}) if its layers allow other sizes"
+        if fixed == [0] and item.role == "request" and item.shape[:1] == (1,) and self._plan.sample.shape[:1] == ("B",):
+            text += ", one for all images as in the example: compile it with an example that has one for each"
         return f"{text}."
 
     # -- values -----------------------------------------------------------------------------------------------------

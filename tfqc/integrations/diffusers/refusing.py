@@ -14,6 +14,12 @@ CHANGING = (
 
 def unchanging(name: str) -> str:
     """The sentence for a method that is refused."""
+    if name == "enable_cache":
+        return (
+            "A compiled model cannot do enable_cache(): the blocks that it would skip are one compiled step. To skip "
+            "deep blocks, compile two modules of your own: the whole model, which returns what the deep blocks give, "
+            "too, and one without them that takes it as an input."
+        )
     return (
         f"A compiled model cannot do {name}(): its layers and weights are fixed. Do it before tfqc.quantize, or where "
         "LoRA is loaded, fuse it into the model first (pipe.fuse_lora()) and quantize then."

@@ -156,6 +156,20 @@ def test_the_example_of_a_pipeline_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert type(loaded.unet).__name__ == "TfqcDenoiser"
 
 
+def test_a_pass_and_a_target_in_few_lines(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("\n## A pass and a target of your own\n")[2].partition("\n## ")[0]
+    work = tmp_path / "work"
+    work.mkdir()
+    steps = follow(section, work)
+    assert [command.split()[0] for command, _, _ in steps] == ["python", "pip", "tfqc"]
+    for command, wanted, printed in steps:
+        assert agrees(wanted, printed), f"{command} prints\n{printed}"
+    lines = {name: len(content.splitlines()) for name, content in FILE.findall(section)}
+    assert lines["silu.py"] < 40 and lines["chip/pyproject.toml"] + lines["chip/my_chip.py"] < 40
+    assert all(len(code.splitlines()) < 40 for code in re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S))
+
+
 def test_the_example_of_loading_quantized_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "tfqc/integrations/README.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)

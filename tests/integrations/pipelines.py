@@ -143,8 +143,9 @@ def dit(directory: Path) -> Any:
 
 
 def wan(directory: Path) -> Any:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    return WanPipeline(tokenizer(directory), t5(), video_vae(), scheduler, video_transformer())
+    """With a time for each token, as Wan 2.2 of 5 B has it; `experts` has one for each video."""
+    parts = (tokenizer(directory), t5(), video_vae(), FlowMatchEulerDiscreteScheduler(shift=7.0), video_transformer())
+    return WanPipeline(*parts, expand_timesteps=True)
 
 
 def experts(directory: Path) -> Any:

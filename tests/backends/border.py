@@ -47,7 +47,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "no batch": (_resized("sample", 4, 8, 8), ValueError, r"sample is 4x8x8; this model takes Bx4x8x8"),
     "five dimensions": (_resized("sample", 2, 4, 1, 8, 8), ValueError, r"sample is 2x4x1x8x8"),
     "no image": (_resized("sample", 0, 4, 8, 8), ValueError, r"holds nothing"),
-    "one prompt for two": (_resized("encoder_hidden_states", 1, 5, 12), ValueError, r"sample: give .*expand\(2, -1, -1"),
+    "one prompt for two": (_resized("encoder_hidden_states", 1, 5, 12), ValueError, r"give .*expand\(2, -1, -1"),
     "three prompts": (_resized("encoder_hidden_states", 3, 5, 12), ValueError, r"encoder_hidden_states is 3x5x12"),
     "narrow prompts": (_resized("encoder_hidden_states", 2, 5, 11), ValueError, r"encoder_hidden_states is 2x5x11"),
     "a flat prompt": (_resized("encoder_hidden_states", 5, 12), ValueError, r"encoder_hidden_states is 5x12"),

@@ -239,6 +239,28 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     assert isinstance(tfqc.load(tmp_path / "kept"), torch.nn.Module)
 
 
+def test_a_directory_that_was_saved_to_again(tmp_path: Path) -> None:
+    """A copy is of the model that was loaded, or it is refused."""
+    pipe = tfqc.quantize(sd(tmp_path), PLAIN, steps=2, calibration=1, directory=tmp_path / "out")
+    pipe.unet.save_pretrained(tmp_path / "kept")
+    (tmp_path / "kept" / "artifact.tfqc").rename(tmp_path / "kept" / "artifact")  # as an earlier tfqc left it
+    assert TfqcDenoiser.from_pretrained(tmp_path / "kept").dtype == torch.float32
+    tfqc.compile("fashion-unet", PLAIN, steps=2, calibration=1).save(tmp_path / "out")
+    for copied in (lambda: copy.deepcopy(pipe.unet), lambda: pipe.unet.save_pretrained(tmp_path / "again")):
+        with pytest.raises(ValueError, match=r"out holds another model than the one that was loaded from it"):
+            copied()
+
+
+@pytest.mark.parametrize("dtype", ["float99", "load", 3, None])
+def test_a_dtype_that_is_none(dtype: Any, compiled: Any, tmp_path: Path) -> None:
+    compiled.unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["dtype"] = dtype
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"has dtype=.*, which is none"):
+        TfqcDenoiser.from_pretrained(tmp_path)
+
+
 def test_files_of_strangers(compiled: Any, tmp_path: Path) -> None:
     compiled.unet.save_pretrained(tmp_path / "unet")
     config = json.loads((tmp_path / "unet" / "config.json").read_text())

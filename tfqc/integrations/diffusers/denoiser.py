@@ -27,6 +27,7 @@ from tfqc.quant.step_policy import KEY, policy_in
 from tfqc.version import __version__
 
 CONFIG, ARTIFACT = "config.json", "artifact.tfqc"  # diffusers looks for variants behind a dot in every name
+_OF_BEFORE = "artifact"  # where models lie that an earlier tfqc saved
 _FACTS = "quantization_config"
 _KEPT = ("cache_context", "disable_freeu", "unload_lora")  # methods of the model that change nothing of it
 
@@ -52,7 +53,7 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         self.facts = {"quant_method": "tfqc", "version": __version__, **facts}
         self._internal_dict = FrozenDict({**config, _FACTS: self.facts})
         self._artifact = directory
-        self.place = torch.nn.Parameter(torch.zeros(1, dtype=getattr(torch, self.facts["dtype"])), False)  # for hooks
+        self.place = torch.nn.Parameter(torch.zeros(1, dtype=_dtype(self.facts)), False)  # for hooks
         self.kept: Any = None  # a temporary directory that the artifact lies in
         self.eval()
 
@@ -123,9 +124,15 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TfqcDenoiser:
+        self._check()
         made = type(self)(self._artifact, _without_facts(self.config), self.facts)
         made.kept = self.kept
         return made.to(self.dtype)
+
+    def _check(self) -> None:
+        """Its directory is read again: it has to be as it was."""
+        if (origin := getattr(self.compiled, "reload", None)) is not None:
+            origin.check()
 
     def extra_repr(self) -> str:
         """What it was compiled from."""
@@ -134,13 +141,15 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write `config.json` and the artifact beside it, in `artifact/`.
+        """Write `config.json` and the artifact beside it, in `artifact.tfqc/`.
 
         Raises:
             TfqcError: it is to be pushed to a hub.
+            ValueError: the artifact that it was loaded from has become another, or is gone.
         """
         if kwargs.get("push_to_hub"):
             raise TfqcError("A compiled model is not pushed to a hub from here: save it, and upload the directory.")
+        self._check()
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         copy_artifact(self._artifact, target / ARTIFACT)
@@ -166,13 +175,15 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         facts = config.pop(_FACTS, None) if isinstance(config, dict) else None
         if not isinstance(facts, dict) or facts.get("quant_method") != "tfqc":
             raise ArtifactError(f"{directory / CONFIG} is not that of a model which tfqc compiled.")
-        compiled = runtime_of(read_manifest(directory / ARTIFACT))
+        artifact = directory / ARTIFACT
+        artifact = artifact if artifact.is_dir() else directory / _OF_BEFORE
+        compiled = runtime_of(read_manifest(artifact))
         if policy_in(facts) != policy_in(compiled):
             raise ArtifactError(
                 f"{directory / CONFIG} has another {KEY} than the artifact was compiled with: quantize the model "
                 "again with step_policy=..., or leave the config as it was saved."
             )
-        return placed(cls(directory / ARTIFACT, config, facts), kwargs)
+        return placed(cls(artifact, config, facts), kwargs)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -195,6 +206,14 @@ def runtime_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a `quantization_config` says of steps that an artifact protects; nothing where there are none."""
     policy = manifest["step_policy"]
     return {} if policy is None else {"runtime": {KEY: policy}}
+
+
+def _dtype(facts: Mapping[str, Any]) -> torch.dtype:
+    name = facts.get("dtype")
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"The {_FACTS} of a compiled model has dtype={name!r}, which is none: load what was saved.")
+    return found
 
 
 def _without_facts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,6 +261,15 @@ def test_a_dtype_that_is_none(dtype: Any, compiled: Any, tmp_path: Path) -> None
         TfqcDenoiser.from_pretrained(tmp_path)
 
 
+def test_bars_as_the_pipeline_has_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pipe = sd(tmp_path)
+    pipe.set_progress_bar_config(disable=False, ncols=100)
+    tfqc.quantize(pipe, PLAIN, steps=2, calibration=1)
+    told = capfd.readouterr().err
+    assert "running the pipeline for calibration: 100%" in told and "capturing UNet2DConditionModel" in told
+    assert pipe._progress_bar_config == {"disable": False, "ncols": 100}
+
+
 def test_files_of_strangers(compiled: Any, tmp_path: Path) -> None:
     compiled.unet.save_pretrained(tmp_path / "unet")
     config = json.loads((tmp_path / "unet" / "config.json").read_text())

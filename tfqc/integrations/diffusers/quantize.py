@@ -23,6 +23,7 @@ from tfqc.errors import CalibrationError, SpecError, TfqcError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.taken import inputs_of
 from tfqc.frontend.unwrap import unwrapped
+from tfqc.integrations.diffusers.bars import Bars
 from tfqc.integrations.diffusers.datafree import without_data
 from tfqc.integrations.diffusers.layers import restored
 from tfqc.integrations.diffusers.parts import ALL, DENOISER, beside, compile_part
@@ -30,7 +31,7 @@ from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
 from tfqc.integrations.diffusers.prompts import Prompts, model_inputs, runs_of
 from tfqc.ir.program import Role
 from tfqc.passing.pipeline import Pipeline
-from tfqc.progress import Progress, Silent
+from tfqc.progress import Progress
 from tfqc.quant.step_policy import StepPolicy, policy_in
 from tfqc.sampling.recording import Recording, record_each
 
@@ -79,7 +80,8 @@ def quantize(
         seed: of the noise.
         directory: where the artifact is kept, of several denoisers each under its name; a temporary one if None
             (`pipe.save_pretrained` copies it).
-        progress: told what is done.
+        progress: told what is done; bars as the pipeline's own if None, which `pipe.set_progress_bar_config(disable=True)`
+            switches off.
 
     Raises:
         TfqcError: what, where, and what to do.
@@ -88,7 +90,7 @@ def quantize(
     if directory is not None:
         check_output(directory)
     _check(target, pipeline, strategy, plan, dynamic, seed, progress, steps, call)
-    progress = progress or Silent()
+    progress = progress or Bars(getattr(pipe, "_progress_bar_config", {}))
     policies = _policies(pipe, denoisers, read_step_policy(step_policy))
     told = not (isinstance(calibration, str) and calibration == NONE)
     own_target = target = read_target(target)

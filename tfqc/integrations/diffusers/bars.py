@@ -1,0 +1,27 @@
+"""Progress as pipelines of diffusers show it: bars of tqdm, in a notebook, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+class Bars:
+    """The `Progress` protocol of `tfqc.progress`: a bar for each job, where somebody watches.
+
+    Args:
+        config: what `pipe.set_progress_bar_config` was told: it speaks for these bars, too.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = {"disable": None, **config}  # None: not where stderr is a file
+
+    def track(self, items: Any, what: str, total: int | None = None) -> Iterator[Any]:
+        """Iterate over `items`, showing progress."""
+        return iter(tqdm(items, total=total, **{"desc": what, **self._config}))
+
+    def say(self, text: str) -> None:
+        """One line for the user: a bar without a length."""
+        tqdm(total=0, bar_format="{desc}", **{**self._config, "desc": text}).close()

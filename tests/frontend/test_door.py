@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,3 +285,16 @@ def test_one_text_for_all_images_or_one_for_each_as_in_the_example() -> None:
     each = capture(Plain(), {"x": X, "t": T, "shift": torch.ones(2, 8)})
     with pytest.raises(ValueError, match=r"one for each of x: give shift\.expand\(2, -1\), where one is for all"):
         each(x=X, t=T, shift=torch.ones(1, 8))
+
+
+class Talking(Plain):
+    def forward(self, x: Tensor, t: Tensor, shift: Tensor | None = None) -> Tensor:
+        print("of the model's own", file=sys.stderr)
+        return super().forward(x, t, shift) if x.sum() > 0 else x
+
+
+def test_what_fails_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Without the graphs and log lines of torch.export; what the model prints is printed."""
+    with pytest.raises(CaptureError, match=r"Talking decides at .*test_door"):
+        capture(Talking(), (X, T))
+    assert set(capfd.readouterr().err.split("\n")) == {"of the model's own", ""}

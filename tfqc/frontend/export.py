@@ -26,6 +26,7 @@ from tfqc import version
 from tfqc.errors import CaptureError
 from tfqc.frontend.attention import dense_attention
 from tfqc.frontend.evaluating import evaluating
+from tfqc.frontend.hushed import hushed
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.lengths import symbolic_lengths
 from tfqc.frontend.names import printable, tensor_names
@@ -85,7 +86,7 @@ def export(
     try:
         with (
             evaluating(model), warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _Attached(),
-            dense_attention(model), symbolic_lengths(model),
+            dense_attention(model), symbolic_lengths(model), hushed(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             dynamic_shapes = {k: shapes(v, (k,)) for k, v in arguments.items()}

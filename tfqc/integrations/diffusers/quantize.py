@@ -80,8 +80,8 @@ def quantize(
         seed: of the noise.
         directory: where the artifact is kept, of several denoisers each under its name; a temporary one if None
             (`pipe.save_pretrained` copies it).
-        progress: told what is done; bars as the pipeline's own if None, which `pipe.set_progress_bar_config(disable=True)`
-            switches off.
+        progress: told what is done; bars as the pipeline's own if None, which
+            `pipe.set_progress_bar_config(disable=True)` switches off.
 
     Raises:
         TfqcError: what, where, and what to do.

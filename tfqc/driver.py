@@ -34,7 +34,7 @@ from tfqc.errors import ArtifactError, CalibrationError, CaptureError, PassError
 from tfqc.files.storage import tensors_hash
 from tfqc.frontend import capture
 from tfqc.frontend.dynamic import DynamicDims, places, read_dynamic
-from tfqc.frontend.inputs import Example, Roles
+from tfqc.frontend.inputs import Example, Roles, off_default
 from tfqc.frontend.taken import inputs_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.instruments import Instrument, VerifyEach
@@ -176,6 +176,10 @@ def compile(
         assert spec is not None
         context.progress.say(f"capturing {spec.name}")
         program = capture(spec.model, spec.example_inputs, roles=spec.roles, name=spec.name, dynamic=spec.dynamic)
+        for argument, value in off_default(unwrapped(spec.model), program.constants).items():
+            context.remarks.append(
+                Remark("compile", "fixed-argument", "", {"argument": argument, "value": repr(value)})
+            )
         shared = {".".join(i.path) for i in program.input(Role.REQUEST) if i.type.shape[:1] != ("B",)}
         if not shared.isdisjoint(context.calibration.cond if context.calibration else ()):
             drawn = _calibration(replace(spec, shared=frozenset(shared)), data, seed)

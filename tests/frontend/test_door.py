@@ -287,6 +287,19 @@ def test_one_text_for_all_images_or_one_for_each_as_in_the_example() -> None:
         each(x=X, t=T, shift=torch.ones(1, 8))
 
 
+class Flipping(Plain):
+    def forward(self, x: Tensor, t: Tensor, flip: bool = False, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().forward(x.flip(1) if flip else x, t) * scale
+
+
+@pytest.mark.parametrize(("flip", "said"), [(False, 0), (True, 1)])
+def test_a_value_that_is_not_the_default_is_told(flip: bool, said: int) -> None:
+    call = {"x": X, "t": T, "flip": flip, "scale": 1.0}
+    artifact = tfqc.compile(Flipping(), UNQUANTIZED, schedule=[750], calibration=[call], example_inputs=call)
+    lines = [line for line in artifact.facts["report"] if "leaves it out" in line]
+    assert lines == ["flip is True, as in the example inputs: a call that leaves it out gets that, too"] * said
+
+
 class Talking(Plain):
     def forward(self, x: Tensor, t: Tensor, shift: Tensor | None = None) -> Tensor:
         print("of the model's own", file=sys.stderr)

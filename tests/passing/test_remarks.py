@@ -26,6 +26,12 @@ ROOT = Path(__file__).parents[2]
 # kind: numbers and the sentence, of one and of several
 SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
     "random-conditions": (({}, "calibrated on random conditions: give your own for quality that counts"),),
+    "fixed-argument": (
+        (
+            {"argument": "flip", "value": "True"},
+            "flip is True, as in the example inputs: a call that leaves it out gets that, too",
+        ),
+    ),
     "times-not-recorded": (
         (
             {"pipeline": "FluxPipeline", "why": "no VAE"},

@@ -101,6 +101,7 @@ def tensors_by_path(
     return {p: torch.as_tensor(leaf) for p, leaf in leaves.items() if p in tensors or (p in numbers and p in times)}
 
 
+_EMPTY = inspect.Parameter.empty
 _USUAL = {Role.SAMPLE: SAMPLE_NAMES, Role.TIME: TIME_NAMES}
 
 
@@ -137,6 +138,13 @@ def constants_of(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[t
         if name != "return_dict" and name not in arguments and isinstance(parameter.default, (bool, int, float, str)):
             found[(name,)] = parameter.default
     return found
+
+
+def off_default(model: torch.nn.Module, constants: Mapping[tuple[str, ...], Constant]) -> dict[str, Constant]:
+    """Arguments that a capture fixed at another value than the model itself has where a call leaves them out."""
+    defaults = {name: parameter.default for name, parameter in parameters_of(model).items()}
+    own = {path[0]: value for path, value in constants.items() if len(path) == 1 and value is not None}
+    return {k: v for k, v in own.items() if defaults.get(k, _EMPTY) is not _EMPTY and defaults[k] != v}
 
 
 def for_each_image(constants: Mapping[tuple[str, ...], Constant], images: int) -> dict[tuple[str, ...], Constant]:

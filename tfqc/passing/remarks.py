@@ -19,6 +19,7 @@ Number = int | float | str
 _TEMPLATES: dict[str, str] = {
     # the driver and backends
     "random-conditions": "calibrated on random conditions: give your own for quality that counts",
+    "fixed-argument": "{argument} is {value}, as in the example inputs: a call that leaves it out gets that, too",
     "times-not-recorded": "what {pipeline} calls its model with could not be recorded ({why}): taken for the times of "
     "its scheduler; give schedule=SamplingSchedule.of(scheduler, steps, times=...) where they are others",
     "instruction": "{mode} on {arch}: {instruction}",

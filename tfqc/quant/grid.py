@@ -259,9 +259,9 @@ def _search_ranges(rows: Tensor, lo: Tensor, hi: Tensor, grid: Grid) -> tuple[Te
         # Errors relative to the range: |error|^2.4 of small weights underflows, and all ranges look perfect.
         unit = torch.maximum(low.abs(), high.abs()).clamp(min=_MIN_SCALE).reciprocal()
         least = torch.full_like(lo[part], torch.inf)
-        for step in range(SHRINK_STEPS):
-            kept = 1 - step * SHRINK_STEP
-            scale, zero_point = range_to_qparams(low * kept, high * kept, grid)
+        every = torch.tensor([1 - step * SHRINK_STEP for step in range(SHRINK_STEPS)], device=x.device)
+        scales, zero_points = range_to_qparams(low * every[:, None, None], high * every[:, None, None], grid)
+        for kept, scale, zero_point in zip(every, scales, zero_points, strict=True):
             # `fake_quantize`, bit for bit, in one buffer.
             torch.mul(x, scale.reciprocal(), out=error).clamp_(grid.qmin - zero_point, grid.qmax - zero_point)
             total = error.round_().mul_(scale).sub_(x).mul_(unit).abs_().pow_(ERROR_POWER).sum(1)

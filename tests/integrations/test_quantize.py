@@ -203,7 +203,7 @@ def test_what_would_change_it_is_refused(change: Any, compiled: Any) -> None:
 
 def test_a_cache_on_top_is_refused(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(enable_cache=lambda _: None)
-    monkeypatch.setattr(type(compiled.unet), "_skeleton", model)
+    monkeypatch.setitem(vars(compiled.unet), "_skeleton", model)
     with pytest.raises(AttributeError, match=r"cannot do enable_cache\(\).*compile two modules of your own"):
         compiled.unet.enable_cache(None)
 

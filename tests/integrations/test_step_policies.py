@@ -26,7 +26,7 @@ def test_it_stands_in_the_config_that_is_saved(tmp_path: Path) -> None:
     pipe, _ = pipeline("ddpm", tmp_path)
     into(tmp_path / "made", pipe)
     pipe.unet.save_pretrained(tmp_path / "unet")
-    manifest = json.loads((tmp_path / "unet" / "artifact" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "unet" / "artifact.tfqc" / "manifest.json").read_text())
     assert "first-steps=1 last-steps=1" in manifest["pipeline"]
     assert manifest["step_policy"] == POLICY.to_config()
     file = tmp_path / "unet" / "config.json"

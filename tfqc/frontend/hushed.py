@@ -34,7 +34,8 @@ def hushed() -> Generator[None]:
     level = _LOGGER.level
     _LOGGER.setLevel(max(level, logging.ERROR))
     try:
-        with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)):
+        stream: Any = _WithoutGraphs(sys.stderr)
+        with contextlib.redirect_stderr(stream):
             yield
     finally:
         _LOGGER.setLevel(level)

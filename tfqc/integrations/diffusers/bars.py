@@ -16,12 +16,14 @@ class Bars:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = {"disable": None, **config}  # None: not where stderr is a file
+        self._config: dict[str, Any] = {"disable": None, **config}  # None: not where stderr is a file
 
     def track(self, items: Any, what: str, total: int | None = None) -> Iterator[Any]:
         """Iterate over `items`, showing progress."""
-        return iter(tqdm(items, total=total, **{"desc": what, **self._config}))
+        options: dict[str, Any] = {"desc": what, **self._config}
+        return iter(tqdm(items, total=total, **options))
 
     def say(self, text: str) -> None:
         """One line for the user: a bar without a length."""
-        tqdm(total=0, bar_format="{desc}", **{**self._config, "desc": text}).close()
+        options: dict[str, Any] = {**self._config, "desc": text, "bar_format": "{desc}"}
+        tqdm(total=0, **options).close()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import tfqc
+from tests.cli.factories import tiny
 from tests.integrations.parts import unet
 from tests.integrations.pipelines import PIPELINES, pipeline, sd
 from tfqc.errors import ArtifactError, CalibrationError, TfqcError
@@ -245,7 +246,7 @@ def test_a_directory_that_was_saved_to_again(tmp_path: Path) -> None:
     pipe.unet.save_pretrained(tmp_path / "kept")
     (tmp_path / "kept" / "artifact.tfqc").rename(tmp_path / "kept" / "artifact")  # as an earlier tfqc left it
     assert TfqcDenoiser.from_pretrained(tmp_path / "kept").dtype == torch.float32
-    tfqc.compile("fashion-unet", PLAIN, steps=2, calibration=1).save(tmp_path / "out")
+    tfqc.compile(tiny(), PLAIN, steps=2, calibration=1).save(tmp_path / "out")
     for copied in (lambda: copy.deepcopy(pipe.unet), lambda: pipe.unet.save_pretrained(tmp_path / "again")):
         with pytest.raises(ValueError, match=r"out holds another model than the one that was loaded from it"):
             copied()

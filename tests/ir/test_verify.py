@@ -13,7 +13,7 @@ from tfqc.errors import VerifyError
 from tfqc.ir.program import TIME, Program, Role, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
 from tfqc.ir.types import ScalarType, TensorType, Type
-from tfqc.ir.verify import verify
+from tfqc.ir.verify import Typed, verify
 from tfqc.passing.pipeline import Pipeline
 
 aten = torch.ops.aten
@@ -121,9 +121,24 @@ def parameter_from_nowhere(p: Program) -> None:
     p.add_input("row", TensorType(torch.int64, (1,)))
 
 
+def wrong_type(p: Program) -> None:
+    p.types["conv2d"] = p.types["linear"]
+
+
+def wrong_operand(p: Program) -> None:
+    p.node("unsqueeze_1").update_kwarg("self", p.node("silu"))
+
+
+def wrong_kind(p: Program) -> None:
+    p.node("unsqueeze_2").update_kwarg("dim", 0.5)
+
+
 @pytest.mark.parametrize(
     ("stage", "harm", "sentence"),
     [
+        (Stage.NORMALIZED, wrong_type, "but aten.conv2d.default gives"),
+        (Stage.NORMALIZED, wrong_operand, "but aten.unsqueeze.default gives"),
+        (Stage.NORMALIZED, wrong_kind, "cannot take 0.5 as 'dim', which is int."),
         (Stage.CAPTURED, no_step, "it has no @step function."),
         (Stage.CAPTURED, uses_later, "%div in @step reads a value that is defined later or in another"),
         (Stage.CAPTURED, late_parameter, "parameter %late of @step stands after an operation."),
@@ -146,12 +161,15 @@ def parameter_from_nowhere(p: Program) -> None:
     ],
 )  # fmt: skip
 def test_broken(stage: Stage, harm: Callable[[Program], None], sentence: str) -> None:
-    program = at_stage(stage)
-    verify(program)
+    program, typed = at_stage(stage), Typed()
+    verify(program, typed=typed)
     harm(program)
     with pytest.raises(VerifyError) as error:
         verify(program, "#3 some-pass")
     told = [str(error.value), *error.value.notes]
+    with pytest.raises(VerifyError) as error:
+        verify(program, "#3 some-pass", typed=typed)
+    assert [str(error.value), *error.value.notes] == told  # what was right before is looked at again
     assert told[0].startswith(f"The program is not a valid {stage} program after #3 some-pass: ")
     assert any(sentence in line for line in told), told
 

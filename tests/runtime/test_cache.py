@@ -16,7 +16,7 @@ from tests.cli.conftest import Called
 from tests.killing import killed
 from tfqc.cli import app
 from tfqc.runtime import cache, pruning
-from tfqc.runtime.cache import cache_directory
+from tfqc.runtime.cache import cache_directory, cache_root
 from tfqc.runtime.kept import kept
 
 ROOT = Path(__file__).parents[2]
@@ -175,9 +175,8 @@ print(kept(["a"], ".so", make).read_text())
 # -- and it stays small -----------------------------------------------------------------------------------------------
 
 
-def filled(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Six files of 1000 bytes, used 0 to 5 days ago."""
-    monkeypatch.setattr(pruning, "prune", lambda: [])
+def filled(home: Path) -> list[Path]:
+    """Six files of 1000 bytes, used 0 to 5 days ago, in a cache that was never looked through."""
     files: list[Path] = []
     for days in range(6):
         kind = pruning.KINDS[days % 3]
@@ -185,8 +184,7 @@ def filled(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         os.utime(file, (time.time() - days * 86400 - 7200,) * 2)
         files.append(file)
     (cache_directory() / "notes.txt").write_text("mine")
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    (cache_root() / pruning.LOOKED).unlink()
     return files
 
 
@@ -194,23 +192,34 @@ def filled(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     ("limit", "days", "left"),
     [(None, None, 6), (1 << 40, 3, 3), (2500, None, 2), (2500, 1, 1), (0, None, 0), (None, 0, 0)],
 )
-def test_pruned(limit: int | None, days: float | None, left: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = filled(home, monkeypatch)
+def test_pruned(limit: int | None, days: float | None, left: int, home: Path) -> None:
+    files = filled(home)
     removed = pruning.prune(limit, days)
     assert [f.exists() for f in files] == [True] * left + [False] * (6 - left)
     assert len(removed) == 6 - left and (cache_directory() / "notes.txt").exists()
 
 
 def test_pruned_as_the_environment_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = filled(home, monkeypatch)
+    files = filled(home)
     monkeypatch.setenv("TFQC_CACHE_LIMIT", "4K")
     monkeypatch.setenv("TFQC_CACHE_DAYS", "no number")
     kept(["new"], ".so", lambda path: path.write_bytes(bytes(10)))  # type: ignore[arg-type, return-value]
     assert [f.exists() for f in files] == [True] * 4 + [False] * 2
 
 
-def test_what_is_in_use_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = filled(home, monkeypatch)
+def test_looked_through_at_times_and_not_for_every_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = filled(home)
+    kept(["new"], ".so", lambda path: path.write_bytes(bytes(10)))  # type: ignore[arg-type, return-value]
+    monkeypatch.setenv("TFQC_CACHE_LIMIT", "0")
+    kept(["newer"], ".so", lambda path: path.write_bytes(bytes(10)))  # type: ignore[arg-type, return-value]
+    assert all(f.exists() for f in files)
+    os.utime(cache_root() / pruning.LOOKED, (time.time() - pruning.EVERY,) * 2)
+    kept(["newest"], ".so", lambda path: path.write_bytes(bytes(10)))  # type: ignore[arg-type, return-value]
+    assert not any(f.exists() for f in files)
+
+
+def test_what_is_in_use_stays(home: Path) -> None:
+    files = filled(home)
     assert kept(["5"], ".x", lambda path: None, pruning.KINDS[2]) == files[5]  # used now
     pruning.prune(0)
     assert [f.exists() for f in files] == [False] * 5 + [True]
@@ -236,7 +245,7 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(app, ["cache", *arguments])
         return Called(result.exit_code, result.stdout, result.stderr)
 
-    files = filled(home, monkeypatch)
+    files = filled(home)
     listed = tfqc("ls", "--json").json
     assert [entry["name"] for entry in listed["entries"]] == [f.name for f in files] and listed["bytes"] == 6000
     assert "6.00 kB" in tfqc("ls").out and files[0].name in tfqc("ls").out

@@ -255,6 +255,11 @@ def _frozen(program: ProgramData, item: Any, worlds: tuple[World, ...], memo: Me
 _COMPUTED = {function for function, _ in PYTHON.values()}
 
 
+def computes_sizes(node: fx.Node) -> bool:
+    """True for arithmetic on sizes: what reads it is typed by its value, not by its type alone."""
+    return node.op == "call_function" and node.target in _COMPUTED
+
+
 def _example(item: Any, world: World, number: int) -> Any:
     """An argument with meta tensors and numbers in the place of types."""
     match item:

@@ -82,15 +82,16 @@ _STORED = (torch.ops.tfqc.dequantize_weight.default, torch.ops.tfqc.dequantize_w
 
 def _with_weights(module: fx.GraphModule) -> fx.GraphModule:
     """Dequantize stored weights once, not at every call."""
-    for number, node in enumerate(list(module.graph.nodes)):
-        if is_call(node, *_STORED):
-            operands = fx.map_arg(node.kwargs, lambda n: module.get_buffer(str(n.target)))
-            name = f"dequantized_{number}"
-            module.register_buffer(name, node.target(**operands))
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(module.graph.get_attr(name))
-            module.graph.erase_node(node)
-    module.recompile()
+    stored = [(number, node) for number, node in enumerate(module.graph.nodes) if is_call(node, *_STORED)]
+    for number, node in stored:
+        operands = fx.map_arg(node.kwargs, lambda n: module.get_buffer(str(n.target)))
+        name = f"dequantized_{number}"
+        module.register_buffer(name, node.target(**operands))
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(name))
+        module.graph.erase_node(node)
+    if stored:
+        module.recompile()
     return module
 
 
@@ -100,7 +101,7 @@ _CACHE: weakref.WeakKeyDictionary[fx.Graph, tuple[int, Interpreter]] = weakref.W
 def interpreter(program: ProgramData) -> Interpreter:
     """An interpreter of the program as it is now; made anew only when the program has changed."""
     state = hash((
-        *(g.python_code("self").src for g in program.functions.values()),
+        *((n.op, n.name, n.target, repr(n.args), repr(n.kwargs)) for g in program.functions.values() for n in g.nodes),
         *((name, id(t), 0 if t.is_inference() else t._version) for name, t in program.tensors.items()),
         repr(sorted(program.table(RowSource).items())),
         repr(program.table(Schedule)),

@@ -11,25 +11,30 @@ from tfqc.errors import IRError, VerifyError
 from tfqc.ir import ops
 from tfqc.ir.calls import is_canonical
 from tfqc.ir.consistency import inconsistencies
-from tfqc.ir.infer import Memo, mistyped
+from tfqc.ir.infer import Memo, computes_sizes, mistyped
 from tfqc.ir.ops import works_in_place
 from tfqc.ir.program import STEP, Program, Stage
 from tfqc.ir.rows import Maintenance, Quantizer, RowSource, Tib
 from tfqc.ir.schema import check_call
 from tfqc.ir.types import TensorType, storable
+from tfqc.ir.worlds import worlds_of
 
 Check = Callable[[Program], Iterator[str]]
+Typed = dict[fx.Node, tuple[object, ...]]
 
 
-def verify(program: Program, after: str = "", *, types: bool = True) -> None:
+def verify(program: Program, after: str = "", *, types: bool = True, typed: Typed | None = None) -> None:
     """Check every invariant of the program's stage; without `types`, which take most of the time, those of its form.
+
+    `typed` is filled with the operations whose types were right, and with what they were: given again, only what has
+    changed since is typed again.
 
     Raises:
         VerifyError: with one sentence for the first broken invariant, and the others as notes.
     """
     problems = list(_well_formed(program))
     if types and not problems:  # what is not well formed has operations that cannot be typed
-        problems += _typed(program)
+        problems += _typed(program, {} if typed is None else typed)
     if STEP in program.functions:
         problems += (p for stage, check in CHECKS if stage <= program.stage for p in check(program))
     if problems:
@@ -77,9 +82,10 @@ def _well_formed(program: Program) -> Iterator[str]:
     yield from filter(None, (storable(name, tensor.dtype) for name, tensor in program.tensors.items()))
 
 
-def _typed(program: Program) -> Iterator[str]:
+def _typed(program: Program, typed: Typed) -> Iterator[str]:
     """Every call is one that its operation takes, and its declared type is what the operation gives."""
     memo: Memo = {}
+    worlds = worlds_of(program)
     for graph in program.functions.values():
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -87,6 +93,11 @@ def _typed(program: Program) -> Iterator[str]:
                 if program.types[node.name] != TensorType(tensor.dtype, tuple(tensor.shape)):
                     yield f"%{node.name} is declared {program.types[node.name]}, which @{node.target} is not."
             if node.op != "call_function":
+                continue
+            operands = node.all_input_nodes
+            # Compared by identity: fx and we replace all of these, and change none of them.
+            now = (node.target, node.args, node.kwargs, worlds, *(program.types[n.name] for n in (node, *operands)))
+            if _same(typed.get(node, ()), now) and not any(computes_sizes(n) for n in operands):
                 continue
             try:
                 check_call(node.target, node.args, node.kwargs, program.types)
@@ -96,6 +107,12 @@ def _typed(program: Program) -> Iterator[str]:
                 continue
             if reason:
                 yield f"{program.at(node)} {reason}."
+            else:
+                typed[node] = now
+
+
+def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
 def is_assertion(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from tfqc.ir.program import Program
-from tfqc.ir.verify import verify
+from tfqc.ir.verify import Typed, verify
 from tfqc.passing.base import Pass
 from tfqc.passing.context import Context
 from tfqc.passing.remarks import Remark
@@ -54,9 +54,10 @@ class VerifyEach(Instrument):
 
     def __init__(self, level: Literal["full", "fast"] = "full") -> None:
         self.types = level == "full"
+        self.typed: Typed = {}
 
     def start(self, program: Program, pipeline: Passes) -> None:
-        verify(program, types=self.types)
+        verify(program, types=self.types, typed=self.typed)
 
     def after(self, program: Program, previous: Program, item: Pass, number: int) -> None:
-        verify(program, f"#{number} {item.name}", types=self.types)
+        verify(program, f"#{number} {item.name}", types=self.types, typed=self.typed)

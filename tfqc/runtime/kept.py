@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tfqc.runtime.cache import hash_of, locked, private_directory, sync, used_now, whole, working_directory
-from tfqc.runtime.pruning import prune
+from tfqc.runtime.pruning import prune_at_times
 
 
 def kept(key: Sequence[str], suffix: str, make: Callable[[Path], None], kind: str = "kernels") -> Path:
@@ -29,6 +29,6 @@ def kept(key: Sequence[str], suffix: str, make: Callable[[Path], None], kind: st
                     found = directory / f"{name}-{hash_of(part)}{suffix}"
                     os.replace(part, found)
                     sync(directory)
-        prune()
+        prune_at_times()
     used_now(found)
     return found

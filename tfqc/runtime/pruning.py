@@ -17,6 +17,7 @@ from tfqc.runtime.cache import MAKING, cache_root, is_private, locked, remove_un
 KINDS = ("kernels", "modules", "trajectories")
 LIMIT, DAYS = 10 << 30, 30.0  # TFQC_CACHE_LIMIT, TFQC_CACHE_DAYS
 IN_USE = 3600.0  # seconds: a running compile reads its trajectories again and again
+LOOKED, EVERY = ".pruned", 600.0  # a file whose age says when the cache was looked through; seconds
 _OURS = re.compile(r"(trajectory-)?[0-9a-f]{16,}\b.*")
 
 _N = TypeVar("_N", int, float)
@@ -65,6 +66,16 @@ def prune(limit: int | None = None, days: float | None = None, in_use: float = I
         elif _discard(kept.path):
             removed.append(kept)
     return removed
+
+
+def prune_at_times() -> None:
+    """Prune, unless that was done in the last minutes: looking through a full cache takes a second."""
+    stamp = cache_root() / LOOKED
+    with suppress(OSError):
+        if not is_private(cache_root()) or (stamp.exists() and 0 <= time.time() - stamp.stat().st_mtime < EVERY):
+            return
+        stamp.touch()
+        prune()
 
 
 def size(text: str) -> int:

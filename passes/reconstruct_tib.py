@@ -15,7 +15,7 @@ from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan, Tib
 from tfqc.ir.tables import Fact
 from tfqc.passing import Context, Pass
-from tfqc.quant.adaround import SoftRounding, reconstruct
+from tfqc.quant.adaround import Optimizer, SoftRounding, reconstruct
 from tfqc.quant.formats import QuantSpec
 from tfqc.quant.grid import QuantizedWeight, quantize_weight, without_values
 from tfqc.quant.parameters import input_fake_quantizer, quantizer_of, set_weight_quantizer
@@ -30,7 +30,8 @@ class ReconstructTib(Pass):
 
     Trains on the distinct timesteps of the schedule as one full batch. Activations are quantized on the way if an
     earlier pass (FSC) calibrated them. Keeps rounding to nearest if training did not beat it. Options: iterations;
-    learning-rate of Adam. Others plan the weights that nothing is planned for: bits; method of the range search.
+    learning-rate of Adam; optimizer (`stquant` keeps Adam's moments in few bits). Others plan the weights that nothing
+    is planned for: bits; method of the range search.
     """
 
     name: ClassVar[str] = "reconstruct-tib"
@@ -44,6 +45,7 @@ class ReconstructTib(Pass):
     method: Literal["min-max", "mse"] = "mse"
     iterations: int = 1000
     learning_rate: float = 0.01
+    optimizer: Optimizer = "adam"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -97,6 +99,7 @@ class ReconstructTib(Pass):
             lambda: loss_of(run({n: roundings[w].soft for n, w in key_of.items()}, inputs)),
             iterations=self.iterations,
             lr=self.learning_rate,
+            optimizer=self.optimizer,
             on_iteration=lambda _i, _loss: next(bar, None),
         )
         for _ in bar:

@@ -25,7 +25,7 @@ BACKENDS = sorted((ROOT / "backends").rglob("*.py"))
 LAYERS = """
 version
 errors quiet progress
-registry runtime
+registry runtime optim
 files
 ir
 sampling analysis

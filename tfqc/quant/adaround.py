@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tfqc.errors import CalibrationError, TfqcError
+from tfqc.optim import STQuantAdam
 from tfqc.quant.grid import Grid, QuantizedWeight, expand_groups
+
+Optimizer = Literal["adam", "stquant"]
 
 # The rectified sigmoid h(a) = clip(sigmoid(a) * (ZETA - GAMMA) + GAMMA, 0, 1) reaches 0 and 1 at finite a.
 ZETA = 1.1
@@ -82,9 +86,12 @@ def reconstruct(
     iterations: int,
     lr: float = 1e-2,
     weight: float = 0.01,
+    optimizer: Optimizer = "adam",
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> float:
     """Minimises `loss() + weight * regularisers` with Adam, jointly over all alphas and over nothing else.
+
+    optimizer: `adam`, or `stquant`, which keeps Adam's moments in few bits (`tfqc.optim`).
 
     `loss` returns a scalar computed from the `soft()` of every rounding. No other parameter gets a gradient,
     and nothing is drawn at random here, so equal calls give equal results. `on_iteration` is told the
@@ -98,7 +105,7 @@ def reconstruct(
     """
     alphas = [rounding.alpha for rounding in roundings]
     unread = [None] * len(alphas)
-    optimizer = torch.optim.Adam(alphas, lr=lr)
+    adam = torch.optim.Adam(alphas, lr=lr) if optimizer == "adam" else STQuantAdam(alphas, lr=lr)
     for iteration in range(iterations):
         progress = iteration / iterations
         with torch.enable_grad():
@@ -116,7 +123,7 @@ def reconstruct(
             if gradient is None:
                 raise TfqcError(f"the reconstruction loss does not read soft() of rounding #{index}")
             alpha.grad = gradient
-        optimizer.step()
+        adam.step()
         if on_iteration is not None:
             on_iteration(iteration, value)
     for rounding in roundings:

@@ -80,6 +80,13 @@ def test_it_computes_what_fake_quant_computes(make: Callable[[], ModelSpec], tar
     assert difference(found, known) < 1e-2
 
 
+def test_only_what_is_planned_is_quantized(tmp_path: Path) -> None:
+    """Products whose weights alone are quantized get their inputs as they are."""
+    _, model, oracle = both(dit, "onnx{activations=none}", tmp_path)
+    call = {**dit().example_inputs, "timestep": torch.tensor([333, 333])}  # pyright: ignore[reportGeneralTypeIssues]
+    assert difference(model(**call), oracle(**call)) < 1e-5
+
+
 def test_the_file(tmp_path: Path) -> None:
     """Opset 21, a pair of Q and DQ for each quantized value, weights in place and once, no paths of this machine."""
     ours, _, _ = both(tiny, "onnx", tmp_path)

@@ -151,6 +151,8 @@ def test_a_time_of_no_row_is_computed_as_the_nearest(tmp_path: Path) -> None:
     x = torch.randn(2, 2, 4, 4)
     near, row, other = (model(x, torch.tensor([t, t])) for t in (350, 333, 0))
     assert torch.equal(near, row) and not torch.equal(near, other)
+    assert torch.equal(model(x, torch.tensor([332.6, 333.4])), row)
+    assert torch.equal(model(x.clone().requires_grad_(), torch.tensor([333, 333])), row)
 
 
 def test_what_onnx_does_not_have_is_refused() -> None:

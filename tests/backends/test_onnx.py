@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -171,6 +172,19 @@ def test_a_damaged_model(tmp_path: Path) -> None:
     artifact.binaries["model.onnx"] = artifact.binaries["model.onnx"][:100]
     with pytest.raises(ArtifactError, match="onnxruntime does not take"):
         tfqc.load(artifact.save(tmp_path / "out"))
+
+
+def test_torch_says_nothing_of_other_packages() -> None:
+    told = list[logging.LogRecord]()
+    handler, logger = logging.Handler(), logging.getLogger("torch.onnx")
+    handler.emit = told.append
+    level, disabled = logger.level, logger.disabled
+    logger.addHandler(handler)
+    try:
+        tfqc.compile(tiny(), "onnx{weights=none activations=none}", steps=3)
+    finally:
+        logger.removeHandler(handler)
+    assert not told and (logger.level, logger.disabled) == (level, disabled)
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

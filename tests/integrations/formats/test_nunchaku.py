@@ -133,6 +133,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         write_nunchaku(nn.Linear(128, 128), out)
     with pytest.raises(SpecError, match="has no layer that kernels take: linears within repeated blocks"):
         write_nunchaku(dit(attention_head_dim=16), out)
+    with pytest.raises(SpecError, match="widths that 128 divides and that are at least rank=256"):
+        write_nunchaku(dit(), out, rank=256)
     assert not out.exists()
     out.mkdir()
     (out / "mine").touch()

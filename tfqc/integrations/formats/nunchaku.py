@@ -64,7 +64,7 @@ def write_nunchaku(
     if not targets:
         raise SpecError(
             f"{type(model).__name__} has no layer that kernels take: linears within repeated blocks, of widths that "
-            f"{TILE} divides{', outside of what is skipped' if skip else ''}."
+            f"{TILE} divides and that are at least rank={rank}{', outside of what is skipped' if skip else ''}."
         )
     folder = Path(directory)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -90,9 +90,11 @@ def read_step_policy(given: Any) -> StepPolicy | None:
     Raises:
         SpecError: it says none, or one that cannot be carried out.
     """
-    if given is None or isinstance(given, StepPolicy):
-        return given
+    if given is None:
+        return None
     where = ""
+    if isinstance(given, StepPolicy):
+        given = given.to_config()  # which is checked as JSON is
     if isinstance(given, Path):
         where = str(given / "config.json" if given.is_dir() else given)
         given = parse_json(read_text(Path(where), SpecError), where, SpecError)

@@ -135,7 +135,7 @@ def compile(
             f"{target.name} computes in floating point what it quantizes, so nothing of it is real: leave require_real "
             "(--require-real) out, or take a target with kernels."
         )
-    passes = read_pipeline(pipeline, target, strategy) + Pipeline(backend.legalize(target.options))
+    passes = read_pipeline(pipeline, target, strategy) + Pipeline(tuple(backend.legalize(target.options)))
     own_plan = read_plan(plan, passes)
     check_others(roles, example_inputs, dynamic, seed, workdir, instruments, progress)
     policy = read_step_policy(step_policy)
@@ -206,6 +206,8 @@ def compile(
     program.stage = Stage.LOWERED  # also where there was nothing to quantize: the backend runs all that is left
     program.tables.pop(QuantPlan.table, None)  # it has been carried out
     artifact = backend.emit(program, target.options)
+    if not isinstance(artifact, Artifact):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TfqcError(f"{type(backend).__name__}.emit returned a {type(artifact).__name__}: give an Artifact.")
     artifact.facts |= _facts(program, target, passes, context)
     if (kept := policy_of(passes, policy.scope if policy else ("transformer",))) is not None:
         artifact.facts["step_policy"] = kept.to_config()
@@ -354,6 +356,11 @@ def _calibration(spec: ModelSpec | None, given: CalibrationData, seed: int) -> C
             raise CalibrationError("A captured Program has no example inputs to complete these: give Calibration data.")
         return spec.calibration_of(given, seed)
     if spec is None:
+        if given is not None:
+            raise CalibrationError(
+                f"A captured Program has no example inputs to draw {int(given)} images for: give Calibration data, or "
+                "calls of the model."
+            )
         return None
     return spec.calibration(16 if given is None else int(given), seed)
 

@@ -23,7 +23,12 @@ class OpenVinoModel(SessionModel):
 
     def __init__(self, directory: Path) -> None:
         openvino, file = needed("openvino", "openvino"), directory / "model.xml"
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            # Its own default quantizes inputs of products whose weights alone are quantized, to 8 bits as they come.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
         try:
             compiled = openvino.compile_model(openvino.Core().read_model(str(file)), "CPU", settings)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -80,6 +81,13 @@ def test_it_computes_what_fake_quant_computes(make: Callable[[], ModelSpec], tar
     assert difference(found, known) < 1e-2
 
 
+def test_only_what_is_planned_is_quantized(tmp_path: Path) -> None:
+    """Products whose weights alone are quantized get their inputs as they are."""
+    _, model, oracle = both(dit, "onnx{activations=none}", tmp_path)
+    call = {**dit().example_inputs, "timestep": torch.tensor([333, 333])}  # pyright: ignore[reportGeneralTypeIssues]
+    assert difference(model(**call), oracle(**call)) < 1e-5
+
+
 def test_the_file(tmp_path: Path) -> None:
     """Opset 21, a pair of Q and DQ for each quantized value, weights in place and once, no paths of this machine."""
     ours, _, _ = both(tiny, "onnx", tmp_path)
@@ -144,6 +152,8 @@ def test_a_time_of_no_row_is_computed_as_the_nearest(tmp_path: Path) -> None:
     x = torch.randn(2, 2, 4, 4)
     near, row, other = (model(x, torch.tensor([t, t])) for t in (350, 333, 0))
     assert torch.equal(near, row) and not torch.equal(near, other)
+    assert torch.equal(model(x, torch.tensor([332.6, 333.4])), row)
+    assert torch.equal(model(x.clone().requires_grad_(), torch.tensor([333, 333])), row)
 
 
 def test_what_onnx_does_not_have_is_refused() -> None:
@@ -162,6 +172,19 @@ def test_a_damaged_model(tmp_path: Path) -> None:
     artifact.binaries["model.onnx"] = artifact.binaries["model.onnx"][:100]
     with pytest.raises(ArtifactError, match="onnxruntime does not take"):
         tfqc.load(artifact.save(tmp_path / "out"))
+
+
+def test_torch_says_nothing_of_other_packages() -> None:
+    told = list[logging.LogRecord]()
+    handler, logger = logging.Handler(), logging.getLogger("torch.onnx")
+    handler.emit = told.append
+    level, disabled = logger.level, logger.disabled
+    logger.addHandler(handler)
+    try:
+        tfqc.compile(tiny(), "onnx{weights=none activations=none}", steps=3)
+    finally:
+        logger.removeHandler(handler)
+    assert not told and (logger.level, logger.disabled) == (level, disabled)
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 import tfqc
 from tests.backends.test_onnx import difference
-from tests.cli.factories import tiny
+from tests.cli.factories import dit, tiny
 from tfqc.codegen.artifact import Artifact
 from tfqc.errors import ArtifactError, TfqcError
+from tfqc.models.spec import ModelSpec
 from tfqc.quant.step_policy import StepPolicy
 
 openvino: Any = pytest.importorskip("openvino", reason="the extra tfqc[openvino] is not installed")
@@ -33,9 +35,9 @@ def made() -> Artifact:
     return tfqc.compile(tiny(), STATIC, **CALIBRATED)
 
 
-def oracle_of(artifact: Artifact, directory: Path) -> Any:
+def oracle_of(artifact: Artifact, directory: Path, make: Callable[[], ModelSpec] = tiny) -> Any:
     """What fake-quant makes of the same pipeline."""
-    theirs = tfqc.compile(tiny(), "fake-quant", pipeline=artifact.facts["pipeline"], **CALIBRATED)
+    theirs = tfqc.compile(make(), "fake-quant", pipeline=artifact.facts["pipeline"], **CALIBRATED)
     return tfqc.load(theirs.save(directory / "theirs"))
 
 
@@ -68,6 +70,14 @@ def test_ranges_and_protection_by_the_step(tmp_path: Path) -> None:
     for times in ([666, 666], [333, 666]):
         call = {"sample": torch.randn(2, 2, 4, 4), "timestep": torch.tensor(times)}
         assert difference(model(**call), oracle(**call)) < 1e-2
+
+
+def test_only_what_is_planned_is_quantized(tmp_path: Path) -> None:
+    """Products whose weights alone are quantized get their inputs as they are."""
+    ours = tfqc.compile(dit(), "openvino{activations=none}", **CALIBRATED)
+    model, oracle = tfqc.load(ours.save(tmp_path / "ours")), oracle_of(ours, tmp_path, dit)
+    call = {**dit().example_inputs, "timestep": torch.tensor([333, 333])}  # pyright: ignore[reportGeneralTypeIssues]
+    assert difference(model(**call), oracle(**call)) < 1e-5
 
 
 def test_what_is_refused(made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,19 @@ def refuses(monkeypatch: pytest.MonkeyPatch, target: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("supports", r"FakeQuantBackend\.supports answered True for .*: give a Support"),
+        ("emit", r"FakeQuantBackend\.emit returned a bool: give an Artifact"),
+    ],
+)
+def test_what_a_backend_answers_is_looked_at(method: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeQuantBackend, method, lambda *_: True)
+    with pytest.raises(TfqcError, match=message):
+        tfqc.compile(tiny(), "fake-quant", pipeline="normalize", schedule=[5.0, 2.0])
+
+
+@pytest.mark.parametrize(
     ("target", "who"),
     [
         (torch.ops.tfqc.table_read.default, r"it has no kernel; #\d+ fold-cache left it"),

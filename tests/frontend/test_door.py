@@ -265,6 +265,8 @@ def test_a_program_has_nothing_to_complete_them_with() -> None:
     program = capture(Plain(), (X, T))
     with pytest.raises(CalibrationError, match="captured Program has no example inputs"):
         tfqc.compile(program, schedule=diffusers.DDIMScheduler(), steps=4, calibration=X)
+    with pytest.raises(CalibrationError, match="captured Program has no example inputs to draw 8 images for"):
+        tfqc.compile(program, schedule=diffusers.DDIMScheduler(), steps=4, calibration=8)
 
 
 def test_a_cache_that_skips_blocks_is_refused() -> None:

@@ -118,6 +118,7 @@ def test_compiled_on_recorded_calls_of_several_images(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"texts": call(3)["texts"]}, "texts has 3 entries for 2 images: give one for each"),
+        ({"x": [], "texts": []}, "x is an empty list: give an entry for each image"),
         ({"x": call(2, sizes=(4, 5))["x"]}, r"x\.\* is 1x4x4x5; this model takes 1x4x4x4"),
         ({"t": torch.ones(3)}, "t has 3 timesteps for"),
     ],

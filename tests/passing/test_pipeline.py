@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.passing.test_spec import OPTIONS, Options
 from tests.tiny import INPUTS, Explode, make_pass, scale_output, tiny
-from tfqc.errors import PassError, PipelineError, SpecError, VerifyError
+from tfqc.errors import PassError, PipelineError, SpecError, TfqcError, VerifyError
 from tfqc.instruments import Instrument
+from tfqc.ir.edit import rewrite
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.render import render
 from tfqc.ir.rows import BindingTime, Tib
@@ -162,6 +163,27 @@ def test_an_order_that_would_work_if_sorted_is_refused_not_sorted(known: Callabl
 
 
 # -- running -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_pass_is_refused() -> None:
+    kind: Any = Explode
+    with pytest.raises(PipelineError, match=r"Explode is the class of a pass: put Explode\(\) into the pipeline"):
+        Pipeline((kind,))
+    with pytest.raises(PipelineError, match="A str is no pass"):
+        Pipeline(("normalize",))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_pass_that_returns_a_program_is_told_that_nobody_takes_it() -> None:
+    with pytest.raises(PassError, match="copies returned a Program: passes change the program that they get"):
+        Pipeline((make_pass("copies", lambda program, ctx: program.clone()),)).run(tiny())  # pyright: ignore[reportArgumentType]
+
+
+def test_functions_are_given_by_name() -> None:
+    graph: Any = tiny().step
+    with pytest.raises(TfqcError, match="A graph is no function of the program, which are given by name: 'step'"):
+        tiny().nodes(graph)
+    with pytest.raises(PassError, match="has no function by a graph, but by name: it has @step"):
+        rewrite(tiny(), [], graph)
 
 
 def test_passes_run_in_the_order_in_which_they_are_written() -> None:

@@ -74,6 +74,28 @@ def test_a_key_that_lacks_is_refused() -> None:
         policy_in({"runtime": {"diffusion_step_policy": PUBLISHED, "other": 1}})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"first_steps": 1.5}, "first_steps.count is 1.5"),
+        ({"last_steps": True}, "last_steps.count is True"),
+        ({"overlap": "float"}, "overlap is 'float'"),
+        ({"reasoner": "A16"}, "reasoner is 'A16'"),
+        ({"scope": "unet"}, "scope is 'unet'"),
+        ({"scope": ()}, r"scope is \[\]"),
+    ],
+)
+def test_one_made_in_python_is_checked_as_well(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        read_step_policy(StepPolicy(**given))
+
+
+def test_one_in_another_place_is_no_policy_of_nobody() -> None:
+    for place in ({"quantization_config": {"diffusion_step_policy": PUBLISHED}}, {"diffusion_step_policy": PUBLISHED}):
+        with pytest.raises(SpecError, match=r"in the wrong place: it is read under quantization_config\.runtime"):
+            policy_in(place)
+
+
 def test_which_steps_are_protected() -> None:
     assert [i for i, mark in enumerate(read_policy(PUBLISHED).protects(50)) if mark] == [0, 1, 2, 47, 48, 49]
     assert StepPolicy(3, 3).protects(4) == [True] * 4

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from tfqc.errors import TfqcError
 from tfqc.ir.ops import op_name
 from tfqc.ir.program import Program
 from tfqc.passing.remarks import Remark
@@ -106,4 +107,8 @@ def _answers(backend: Claims, program: Program, options: Any) -> Iterator[tuple[
     for function in program.functions:
         for node in program.nodes(function):
             if node.op == "call_function":
-                yield node, backend.supports(program, node, options)
+                answer = backend.supports(program, node, options)
+                if not isinstance(answer, Support):  # pyright: ignore[reportUnnecessaryIsInstance]
+                    kind = type(backend).__name__
+                    raise TfqcError(f"{kind}.supports answered {answer!r} for {op_name(node.target)}: give a Support.")
+                yield node, answer

@@ -109,7 +109,15 @@ class ProgramData:
         return self.functions[STEP]
 
     def nodes(self, function: str = STEP) -> Iterator[fx.Node]:
-        """Nodes of a function in order, safe against edits on the way."""
+        """Nodes of a function in order, safe against edits on the way.
+
+        Raises:
+            TfqcError: there is no function of that name.
+        """
+        if function not in self.functions:
+            asked = "A graph" if isinstance(function, fx.Graph) else f"@{function}"
+            known = ", ".join(map(repr, self.functions))
+            raise TfqcError(f"{asked} is no function of the program, which are given by name: {known}.")
         return iter(list(self.functions[function].nodes))
 
     def node(self, name: str, function: str = STEP) -> fx.Node:

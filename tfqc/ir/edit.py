@@ -153,7 +153,8 @@ def rewrite(program: Program, rules: Sequence[Rule], function: str = STEP) -> in
         PassError: the rules do not come to an end, or the program has no such function.
     """
     if function not in program.functions:
-        raise PassError(f"The program has no @{function}: it has {', '.join(f'@{f}' for f in program.functions)}.")
+        asked = "function by a graph, but by name" if isinstance(function, fx.Graph) else f"@{function}"
+        raise PassError(f"The program has no {asked}: it has {', '.join(f'@{f}' for f in program.functions)}.")
     by_target: dict[Any, list[Rule]] = {}
     for rule in rules:
         for target in rule.pattern.targets:

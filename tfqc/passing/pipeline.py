@@ -5,10 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from tfqc.errors import PassError, TfqcError
+from tfqc.errors import PassError, PipelineError, TfqcError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.tables import Fact, row_class
 from tfqc.passing.base import Pass
@@ -25,6 +26,13 @@ class Pipeline:
     """An ordered sequence of passes: `normalize,discover-tib,fold-cache{mode=bias}`."""
 
     passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        for item in self.passes:
+            if isinstance(item, type) and issubclass(item, Pass):
+                raise PipelineError(f"{item.__name__} is the class of a pass: put {item.__name__}() into the pipeline.")
+            if not isinstance(item, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise PipelineError(f"A {type(item).__name__} is no pass: derive from tfqc.Pass, or parse text.")
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
@@ -160,7 +168,9 @@ def _run_one(
     for instrument in instruments:
         instrument.before(program, item, number)
     with ctx.running(item.name, number):
-        item.run(program, ctx)
+        returned: Any = item.run(program, ctx)
+    if returned is not None:
+        raise PassError(f"{item.name} returned a {type(returned).__name__}: passes change the program that they get.")
     for name, tensor in before.tensors.items():
         if _version(tensor) != versions[name]:
             raise PassError(f"{item.name} changed tensor @{name} in place: passes replace tensors, others hold them.")

@@ -66,7 +66,7 @@ class StepPolicy:
         """The policy as JSON, every key of the schema."""
         return {
             **_FIXED,
-            "scope": list(self.scope),
+            "scope": self.scope if isinstance(self.scope, str) else list(self.scope),  # a text is refused as it is
             "first_steps": {"count": self.first_steps, "mode": "a16"},
             "last_steps": {"count": self.last_steps, "mode": "a16"},
             "overlap": self.overlap,
@@ -111,7 +111,10 @@ def policy_in(config: Any) -> StepPolicy | None:
         SpecError: there is one that cannot be carried out.
     """
     config = _plain(config)
-    config = _plain(config.get("quantization_config", config))
+    inner = _plain(config.get("quantization_config", config))
+    if KEY in config or KEY in inner:
+        raise SpecError(f"{KEY} stands in the wrong place: it is read under quantization_config.runtime.")
+    config = inner
     if (runtime := config.get("runtime")) is None:
         return None
     if not isinstance(runtime, Mapping) or set(runtime) - {KEY}:  # pyright: ignore[reportUnknownArgumentType]
@@ -158,7 +161,7 @@ def _mapping(given: Any, what: str, keys: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _plain(config: Any) -> Mapping[str, Any]:
-    config = config.to_dict() if hasattr(config, "to_dict") else config
+    config = config.to_dict() if hasattr(config, "to_dict") and not isinstance(config, type) else config
     return config if isinstance(config, Mapping) else {}  # pyright: ignore[reportUnknownVariableType]
 
 

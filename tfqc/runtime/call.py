@@ -141,7 +141,9 @@ class Call:
 
     def _list(self, item: Input, value: Any) -> Any:
         """Entries of a list of images as tensors; rows of one tensor are entries, too."""
-        if isinstance(value, (list, tuple)) and value:
+        if isinstance(value, (list, tuple)):
+            if not value:
+                raise ValueError(f"{'.'.join(item.path[:-1])} is an empty list: give an entry for each image.")
             return [each if isinstance(each, Tensor) else self._made(item, each) for each in value]
         return value
 

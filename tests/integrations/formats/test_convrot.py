@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from tfqc.errors import ArtifactError, SpecError
+from tfqc.integrations.diffusers.layers import replace_layers
 from tfqc.integrations.formats.convrot import hadamard, read_convrot, write_convrot
 
 MARK = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
@@ -129,10 +130,15 @@ def test_files_of_others(tmp_path: Path) -> None:
         (None, {"a__weight_scale": None}, "in int8 and does not say in which format"),
         (None, {}, "a.weight_scale and does not say in which format"),
         (MARK, {"a__weight": None}, "has no a.weight, which it says to be int8"),
-        (MARK, {"a__weight_scale": None}, "with weight_scale None"),
+        (MARK, {"a__weight_scale": None}, "a.weight has for weight_scale nothing"),
         (MARK, {"a__weight_scale": np.ones((2, 2), np.float32)}, "has scales .2, 2.: one, or one for each of 4"),
         (MARK, {"a__weight_scale": np.full(4, np.nan, np.float32)}, "a scale that is no positive number"),
+        (MARK, {"a__weight_scale": np.full((4, 1), 121, np.uint8)}, r"for weight_scale torch.uint8 \[4, 1\]"),
+        (MARK, {"a__weight": np.ones((4, 32), np.uint8)}, r"a.weight is torch.uint8 \[4, 32\], and what is marked"),
+        (MARK, {"a__weight": np.ones((4, 4, 8), np.int8)}, r"is torch.int8 \[4, 4, 8\], and what is marked"),
+        ({**MARK, "orig_shape": [4, 30]}, {}, r"is torch.int8 \[4, 32\], and its mark says \[4, 30\]"),
         (MARK, {"a__comfy_quant": np.frombuffer(b"not json", np.uint8).copy()}, "a.comfy_quant"),
+        (MARK, {"a__comfy_quant": np.ones((2, 4), np.uint8)}, r"a.comfy_quant is torch.uint8 \[2, 4\]"),
     ],
 )
 def test_what_is_not_known_is_refused(mark: Any, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -141,8 +147,50 @@ def test_what_is_not_known_is_refused(mark: Any, changed: dict[str, Any], messag
         read_convrot(tmp_path / "f.safetensors")
 
 
+def test_two_things_said_of_one_layer_are_refused(tmp_path: Path) -> None:
+    """A format in two places, a name with the prefix and without; the same in two places is taken."""
+    file = tmp_path / "f.safetensors"
+    for mark in (MARK, {**MARK, "convrot": False}):
+        save_file(stored(MARK), file, metadata={"_quantization_metadata": json.dumps({"layers": {"a": mark}})})
+        if mark == MARK:
+            assert read_convrot(file).keys() == {"a.weight", "b.bias"}
+            continue
+        with pytest.raises(ArtifactError, match="says of a one format in _quantization_metadata, and another in a"):
+            read_convrot(file)
+    save_file({**stored(MARK), "b.bias": np.zeros(2, np.float32)}, file)
+    with pytest.raises(ArtifactError, match=r"holds both b\.bias and model\.diffusion_model\.b\.bias"):
+        read_convrot(file)
+    with pytest.raises(SpecError, match=r"dtype=torch\.int8 is none of floating point"):
+        read_convrot(file, torch.int8)
+
+
+def test_weights_without_values_are_read(tmp_path: Path) -> None:
+    """However large their groups are said to be."""
+    mark = {**MARK, "convrot_groupsize": 4**20}
+    save_file(stored(mark, a__weight=np.ones((4, 0), np.int8)), tmp_path / "f.safetensors")
+    assert read_convrot(tmp_path / "f.safetensors")["a.weight"].shape == (4, 0)
+
+
 def test_models_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "f.safetensors"
+    for wrong in (16.0, "16", None, 2, 4**30 * 2):
+        with pytest.raises(SpecError, match=f"group={wrong!r} is no power of 4"):
+            write_convrot(model(), file, group=wrong)  # pyright: ignore[reportArgumentType]
+    for wrong in ("blocks", None, [""]):
+        with pytest.raises(SpecError, match="skip="):
+            write_convrot(model(), file, group=16, skip=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match="A dict is no model"):
+        write_convrot({}, file)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match="No linear layer of Linear"):
+        write_convrot(nn.Linear(16, 16), file, group=16)
+    small = model()
+    replace_layers(small, lambda name: name == "odd")
+    small.odd.take_weight(torch.ones(6, 6))
+    with pytest.raises(SpecError, match=r"odd\.weight of Model is torch\.int8: the model is quantized already"):
+        write_convrot(small, file, group=16)
+    adapted = nn.Sequential(nn.ModuleDict({"base_layer": nn.Linear(16, 16), "lora_A": nn.Linear(16, 16)}))
+    with pytest.raises(SpecError, match=r"has an adapter beside 0\.base_layer\.weight: fuse it first"):
+        write_convrot(adapted, file, group=16)
     with pytest.raises(SpecError, match="No linear layer of Model has a width that 256 divides: take a smaller"):
         write_convrot(model(), file)
     with pytest.raises(SpecError, match="skip=blcks names no module of Model"):

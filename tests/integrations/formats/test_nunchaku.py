@@ -120,14 +120,21 @@ def test_a_folder(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SpecError, match="rank=20 is no multiple of 16"):
-        write_nunchaku(dit(), out, rank=20)
+    for rank in (20, "32", 32.0, True):
+        with pytest.raises(SpecError, match=f"rank={rank!r} is no multiple of 16"):
+            write_nunchaku(dit(), out, rank=rank)  # pyright: ignore[reportArgumentType]
+    large = dit()
+    large.transformer_blocks[1].attn1.to_q.bias.data[3] = 1e5
+    with pytest.raises(SpecError, match=r"The bias of transformer_blocks\.1\.attn1\.to_q is not finite in float16"):
+        write_nunchaku(large, out, rank=16, dtype="float16")
     with pytest.raises(SpecError, match="dtype='float32' is none that kernels compute in"):
         write_nunchaku(dit(), out, dtype="float32")
     with pytest.raises(SpecError, match="A Linear is no model of diffusers"):
         write_nunchaku(nn.Linear(128, 128), out)
     with pytest.raises(SpecError, match="has no layer that kernels take: linears within repeated blocks"):
         write_nunchaku(dit(attention_head_dim=16), out)
+    with pytest.raises(SpecError, match="widths that 128 divides and that are at least rank=256"):
+        write_nunchaku(dit(), out, rank=256)
     assert not out.exists()
     out.mkdir()
     (out / "mine").touch()

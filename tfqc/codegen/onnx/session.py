@@ -57,6 +57,8 @@ class SessionModel(Stepper):
             outputs = self._run_session(values)
         else:
             times = values[clock.name]
+            if times.is_floating_point() and not clock.dtype.is_floating_point:
+                times = times.round().to(clock.dtype)  # what a session takes; it finds the nearest row
             for t in dict.fromkeys(times.tolist()):
                 found = self._run_session({**values, clock.name: torch.full_like(times, t)})
                 pairs = zip(found, outputs or found, strict=True)
@@ -64,7 +66,7 @@ class SessionModel(Stepper):
         return tuple(outputs) if self._returns_tuple else outputs[0]
 
     def _run_session(self, values: dict[str, Tensor]) -> list[Tensor]:
-        given = {name: values[name].contiguous().numpy() for name in self._taken}
+        given = {name: values[name].detach().contiguous().numpy() for name in self._taken}
         return [torch.from_numpy(out) for out in self.infer(given)]
 
 

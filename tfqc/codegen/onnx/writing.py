@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ def onnx_model(program: Program) -> bytes:
     plain, packed = _unpacked(program)
     exported = exported_program(plain, instead(), one_row=True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_log_lines():
             warnings.simplefilter("ignore")  # of torch.onnx, about itself
             written = torch.onnx.export(
                 exported,
@@ -55,6 +58,18 @@ def onnx_model(program: Program) -> bytes:
     _forget(model)
     _keep_outside(model, program, packed)
     return needed("onnx_ir").to_proto(model).SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def _without_log_lines() -> Generator[None]:
+    """Without what torch.onnx says of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _forget(model: Any) -> None:

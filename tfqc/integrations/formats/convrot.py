@@ -39,8 +39,7 @@ def hadamard(order: int) -> Tensor:
     Raises:
         SpecError: the order is no power of 4.
     """
-    if order < 4 or 4 ** round(math.log(order, 4)) != order:
-        raise SpecError(f"group={order} is no power of 4 from 4 on: {GROUP} is usual.")
+    _check_order(order)
     base, found = (
         torch.ones(4, 4, dtype=torch.float64) - 2 * torch.eye(4, dtype=torch.float64).flip(0),
         torch.ones(1, 1),
@@ -50,9 +49,19 @@ def hadamard(order: int) -> Tensor:
     return found / math.sqrt(order)
 
 
+def _is_order(given: Any) -> bool:
+    """True for a whole number that is a power of 4, from 4 on."""
+    return type(given) is int and given >= 4 and given & (given - 1) == 0 and given.bit_length() % 2 == 1
+
+
+def _check_order(given: Any) -> None:
+    if not _is_order(given):
+        raise SpecError(f"group={given!r} is no power of 4 from 4 on: {GROUP} is usual.")
+
+
 def rotated(weight: Tensor, group: int) -> Tensor:
     """W R of a weight [O, I], in f32; twice gives the weight back."""
-    blocks = weight.reshape(len(weight), -1, group)
+    blocks = weight.reshape(len(weight), weight.shape[1] // group, group)
     return (blocks @ hadamard(group).to(weight.dtype)).reshape(weight.shape)
 
 
@@ -71,7 +80,7 @@ def write_convrot(model: nn.Module, path: str | Path, *, group: int = GROUP, ski
         SpecError: no layer can be written so, or a weight is not finite.
         ArtifactError: the file cannot be written.
     """
-    hadamard(group)
+    _check_order(group)
     tensors = dict(values_of(model))
     fitting = [name for name, layer in linears_of(model, skip).items() if layer.in_features % group == 0]
     if not fitting:
@@ -101,11 +110,19 @@ def read_convrot(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[s
 
     Raises:
         ArtifactError: the file cannot be read, holds weights in another format, or a part of one is not there.
+        SpecError: weights have no such dtype.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpecError(f"dtype={dtype!r} is none of floating point, such as torch.bfloat16.")
     path = Path(path)
-    tensors, metadata = read_tensors(path, ArtifactError)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    marks = {**_central(metadata, path), **_beside(tensors, path)}
+    stored, metadata = read_tensors(path, ArtifactError)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+    if len(tensors) < len(stored):
+        twice = next(name for name in stored if f"{_PREFIX}{name}" in stored)
+        raise ArtifactError(f"{path} holds both {twice} and {_PREFIX}{twice}, which are one name.")
+    central, marks = _central(metadata, path), _beside(tensors, path)
+    if differ := [layer for layer in central if marks.setdefault(layer, central[layer]) != central[layer]]:
+        raise ArtifactError(f"{path} says of {differ[0]} one format in {_CENTRAL}, and another in {differ[0]}.{_MARK}.")
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, last = name.rpartition(".")
@@ -130,8 +147,8 @@ def _beside(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Mapping[str,
     for name, tensor in tensors.items():
         layer, _, last = name.rpartition(".")
         if last == _MARK:
-            if tensor.dtype != torch.uint8:
-                raise ArtifactError(f"{path}: {name} is {tensor.dtype}, and the text of a mark is uint8.")
+            if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+                raise ArtifactError(f"{path}: {name} is {_kind(tensor)}, and the text of a mark is torch.uint8 [N].")
             text = bytes(tensor.tolist()).decode("utf-8", "replace")
             found[layer] = _checked(parse_json(text, f"{path}: {name}", ArtifactError), f"{path}: {name}")
     return found
@@ -160,16 +177,25 @@ def _checked(mark: Any, where: str) -> Mapping[str, Any]:
 
 
 def _values(codes: Tensor, scale: Tensor | None, mark: Mapping[str, Any], where: str) -> Tensor:
-    if codes.dtype != torch.int8 or codes.dim() != 2 or scale is None:
-        raise ArtifactError(f"{where} is {codes.dtype} {list(codes.shape)} with {_SCALE} {scale}: int8 [O, I] has one.")
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ArtifactError(f"{where} is {_kind(codes)}, and what is marked {_FORMAT} is torch.int8 [O, I].")
+    if "orig_shape" in mark and mark["orig_shape"] != list(codes.shape):
+        raise ArtifactError(f"{where} is {_kind(codes)}, and its mark says {str(mark['orig_shape'])[:80]}.")
+    if scale is None or not scale.is_floating_point():
+        raise ArtifactError(f"{where} has for {_SCALE} {'nothing' if scale is None else _kind(scale)}: f32 is usual.")
+    scale = scale.float()
     if scale.numel() != 1 and tuple(scale.shape) not in ((len(codes),), (len(codes), 1)):
         raise ArtifactError(f"{where} has scales {list(scale.shape)}: one, or one for each of {len(codes)} outputs.")
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
         raise ArtifactError(f"{where} has a scale that is no positive number: the file is damaged.")
-    weight = codes.float() * scale.float().reshape(-1, 1)
+    weight = codes.float() * scale.reshape(-1, 1)
     if not mark.get("convrot", False):
         return weight
     group = mark.get("convrot_groupsize", GROUP)
-    if not isinstance(group, int) or group < 4 or 4 ** round(math.log(group, 4)) != group or codes.shape[1] % group:
+    if not _is_order(group) or codes.shape[1] % group:
         raise ArtifactError(f"{where} is rotated in groups of {group!r}: a power of 4 that divides {codes.shape[1]}.")
-    return rotated(weight, group)
+    return rotated(weight, group) if weight.numel() else weight
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -50,21 +50,21 @@ def write_nunchaku(
         The names of the layers that have 4 bits.
 
     Raises:
-        SpecError: the model is none of diffusers, no layer can be written so, or a weight is not finite.
+        SpecError: the model is none of diffusers, no layer can be written so, or a value is not finite.
         ArtifactError: the folder cannot be written, or holds something.
     """
     own: Any = model
     if not isinstance(model, nn.Module) or not hasattr(own, "to_json_string"):
         raise SpecError(f"A {type(model).__name__} is no model of diffusers, whose config.json such a folder has.")
-    if rank < 16 or rank % 16:
-        raise SpecError(f"rank={rank} is no multiple of 16 from 16 on.")
+    if type(rank) is not int or rank < 16 or rank % 16:
+        raise SpecError(f"rank={rank!r} is no multiple of 16 from 16 on.")
     if dtype not in DTYPES:
         raise SpecError(f"dtype={dtype!r} is none that kernels compute in: {' or '.join(DTYPES)}.")
     tensors, targets = dict(values_of(model)), _targets(model, rank, skip)
     if not targets:
         raise SpecError(
             f"{type(model).__name__} has no layer that kernels take: linears within repeated blocks, of widths that "
-            f"{TILE} divides{', outside of what is skipped' if skip else ''}."
+            f"{TILE} divides and that are at least rank={rank}{', outside of what is skipped' if skip else ''}."
         )
     folder = Path(directory)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -72,6 +72,8 @@ def write_nunchaku(
     for name in targets:
         weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
         made = packed_linear(finite(name, weight), bias, rank, getattr(torch, dtype))
+        if over := [part for part, value in made.items() if not bool(torch.isfinite(value).all())]:
+            raise SpecError(f"The {over[0]} of {name} is not finite in {dtype}.")
         tensors |= {f"{name}.{part}": value for part, value in made.items()}
     scheme = {"precision": "int4", "group_size": GROUP, "rank": rank, "targets": targets}
     quantization = {"quant_method": "nunchaku_lite", "compute_dtype": dtype, "svdq_w4a4": scheme}

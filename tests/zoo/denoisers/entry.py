@@ -51,13 +51,19 @@ class Denoiser:
         return self.inputs(Draw(seed), images, torch.full((images,), t).to(dtype))
 
     def model(self, class_name: str) -> nn.Module:
-        """A model with random weights in every parameter, also where the class begins with zeros."""
+        """A model with random weights in every parameter, also where the class begins with zeros, or with nothing."""
         import diffusers
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = getattr(diffusers, class_name)(**self.config).eval()
+            torch.use_deterministic_algorithms(True)  # memory that nobody has written to holds NaN
+            try:
+                model = getattr(diffusers, class_name)(**self.config).eval()
+            finally:
+                torch.use_deterministic_algorithms(False)
             for parameter in model.parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    nn.init.normal_(parameter, std=parameter.shape[-2:][0] ** -0.5)
                 if parameter.dim() < 2 or not bool(parameter.any()):
                     parameter.data += 0.1 * torch.randn_like(parameter)
         return model.requires_grad_(False)

@@ -75,6 +75,7 @@ def test_a_pipeline_makes_the_same_images(name: str, tmp_path: Path) -> None:
     ("name", "target"),
     [
         ("flux", "cpu-int8"), ("controlnet", "cpu-int8"), ("experts", "cpu-int8"), ("sdxl", PLAIN),
+        ("z_image", "cpu-int8"),
     ],
 )  # fmt: skip
 def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
@@ -87,6 +88,18 @@ def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
     assert np.array_equal(got, images(pipe, call))
     other = images(pipe, call, num_inference_steps=3)
     assert np.isfinite(other).all() and not np.array_equal(other, got)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_a_prompt_of_another_length(guidance: float, tmp_path: Path) -> None:
+    """Also where all that it was calibrated on have the same: one prompt, and no negative one."""
+    pipe, call = pipeline("z_image", tmp_path)
+    own = {**call, "guidance_scale": guidance}
+    texts = ["a", "a red fox that looks back at us over its shoulder"]
+    wanted = [images(pipe, own, prompt=text) for text in texts]
+    tfqc.quantize(pipe, PLAIN, steps=4, calibration=[own])
+    for text, want in zip(texts, wanted, strict=True):
+        assert np.abs(images(pipe, own, prompt=text) - want).max() < 1e-4
 
 
 def test_each_expert_is_compiled_on_its_own_calls(tmp_path: Path) -> None:
@@ -122,11 +135,12 @@ def installed(directory: Path) -> Path:
     return directory
 
 
-def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "parts"), [("sd", "all"), ("z_image", "denoiser")])
+def test_a_fresh_process_loads_it(name: str, parts: str, tmp_path: Path) -> None:
     """It never says `import tfqc`. Text encoder and autoencoder are compiled, too."""
-    pipe, call = pipeline("sd", tmp_path)
-    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=1, parts="all")
-    assert pipe.unet.facts["target"] == "cpu-int8"
+    pipe, call = pipeline(name, tmp_path)
+    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=[call], parts=parts)
+    assert all(model.facts["target"] == "cpu-int8" for model in denoisers(pipe).values())
     want = images(pipe, call)
     pipe.save_pretrained(tmp_path / "saved")
     code = (
@@ -134,7 +148,7 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
         "from diffusers import DiffusionPipeline\n"
         "import numpy, torch\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        f"made = pipe({call['prompt']!r}, num_inference_steps=4, num_images_per_prompt=2, output_type='np',\n"
+        f"made = pipe(**{call!r}, num_inference_steps=4, num_images_per_prompt=2, output_type='np',\n"
         "            generator=torch.Generator().manual_seed(1)).images\n"
         "numpy.save(sys.argv[2], made)\n"
     )

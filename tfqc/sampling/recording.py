@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from tfqc.runtime.plan import as_time
 from tfqc.sampling.schedule import SamplingSchedule
 from tfqc.sampling.scheduler import set_to, steps_of
+from tfqc.sampling.untouched import untouched
 
 
 @dataclass
@@ -174,7 +175,8 @@ def _on_meta(denoiser: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     tensors = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     args, kwargs = pytree.tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
-    return torch.func.functional_call(denoiser, on_meta, args, kwargs)
+    with untouched(denoiser):
+        return torch.func.functional_call(denoiser, on_meta, args, kwargs)
 
 
 def _number(time: Any) -> float:

@@ -131,7 +131,7 @@ def quantize(
         calls = [call for recording in found for call in recording.calls]
         example = {name: value for name, value in calls[0].items() if name != "return_dict"}
         time = next((item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME), None)
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "schedule": None if time is None else next(each for each in found if each.calls).schedule(time),
             "pipeline": pipeline,
             "strategy": strategy,
@@ -145,11 +145,11 @@ def quantize(
         sizes = differing_sizes(model, [*calls, *further.get(part, [])])
         calls = calls if told else calls[:1]
         try:
-            artifact = compile(model, target, calibration=calls, dynamic=with_sizes(dynamic, sizes), **given)
+            artifact = compile(model, target, calibration=calls, dynamic=with_sizes(dynamic, sizes), **options)
         except CaptureError as error:
             if not sizes:
                 raise
-            artifact = compile(model, target, calibration=alike(model, calls), dynamic=dynamic, **given)
+            artifact = compile(model, target, calibration=alike(model, calls), dynamic=dynamic, **options)
             what = ", ".join(f"{name}[{dim}]" for name, dims in sizes.items() for dim in dims)
             warnings.warn(
                 f"The {part} of this {type(pipe).__name__} takes {what} as in its first call, no other sizes: {error}",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.pag.pipeline_pag_sd import StableDiffusionPAGPipeline
 
 import tfqc
 from tests.cli.factories import tiny
@@ -264,6 +265,39 @@ def test_a_directory_that_was_saved_to_again(tmp_path: Path) -> None:
     for copied in (lambda: copy.deepcopy(pipe.unet), lambda: pipe.unet.save_pretrained(tmp_path / "again")):
         with pytest.raises(ValueError, match=r"out holds another model than the one that was loaded from it"):
             copied()
+
+
+def test_an_artifact_of_another_model(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    example = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([5, 5])}
+    text = {"encoder_hidden_states": torch.randn(2, 16, 24)}
+    for model, more, said in (
+        (unet(cross_attention_dim=24), text, "its encoder_hidden_states has 24 channels, and this one's 32"),
+        (PIPELINES["ddpm"][0](tmp_path).unet, {"sample": torch.randn(2, 3, 8, 8)}, "it is a UNet2DModel"),
+    ):
+        made = tfqc.compile(model, PLAIN, schedule=[5, 3], example_inputs=example | more)
+        where = made.save(tmp_path / type(model).__name__)
+        with pytest.raises(TfqcError, match=f"holds another model than this pipeline's UNet2DConditionModel: {said}"):
+            into(where, pipe)
+
+
+def test_a_pipeline_that_changes_attention(tmp_path: Path) -> None:
+    """Perturbed attention guidance puts processors of its own into the denoiser, run by run."""
+    pipe, call = pipeline("sd", tmp_path)
+    pipe = StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False, pag_applied_layers="down")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(CalibrationError, match="changes the attention of its unet while it runs"):
+        tfqc.quantize(pipe, PLAIN, steps=2, calibration=[call])
+    off = {**call, "pag_scale": 0.0}
+    want = images(pipe, off)
+    assert np.abs(images(tfqc.quantize(pipe, PLAIN, steps=4, calibration=[off]), off) - want).max() < 1e-4
+
+
+def test_a_pipeline_of_pipelines(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    pipe.prior_pipe = pipeline("ddpm", tmp_path)[0]
+    with pytest.raises(TfqcError, match=r"quantize each of them \(tfqc\.quantize\(pipe\.prior_pipe\)\)"):
+        tfqc.quantize(pipe)
 
 
 @pytest.mark.parametrize("dtype", ["float99", "load", 3, None])

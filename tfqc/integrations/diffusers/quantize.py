@@ -191,6 +191,11 @@ def _recorded(
             for part, recording in zip(found, made, strict=True):
                 found[part].append(recording)
     for part in parts:
+        if any(recording.changed for recording in found[part]):
+            raise CalibrationError(
+                f"{type(pipe).__name__} changes the attention of its {part} while it runs, which no compiled model "
+                "can follow: switch that off (of perturbed attention guidance by call={'pag_scale': 0.0})."
+            )
         if not any(recording.calls for recording in found[part]):
             raise CalibrationError(
                 f"{type(pipe).__name__} did not call its {part}: take a number of steps at which it does, or a "

@@ -209,7 +209,8 @@ def _of_another_prompt(pipe: Any, parts: Sequence[str], run: Mapping[str, Any]) 
     of tokens, all prompts of a calibration may have had the same by chance."""
     if not isinstance(run.get("prompt"), str):
         return {}
-    other = {**run, "prompt": f"{run['prompt']}, {run['prompt']}, with every detail of it in focus"}
+    prompt = run["prompt"]  # a shorter one, where there is: of a longer one tokenizers may say that they cut it
+    other = {**run, "prompt": "a fox" if len(prompt.split()) > 2 else f"{prompt} in the snow"}
     models = [getattr(pipe, part) for part in parts]
     try:
         with _quiet(pipe):

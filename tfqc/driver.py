@@ -188,6 +188,8 @@ def compile(
         program = start.clone()
         if own_plan:
             program.tables.pop(QuantPlan.table, None)
+    if isinstance(drawn, ModelCalls):
+        drawn.check_fixed(program)
     if isinstance(program.batch, int) and isinstance(drawn, Calibration):
         context.calibration = without_sampler(*told, own_schedule, drawn.in_batches(program.batch))[1]
     elif start is None:

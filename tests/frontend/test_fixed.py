@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 
-from tfqc.errors import CaptureError
+import tfqc
+from tfqc.errors import CalibrationError, CaptureError
 from tfqc.frontend import capture
 from tfqc.frontend.attempts import FixedWarning
 from tfqc.ir.parse import parse
@@ -71,6 +72,16 @@ def test_values_that_code_decides_by_are_constants(code: Code) -> None:
         torch.testing.assert_close(got, want)
     with pytest.raises(ValueError, match=r"mask is a tensor 2x4, but the model was captured with 'rows of \[4\] bool"):
         program(x=X, t=T, text=text, mask=~MASK)
+
+
+def test_calls_with_several_values_are_refused() -> None:
+    """Before anything is calibrated on them."""
+    calls = [{"x": X, "t": T, "text": torch.randn(2, 4, 6), "mask": mask} for mask in (MASK, ~MASK)]
+    with (
+        pytest.warns(FixedWarning),
+        pytest.raises(CalibrationError, match="Decides decides by the values of mask, so it is compiled for one of"),
+    ):
+        tfqc.compile(Decides(lengths), "fake-quant", schedule=[421, 7], calibration=calls, example_inputs=calls[0])
 
 
 def test_what_differs_from_step_to_step_is_refused() -> None:

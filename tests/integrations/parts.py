@@ -11,11 +11,15 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -61,6 +65,21 @@ def unet(**more: Any) -> Any:
 def t5() -> Any:
     config = UMT5Config(vocab_size=100, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=4)
     return UMT5EncoderModel(config).eval()
+
+
+def chat_tokenizer() -> Any:
+    """Qwen's, with bytes for words: the longer a prompt, the more tokens."""
+    vocab = {word: number for number, word in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    chat = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    return Qwen2Tokenizer(vocab, [], chat_template=chat)
+
+
+def chat_model() -> Any:
+    config = Qwen3Config(
+        vocab_size=300, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    return Qwen3Model(config).eval()
 
 
 def video_vae() -> Any:

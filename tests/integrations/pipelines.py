@@ -12,6 +12,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_motion_model import MotionAdapter
 from diffusers.pipelines.animatediff.pipeline_animatediff import AnimateDiffPipeline
@@ -29,6 +30,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint impo
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -40,6 +42,8 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 
 from tests.integrations.parts import (
     WIDTH,
+    chat_model,
+    chat_tokenizer,
     embedded,
     picture,
     t5,
@@ -155,6 +159,17 @@ def experts(directory: Path) -> Any:
     return WanPipeline(tokenizer(directory), t5(), video_vae(), scheduler, *models, boundary_ratio=0.875)
 
 
+def z_image(directory: Path) -> Any:
+    """Its denoiser takes lists with an image, and the tokens of a text, in each entry."""
+    model = ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    ).eval()  # fmt: skip
+    for token in (model.x_pad_token, model.cap_pad_token):  # which are whatever was in memory
+        torch.nn.init.normal_(token, std=0.02)
+    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae(), chat_model(), chat_tokenizer(), model)
+
+
 ANY_PROMPT = {"prompt": "a red fox"}
 VIDEO = {**ANY_PROMPT, "height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}
 PIPELINES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
@@ -178,6 +193,7 @@ PIPELINES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "dit": (dit, {"class_labels": [1]}),
     "wan": (wan, VIDEO),
     "experts": (experts, VIDEO),
+    "z_image": (z_image, {**ANY_PROMPT, "height": 16, "width": 16}),
 }  # fmt: skip
 
 

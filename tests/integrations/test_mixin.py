@@ -184,6 +184,12 @@ def test_keep_modules_in_fp32(case: Case) -> None:
     assert case.run(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["unet"])
+def test_a_module_that_is_not_there(case: Case) -> None:
+    with pytest.raises(SpecError, match=r"names 'conv_inn', which is no module of \w+, nor a part"):
+        case.load(quantization_config=TfqcConfig(modules_to_not_convert=["conv_inn"]))
+
+
 @ALL
 def test_modules_to_not_convert(case: Case) -> None:
     whole = case.load()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.pag.pipeline_pag_sd import StableDiffusionPAGPipeline
 
 import tfqc
 from tests.cli.factories import tiny
@@ -75,6 +76,7 @@ def test_a_pipeline_makes_the_same_images(name: str, tmp_path: Path) -> None:
     ("name", "target"),
     [
         ("flux", "cpu-int8"), ("controlnet", "cpu-int8"), ("experts", "cpu-int8"), ("sdxl", PLAIN),
+        ("z_image", "cpu-int8"),
     ],
 )  # fmt: skip
 def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
@@ -87,6 +89,18 @@ def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
     assert np.array_equal(got, images(pipe, call))
     other = images(pipe, call, num_inference_steps=3)
     assert np.isfinite(other).all() and not np.array_equal(other, got)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_a_prompt_of_another_length(guidance: float, tmp_path: Path) -> None:
+    """Also where all that it was calibrated on have the same: one prompt, and no negative one."""
+    pipe, call = pipeline("z_image", tmp_path)
+    own = {**call, "guidance_scale": guidance}
+    texts = ["a", "a red fox that looks back at us over its shoulder"]
+    wanted = [images(pipe, own, prompt=text) for text in texts]
+    tfqc.quantize(pipe, PLAIN, steps=4, calibration=[own])
+    for text, want in zip(texts, wanted, strict=True):
+        assert np.abs(images(pipe, own, prompt=text) - want).max() < 1e-4
 
 
 def test_each_expert_is_compiled_on_its_own_calls(tmp_path: Path) -> None:
@@ -122,11 +136,12 @@ def installed(directory: Path) -> Path:
     return directory
 
 
-def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "parts"), [("sd", "all"), ("z_image", "denoiser")])
+def test_a_fresh_process_loads_it(name: str, parts: str, tmp_path: Path) -> None:
     """It never says `import tfqc`. Text encoder and autoencoder are compiled, too."""
-    pipe, call = pipeline("sd", tmp_path)
-    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=1, parts="all")
-    assert pipe.unet.facts["target"] == "cpu-int8"
+    pipe, call = pipeline(name, tmp_path)
+    tfqc.quantize(pipe, "cpu-int8", steps=4, calibration=[call], parts=parts)
+    assert all(model.facts["target"] == "cpu-int8" for model in denoisers(pipe).values())
     want = images(pipe, call)
     pipe.save_pretrained(tmp_path / "saved")
     code = (
@@ -134,7 +149,7 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
         "from diffusers import DiffusionPipeline\n"
         "import numpy, torch\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        f"made = pipe({call['prompt']!r}, num_inference_steps=4, num_images_per_prompt=2, output_type='np',\n"
+        f"made = pipe(**{call!r}, num_inference_steps=4, num_images_per_prompt=2, output_type='np',\n"
         "            generator=torch.Generator().manual_seed(1)).images\n"
         "numpy.save(sys.argv[2], made)\n"
     )
@@ -250,6 +265,39 @@ def test_a_directory_that_was_saved_to_again(tmp_path: Path) -> None:
     for copied in (lambda: copy.deepcopy(pipe.unet), lambda: pipe.unet.save_pretrained(tmp_path / "again")):
         with pytest.raises(ValueError, match=r"out holds another model than the one that was loaded from it"):
             copied()
+
+
+def test_an_artifact_of_another_model(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    example = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([5, 5])}
+    text = {"encoder_hidden_states": torch.randn(2, 16, 24)}
+    for model, more, said in (
+        (unet(cross_attention_dim=24), text, "its encoder_hidden_states has 24 channels, and this one's 32"),
+        (PIPELINES["ddpm"][0](tmp_path).unet, {"sample": torch.randn(2, 3, 8, 8)}, "it is a UNet2DModel"),
+    ):
+        made = tfqc.compile(model, PLAIN, schedule=[5, 3], example_inputs=example | more)
+        where = made.save(tmp_path / type(model).__name__)
+        with pytest.raises(TfqcError, match=f"holds another model than this pipeline's UNet2DConditionModel: {said}"):
+            into(where, pipe)
+
+
+def test_a_pipeline_that_changes_attention(tmp_path: Path) -> None:
+    """Perturbed attention guidance puts processors of its own into the denoiser, run by run."""
+    pipe, call = pipeline("sd", tmp_path)
+    pipe = StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False, pag_applied_layers="down")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(CalibrationError, match="changes the attention of its unet while it runs"):
+        tfqc.quantize(pipe, PLAIN, steps=2, calibration=[call])
+    off = {**call, "pag_scale": 0.0}
+    want = images(pipe, off)
+    assert np.abs(images(tfqc.quantize(pipe, PLAIN, steps=4, calibration=[off]), off) - want).max() < 1e-4
+
+
+def test_a_pipeline_of_pipelines(tmp_path: Path) -> None:
+    pipe, _ = pipeline("sd", tmp_path)
+    pipe.prior_pipe = pipeline("ddpm", tmp_path)[0]
+    with pytest.raises(TfqcError, match=r"quantize each of them \(tfqc\.quantize\(pipe\.prior_pipe\)\)"):
+        tfqc.quantize(pipe)
 
 
 @pytest.mark.parametrize("dtype", ["float99", "load", 3, None])

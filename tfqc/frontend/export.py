@@ -7,9 +7,7 @@ import os
 import re
 import traceback
 import warnings
-from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from tfqc.frontend.lengths import symbolic_lengths
 from tfqc.frontend.names import printable, tensor_names
 from tfqc.ir.program import Input, Origin, Role
 from tfqc.runtime.outputs import Structure, taken_apart
+from tfqc.sampling.untouched import untouched
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
@@ -85,7 +84,7 @@ def export(
     hook = model.register_forward_hook(take_apart)
     try:
         with (
-            evaluating(model), warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _Attached(),
+            evaluating(model), warnings.catch_warnings(), torch.no_grad(), untouched(model), _Attached(),
             dense_attention(model), symbolic_lengths(model), hushed(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
@@ -106,32 +105,6 @@ def export(
         ) from error
     finally:
         hook.remove()
-
-
-@contextmanager
-def _as_it_was(model: torch.nn.Module) -> Generator[None]:
-    """What modules keep beside parameters and buffers is put back: caches would hold tensors without values, and hooks
-    that a model gives itself at its first call (transformers' do) would be given twice."""
-    ours = {"_parameters", "_buffers", "_modules"}
-    kept = [(vars(module), {k: v for k, v in vars(module).items() if k not in ours}) for module in model.modules()]
-    kept += [(vars(v), dict(vars(v))) for _, own in list(kept) for v in own.values() if _keeps_things(v)]
-    lists = [(v, list(v)) for _, own in kept for v in own.values() if type(v) is list]
-    kept += [(v, dict(v)) for _, own in list(kept) for v in own.values() if type(v) in (dict, OrderedDict)]
-    try:
-        yield
-    finally:
-        for items, before in lists:
-            items[:] = before
-        for now, before in kept:
-            for name in now.keys() - before.keys() - ours:
-                del now[name]
-            now.update(before)
-
-
-def _keeps_things(value: Any) -> bool:
-    """True for an object of the model's own code that is no module."""
-    theirs = type(value).__module__.partition(".")[0] in ("builtins", "torch", "collections", "functools", "types")
-    return hasattr(value, "__dict__") and not theirs and not isinstance(value, (torch.nn.Module, Tensor, type, dict))
 
 
 _PAD_SEQUENCE = torch._C._nn.pad_sequence  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,7 +19,7 @@ from tfqc.ir.types import TensorType
 
 # What diffusers calls the inputs of its denoisers. Anything else that is a tensor is constant over one image.
 SAMPLE_NAMES = {"sample", "hidden_states", "x", "latents", "noisy_latents", "x_t"}
-TIME_NAMES = {"timestep", "timesteps", "t", "time", "time_step", "sigma"}
+TIME_NAMES = {"timestep", "timesteps", "t", "time", "time_step", "sigma", "timestep_ratio"}
 
 _UNKNOWN = TensorType(torch.float32, ())  # until torch.export has told
 

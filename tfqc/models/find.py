@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tfqc.errors import CaptureError, suggest
+from tfqc.frontend.inputs import SAMPLE_NAMES, TIME_NAMES, parameters_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.models.examples import example_inputs
 from tfqc.models.spec import ModelSpec
@@ -81,8 +82,18 @@ def _advice(name: str) -> str:
 
 
 def denoisers_in(pipeline: Any) -> list[str]:
-    """What a pipeline calls its denoisers; several where they share the steps (two experts, one for each part)."""
-    return [name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), torch.nn.Module)]
+    """What a pipeline calls its denoisers; several where they share the steps (two experts, one for each part).
+
+    Where it uses none of the usual names, they are the models that take a sample and a time.
+    """
+    named = [name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), torch.nn.Module)]
+    parts: dict[str, Any] = {} if named else getattr(pipeline, "components", {})
+    return named or [name for name, part in parts.items() if isinstance(part, torch.nn.Module) and _denoises(part)]
+
+
+def _denoises(model: torch.nn.Module) -> bool:
+    names = parameters_of(model).keys()
+    return not names.isdisjoint(SAMPLE_NAMES) and not names.isdisjoint(TIME_NAMES)
 
 
 def denoiser_in(pipeline: Any) -> str | None:

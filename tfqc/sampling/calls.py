@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tfqc.errors import CalibrationError
 from tfqc.files.storage import read_tensors, write_tensors
+from tfqc.ir.program import Program
 from tfqc.runtime.call import EACH
+from tfqc.runtime.fixed import has_fixed_value
 from tfqc.runtime.groups import Given, groups_of
 from tfqc.runtime.plan import Plan
 from tfqc.sampling.data import Calibration
@@ -89,6 +91,22 @@ class ModelCalls:
                     times[time] = torch.full((len(noise),), t)
                 calls.append({**given, **times})
         return cls(tuple(calls), 1.0, data.seed)
+
+    def check_fixed(self, program: Program) -> None:
+        """Refuse calls that give an input another value than the one that the program was captured for.
+
+        Raises:
+            CalibrationError: a call has another value.
+        """
+        for path, value in program.constants.items():
+            name = ".".join(path)
+            given = [call[name] for call in self.calls if name in call]
+            if isinstance(value, str) and not all(has_fixed_value(value, tensor) for tensor in given):
+                raise CalibrationError(
+                    f"{program.model} decides by the values of {name}, so it is compiled for one of them, and has "
+                    "several here: calibrate on one (a single prompt, without guidance), or compile a module around "
+                    "it that takes texts without padding and gives it masks of ones."
+                )
 
     def in_groups(self, plan: Plan) -> ModelCalls:
         """For a model that computes a fixed number of images at once: calls of so many, by the paths of its inputs

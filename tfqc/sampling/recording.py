@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from tfqc.runtime.plan import as_time
 from tfqc.sampling.schedule import SamplingSchedule
 from tfqc.sampling.scheduler import set_to, steps_of
+from tfqc.sampling.untouched import untouched
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Recording:
     """A run of a pipeline.
 
     calls: arguments of each call of the denoiser by name, as they were. steps: for each step of the scheduler, its
-    timestep and how many calls came before it. scheduler: as it was set, before its first step.
+    timestep and how many calls came before it. scheduler: as it was set, before its first step. changed: the pipeline
+    had changed the denoiser's attention by the first call.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     steps: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
     scheduler: Any = None
+    changed: bool = False
 
     def schedule(self, time: str) -> SamplingSchedule:
         """The times that the denoiser was called with, under the name of one of its arguments, and the scheduler.
@@ -114,10 +117,12 @@ def _recorded(pipeline: Any, denoiser: torch.nn.Module, found: Recording, run: b
     signature = inspect.signature(forward)
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     answers: dict[Any, Any] = {}
+    attention = _attention(denoiser)
 
     @functools.wraps(forward)
     def recorded(*args: Any, **kwargs: Any) -> Any:
         if found.scheduler is None:
+            found.changed = _attention(denoiser) != attention
             found.scheduler = copy.deepcopy(pipeline.scheduler)
             for patched in ("step", "set_timesteps"):
                 vars(found.scheduler).pop(patched, None)
@@ -132,6 +137,11 @@ def _recorded(pipeline: Any, denoiser: torch.nn.Module, found: Recording, run: b
         return answers[key]
 
     return recorded
+
+
+def _attention(denoiser: torch.nn.Module) -> list[int]:
+    """What computes each attention: pipelines put others in their place (perturbed guidance) and take them away."""
+    return [id(module.processor) for module in denoiser.modules() if hasattr(module, "processor")]
 
 
 def _counted(step: Callable[..., Any], found: Sequence[Recording]) -> Callable[..., Any]:
@@ -174,7 +184,8 @@ def _on_meta(denoiser: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     tensors = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     args, kwargs = pytree.tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
-    return torch.func.functional_call(denoiser, on_meta, args, kwargs)
+    with untouched(denoiser):
+        return torch.func.functional_call(denoiser, on_meta, args, kwargs)
 
 
 def _number(time: Any) -> float:

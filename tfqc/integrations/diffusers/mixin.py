@@ -12,7 +12,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from tfqc.errors import SpecError, TfqcError
+from tfqc.errors import SpecError, TfqcError, suggest
 from tfqc.integrations.diffusers.layers import Int8Layer, replace_layers, restore_layers
 from tfqc.quant.step_policy import policy_in
 from tfqc.version import __version__
@@ -120,6 +120,14 @@ class TfqcQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
+        names = [name for name, _ in model.named_modules()]
+        keys = sorted({key for name in names for key in name.split(".")} - {""})
+        for part in self.modules_to_not_convert:
+            if not any(_within(name, part) for name in names):
+                raise SpecError(
+                    f"modules_to_not_convert names {part!r}, which is no module of {type(model).__name__}, nor a part "
+                    f"of a name of one.{suggest(part, keys)}"
+                )
         self.modules_to_not_convert += keep_in_fp32_modules or []
         if not replace_layers(model, lambda name: not any(_within(name, m) for m in self.modules_to_not_convert)):
             raise TfqcError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -13,6 +15,7 @@ from diffusers.utils.outputs import BaseOutput
 
 from tfqc.codegen.artifact import MANIFEST, read_manifest
 from tfqc.errors import TfqcError
+from tfqc.frontend.inputs import parameters_of
 from tfqc.frontend.unwrap import unwrapped
 from tfqc.integrations.diffusers.denoiser import TfqcDenoiser, runtime_of
 from tfqc.integrations.diffusers.names import full_name
@@ -29,9 +32,14 @@ def denoisers_of(pipe: Any) -> list[str]:
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TfqcError(f"A {type(pipe).__name__} is no pipeline of diffusers: give a loaded one, or tfqc.compile it.")
+    if several := [name for name, part in vars(pipe).items() if isinstance(part, DiffusionPipeline)]:
+        raise TfqcError(
+            f"{type(pipe).__name__} is made of other pipelines: quantize each of them "
+            f"({', '.join(f'tfqc.quantize(pipe.{name})' for name in several)})."
+        )
     parts = denoisers_in(pipe)
     if not parts:
-        raise TfqcError(f"{type(pipe).__name__} has neither a unet nor a transformer to compile.")
+        raise TfqcError(f"{type(pipe).__name__} has no unet, no transformer and no other denoiser to compile.")
     for part in parts:
         if isinstance(getattr(pipe, part), TfqcDenoiser):
             raise TfqcError(f"The {part} of this {type(pipe).__name__} is compiled already: load the pipeline anew.")
@@ -45,7 +53,7 @@ def into(directory: str | Path, pipe: Any) -> Any:
         directory: the denoiser's artifact; where there are several, one within it for each, under the part's name.
 
     Raises:
-        TfqcError: the pipeline has no denoiser, or there is no artifact for it.
+        TfqcError: the pipeline has no denoiser, or there is no artifact for it, or one of another model.
     """
     parts, directory = denoisers_of(pipe), Path(directory)
     several = not (directory / MANIFEST).is_file()
@@ -66,6 +74,8 @@ def place_of(directory: str | Path, part: str, several: bool) -> Path:
 
 def _made(model: Any, directory: Path) -> TfqcDenoiser:
     model, manifest = unwrapped(model), read_manifest(directory)
+    if why := _is_of_another(manifest, model):
+        raise TfqcError(f"{directory} holds another model than this pipeline's {type(model).__name__}: {why}.")
     facts = {
         "target": manifest["target"],
         "model_class": full_name(type(model)),
@@ -73,6 +83,23 @@ def _made(model: Any, directory: Path) -> TfqcDenoiser:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return TfqcDenoiser(directory.resolve(), dict(model.config), facts | runtime_of(manifest))
+
+
+def _is_of_another(manifest: Mapping[str, Any], model: Any) -> str:
+    """Why an artifact cannot be a model's, as the end of a sentence; empty where nothing speaks against it."""
+    name, config = manifest["model"], dict(model.config)
+    if name != type(model).__name__ and hasattr(diffusers, name):
+        return f"it is a {name}"
+    inputs = {item["path"][0]: item["type"].split("x") for item in manifest["inputs"]}  # Bx4x8x8xf32
+    if strange := [argument for argument in inputs if argument not in parameters_of(model)]:
+        return f"it takes {strange[0]!r}"
+    text = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+    own = {"sample": (1, config.get("in_channels")), "encoder_hidden_states": (2, text)} if "sample" in inputs else {}
+    for argument, (dim, channels) in own.items():  # of U-Nets, whose configs say it in the same words
+        shape = inputs.get(argument, [])
+        if isinstance(channels, int) and shape[dim : dim + 1] not in ([], [str(channels)]):
+            return f"its {argument} has {shape[dim]} channels, and this one's {channels}"
+    return ""
 
 
 def _output_class(model: torch.nn.Module) -> type:

@@ -19,7 +19,7 @@ from tfqc.arguments import check_others, read_pipeline, read_plan, read_step_pol
 from tfqc.codegen.artifact import Artifact, check_output
 from tfqc.codegen.target import Target
 from tfqc.driver import compile
-from tfqc.errors import CalibrationError, SpecError, TfqcError
+from tfqc.errors import CalibrationError, CaptureError, SpecError, TfqcError
 from tfqc.frontend.dynamic import DynamicDims
 from tfqc.frontend.taken import inputs_of
 from tfqc.frontend.unwrap import unwrapped
@@ -29,6 +29,7 @@ from tfqc.integrations.diffusers.layers import restored
 from tfqc.integrations.diffusers.parts import ALL, DENOISER, beside, compile_part
 from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
 from tfqc.integrations.diffusers.prompts import Prompts, model_inputs, runs_of
+from tfqc.integrations.diffusers.sizes import alike, differing_sizes, with_sizes
 from tfqc.ir.program import Role
 from tfqc.passing.pipeline import Pipeline
 from tfqc.progress import Progress
@@ -98,6 +99,7 @@ def quantize(
         target, pipeline = without_data(target, strategy)
     if isinstance(calibration, Iterable) and not isinstance(calibration, (str, Tensor, Mapping)):
         calibration = list(calibration)  # pyright: ignore[reportAssignmentType, reportUnknownArgumentType]
+    further: dict[str, list[Mapping[str, Any]]] = {}
     if (given := model_inputs([getattr(pipe, part) for part in denoisers], calibration)) is not None:
         if others:
             raise CalibrationError("Calls of the denoiser tell nothing of other parts: give prompts, or no parts.")
@@ -105,6 +107,7 @@ def quantize(
     else:
         runs = runs_of(pipe, calibration if told else 1, _common(pipe, steps, call or {}), seed, whole=bool(others))
         recordings = _recorded(pipe, denoisers, others, runs, progress, run_denoisers=told)
+        further = _of_another_prompt(pipe, denoisers, runs[0])
     kept = None if directory is not None else _Temporary()
     where = kept.path / "artifact" if kept else Path(str(directory))
     several, made = len(denoisers) + len(others) > 1, list[str]()
@@ -128,21 +131,30 @@ def quantize(
         calls = [call for recording in found for call in recording.calls]
         example = {name: value for name, value in calls[0].items() if name != "return_dict"}
         time = next((item.path[0] for item, _ in inputs_of(model, example) if item.role is Role.TIME), None)
-        artifact = compile(
-            model,
-            target,
-            schedule=None if time is None else next(each for each in found if each.calls).schedule(time),
-            calibration=calls if told else calls[:1],
-            pipeline=pipeline,
-            strategy=strategy,
-            plan=plan,
-            step_policy=policies[part],
-            example_inputs=example,
-            dynamic=dynamic,
-            seed=seed,
-            progress=progress,
-            require_real=require_real,
-        )
+        options: dict[str, Any] = {
+            "schedule": None if time is None else next(each for each in found if each.calls).schedule(time),
+            "pipeline": pipeline,
+            "strategy": strategy,
+            "plan": plan,
+            "step_policy": policies[part],
+            "example_inputs": example,
+            "seed": seed,
+            "progress": progress,
+            "require_real": require_real,
+        }
+        sizes = differing_sizes(model, [*calls, *further.get(part, [])])
+        calls = calls if told else calls[:1]
+        try:
+            artifact = compile(model, target, calibration=calls, dynamic=with_sizes(dynamic, sizes), **options)
+        except CaptureError as error:
+            if not sizes:
+                raise
+            artifact = compile(model, target, calibration=alike(model, calls), dynamic=dynamic, **options)
+            what = ", ".join(f"{name}[{dim}]" for name, dims in sizes.items() for dim in dims)
+            warnings.warn(
+                f"The {part} of this {type(pipe).__name__} takes {what} as in its first call, no other sizes: {error}",
+                stacklevel=2,
+            )
         save(part, artifact)
     into(where, pipe)
     for place in made:
@@ -179,12 +191,33 @@ def _recorded(
             for part, recording in zip(found, made, strict=True):
                 found[part].append(recording)
     for part in parts:
+        if any(recording.changed for recording in found[part]):
+            raise CalibrationError(
+                f"{type(pipe).__name__} changes the attention of its {part} while it runs, which no compiled model "
+                "can follow: switch that off (of perturbed attention guidance by call={'pag_scale': 0.0})."
+            )
         if not any(recording.calls for recording in found[part]):
             raise CalibrationError(
                 f"{type(pipe).__name__} did not call its {part}: take a number of steps at which it does, or a "
                 f"pipeline without it ({part}=None)."
             )
     return found
+
+
+def _of_another_prompt(pipe: Any, parts: Sequence[str], run: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Calls of each denoiser, which answers with zeros, for a prompt of another length: where that gives another number
+    of tokens, all prompts of a calibration may have had the same by chance."""
+    if not isinstance(run.get("prompt"), str):
+        return {}
+    prompt = run["prompt"]  # a shorter one, where there is: of a longer one tokenizers may say that they cut it
+    other = {**run, "prompt": "a fox" if len(prompt.split()) > 2 else f"{prompt} in the snow"}
+    models = [getattr(pipe, part) for part in parts]
+    try:
+        with _quiet(pipe):
+            made = record_each(pipe, models, other)
+    except Exception:  # a prompt that this pipeline does not take tells nothing
+        return {}
+    return {part: list[Mapping[str, Any]](recording.calls) for part, recording in zip(parts, made, strict=True)}
 
 
 def _policies(pipe: Any, parts: Sequence[str], given: StepPolicy | None) -> dict[str, StepPolicy]:

@@ -20,7 +20,8 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Reorder the sample once on its way in and the outputs once on their way out, and nothing in between."""
+    """Reorder the sample once on its way in and the outputs once on their way out, and nothing in between but what
+    becomes complex."""
 
     name: ClassVar[str] = "channels-last"
     needs: ClassVar[Stage] = Stage.LOWERED
@@ -34,6 +35,9 @@ class ChannelsLast(Pass):
                 edit.replace(node, node.all_input_nodes[0])
             elif is_call(node, *_VIEWS):
                 edit.become(node, aten.reshape.default, node.kwargs["self"], node.kwargs["size"])
+            elif is_call(node, aten.view_as_complex.default):  # takes pairs that lie beside each other
+                value = node.all_input_nodes[0]
+                edit.reread(node, value, edit.insert(node, aten.contiguous.default, value, like=value))
         for item in program.input(Role.SAMPLE):
             if len(item.type.shape) == 4:
                 sample = program.node(item.name)

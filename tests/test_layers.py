@@ -45,6 +45,20 @@ class Experts(nn.Module):
         return ((one + torch.einsum("bsd,ndf->bsnf", x, self.matrices)) * share[..., None]).sum(2)
 
 
+class Rotated(nn.Module):
+    """Pairs along the width of an image turned as complex numbers: torch has them beside each other in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 1)
+        self.turns = nn.Buffer(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(3, (-1, 2)))
+        turned = pairs * torch.polar(torch.ones(4), self.turns[:, 0].float())
+        return self.conv(torch.view_as_real(turned).flatten(3).to(x.dtype))
+
+
 # name -> first layer, second layer, shape of the sample, operations that stay in floating point, quantized weights
 CASES: dict[str, tuple[Any, Any, tuple[int, ...], set[str], int]] = {
     "conv1d": (lambda: nn.Conv1d(8, 8, 3, padding=1), lambda: nn.Conv1d(8, 8, 1), (2, 8, 16), set(), 2),
@@ -67,6 +81,7 @@ CASES: dict[str, tuple[Any, Any, tuple[int, ...], set[str], int]] = {
     "rms norm": (
         lambda: nn.Linear(8, 8), lambda: nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)), (2, 5, 8), set(), 2,
     ),
+    "rotated": (lambda: nn.Conv2d(4, 8, 3, padding=1), Rotated, (2, 4, 8, 8), set(), 2),
     "experts": (lambda: nn.Linear(8, 8), Experts, (2, 5, 8), {"aten.einsum.default"}, 6),
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ class HalfPrecision(Pass):
                 continue
             before = (node.args, node.kwargs)
             for value in node.all_input_nodes:
-                node.replace_input_with(value, _cast(edit, node, value, _wanted(node, value), casts))
+                node.replace_input_with(value, _cast(edit, node, value, _wanted(program, node, value), casts))
             stored, cast = Stores.of(node), Cast.of(node)
             if stored is not None and stored.out == "f32":
                 node.update_kwarg("out", "f16")
@@ -69,14 +69,21 @@ def _was_half(program: Program, cast: fx.Node, halves: set[fx.Node]) -> bool:
     return isinstance(type_, TensorType) and type_.dtype is torch.float16 and value not in halves
 
 
-def _wanted(node: fx.Node, value: fx.Node) -> torch.dtype | None:
+def _wanted(program: Program, node: fx.Node, value: fx.Node) -> torch.dtype | None:
     """The floating point type in which an operation reads a value; None if it does not read it."""
+    if any(_is_complex(program, n) for n in (node, *node.all_input_nodes)):
+        return torch.float32  # there are next to no operations on complex numbers of half precision
     if node.target in SHAPE_ONLY or Cast.of(node):
         return None
     if Stores.of(node):
         read_as = {name for name, given in node.kwargs.items() if given is value}
         return torch.float16 if read_as & _VALUES else torch.float32
     return torch.float32 if is_call(node, *_WIDE) else torch.float16
+
+
+def _is_complex(program: Program, node: fx.Node) -> bool:
+    type_ = program.types[node.name]
+    return isinstance(type_, TensorType) and type_.dtype.is_complex
 
 
 def _cast(

@@ -59,6 +59,21 @@ class Rotated(nn.Module):
         return self.conv(torch.view_as_real(turned).flatten(3).to(x.dtype))
 
 
+class Chosen(nn.Module):
+    """What gives several values: the tokens that a gate chooses, in order, and how all are spread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.last = nn.Linear(8, 1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).squeeze(-1).topk(3, 1)
+        order, _ = chosen.sort(1)
+        spread, mean = torch.var_mean(x.float(), 1, keepdim=True)
+        largest = x.gather(1, order[..., None].expand(-1, -1, 8)).max(1, keepdim=True)
+        return self.last(x * weight.sum(1)[:, None, None] + (mean + spread).to(x.dtype) + largest.values)
+
+
 # name -> first layer, second layer, shape of the sample, operations that stay in floating point, quantized weights
 CASES: dict[str, tuple[Any, Any, tuple[int, ...], set[str], int]] = {
     "conv1d": (lambda: nn.Conv1d(8, 8, 3, padding=1), lambda: nn.Conv1d(8, 8, 1), (2, 8, 16), set(), 2),
@@ -82,6 +97,7 @@ CASES: dict[str, tuple[Any, Any, tuple[int, ...], set[str], int]] = {
         lambda: nn.Linear(8, 8), lambda: nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)), (2, 5, 8), set(), 2,
     ),
     "rotated": (lambda: nn.Conv2d(4, 8, 3, padding=1), Rotated, (2, 4, 8, 8), set(), 2),
+    "chosen": (lambda: nn.Linear(8, 8), Chosen, (2, 5, 8), set(), 3),
     "experts": (lambda: nn.Linear(8, 8), Experts, (2, 5, 8), {"aten.einsum.default"}, 6),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from tfqc.ir.ops import is_view, op_name
 from tfqc.ir.program import BEGIN, STEP, TIME, Program
 from tfqc.ir.render import render
 from tfqc.ir.rows import Memory
+from tfqc.ir.types import ScalarType
 from tfqc.ir.views import Tiles, Upsample
 
 # Which file holds the kernel of an operation.
@@ -117,7 +118,7 @@ def _line(program: Program, node: fx.Node, k: str, stored: Stored) -> str:
         case "upsample":
             operands = f"{value(Upsample(node).input, stored)}, {upsampling(node)}"
         case "view" | "torch":
-            scalar = program.tensor_type(node) is None and method == "torch"
+            scalar = isinstance(program.type(node), ScalarType)
             if scalar or item_of(node) or is_call(node, torch.ops.aten.sym_size.int):
                 return expression(node, stored)
             callee = operation if operation.startswith(("aten.", "torch.")) else operation.split(".")[1]

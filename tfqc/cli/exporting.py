@@ -34,10 +34,13 @@ def export(
     in the schedule is computed as the nearest one. `comfy-int8` is a file of int8 weights, rotated (ConvRot), and
     `nunchaku-lite` a folder of diffusers with 4-bit weights; both are made of a model, and no data.
     """
-    if form == "pt2":
-        value, text = _program(subject, out)
-    else:
-        value, text = _weights(subject, out, form, [part for part in skip.split(",") if part], group, rank)
+    from tfqc.cli.progress import StderrProgress
+
+    with StderrProgress() as progress, progress.busy(f"exporting to {form}"):
+        if form == "pt2":
+            value, text = _program(subject, out)
+        else:
+            value, text = _weights(subject, out, form, [part for part in skip.split(",") if part], group, rank)
     show(value, text, as_json)
 
 

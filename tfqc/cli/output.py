@@ -1,7 +1,7 @@
 """What commands print, and how they end.
 
 Results go to stdout (with `--json`: one JSON value and nothing else), progress, notes and errors to stderr. Exit codes:
-0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C.
+0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -21,7 +24,11 @@ from tfqc.errors import TfqcError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what it had begun to write is taken away."""
 
 
 def show(value: Any, text: str, as_json: bool) -> None:
@@ -43,13 +50,32 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with _terminable():
+                return command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("TFQC_DEBUG"):
                 raise
             _fail(error, bool(kwargs.get("as_json")))
 
     return run
+
+
+@contextmanager
+def _terminable() -> Generator[None]:
+    """Where nobody else has an eye on SIGTERM, it is an exception."""
+
+    def terminate(_number: int, _frame: Any) -> NoReturn:
+        raise Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fail(error: BaseException, as_json: bool) -> NoReturn:
@@ -64,7 +90,7 @@ def _fail(error: BaseException, as_json: bool) -> NoReturn:
         case KeyboardInterrupt():
             # What was kept is part of the sentence: it is what the user wants to know.
             message = " ".join(["Interrupted.", *(notes or ["Nothing was written."])])
-            notes, code = [], INTERRUPTED
+            notes, code = [], TERMINATED if isinstance(error, Terminated) else INTERRUPTED
         case TfqcError():
             message = str(error)
         case OSError() if error.filename is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +44,14 @@ class StderrProgress:
     def say(self, text: str) -> None:
         """One line for the user."""
         note(text)
+
+    @contextmanager
+    def busy(self, what: str) -> Generator[None]:
+        """Show that one thing is under way, of which nobody can tell how far it is."""
+        job = self.track(range(1), what)
+        next(job)
+        yield
+        next(job, None)
 
     def _job(self, items: Iterable[Any], what: str, total: int | None) -> Generator[Any]:
         began, done = time.perf_counter(), 0

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import tfqc
-from tests.cli.factories import tiny
 from tests.integrations.pipelines import pipeline
 from tfqc.errors import ArtifactError, PipelineError, SpecError
 from tfqc.integrations.diffusers import TfqcConfig
@@ -22,8 +21,10 @@ RUNTIME = {"diffusion_step_policy": POLICY.to_config()}
 
 
 def test_it_stands_in_the_config_that_is_saved(tmp_path: Path) -> None:
-    tfqc.compile(tiny(), pipeline=PIPELINE, steps=3, step_policy=POLICY).save(tmp_path / "made")
     pipe, _ = pipeline("ddpm", tmp_path)
+    tfqc.compile(pipe.unet, schedule=pipe.scheduler, pipeline=PIPELINE, steps=3, step_policy=POLICY).save(
+        tmp_path / "made"
+    )
     into(tmp_path / "made", pipe)
     pipe.unet.save_pretrained(tmp_path / "unet")
     manifest = json.loads((tmp_path / "unet" / "artifact.tfqc" / "manifest.json").read_text())

@@ -63,3 +63,7 @@ def test_it_reaches_the_denoisers_in_its_scope(tmp_path: Path) -> None:
     pipe.unet.register_to_config(quantization_config={"runtime": RUNTIME})
     with pytest.raises(PipelineError, match="No pass of the pipeline protects steps"):
         tfqc.quantize(pipe, "fake-quant", **given)
+    others = {"diffusion_step_policy": StepPolicy(1, scope=("transformer",)).to_config()}
+    pipe.unet.register_to_config(quantization_config={"runtime": others})
+    with pytest.warns(UserWarning, match="The unet's own step policy is for transformer, so it is not carried out"):
+        tfqc.quantize(pipe, "fake-quant", **given)

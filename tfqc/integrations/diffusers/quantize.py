@@ -228,6 +228,13 @@ def _policies(pipe: Any, parts: Sequence[str], given: StepPolicy | None) -> dict
             f"The step policy is for {', '.join(given.scope)}, and this {type(pipe).__name__} has "
             f"{', '.join(parts)}: name it in the policy's scope."
         )
+    for part, policy in found.items():
+        if given is None and policy != StepPolicy() and part not in policy.scope:
+            warnings.warn(
+                f"The {part}'s own step policy is for {', '.join(policy.scope)}, so it is not carried out: give "
+                "step_policy= where it is meant for it.",
+                stacklevel=3,
+            )
     return {part: policy if part in policy.scope else StepPolicy() for part, policy in found.items()}
 
 

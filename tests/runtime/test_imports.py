@@ -21,7 +21,7 @@ print("\\n".join(new))
     ("module", "ours", "most"),
     [
         ("tfqc.runtime", ("tfqc.runtime",), 20),
-        ("tfqc.backends.cpu_int8.runtime.engine", ("tfqc.runtime", "tfqc.backends.cpu_int8.runtime"), 39),
+        ("tfqc.backends.cpu_int8.runtime.engine", ("tfqc.runtime", "tfqc.backends.cpu_int8.runtime"), 40),
         ("tfqc.backends.cuda_int4.runtime.engine", ("tfqc.runtime", "tfqc.backends.cuda_int4.runtime"), 40),
     ],
 )

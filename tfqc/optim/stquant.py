@@ -31,7 +31,8 @@ class STQuantAdam(torch.optim.Optimizer):
     Args:
         params: as of any optimizer; float32, bfloat16 or float16. The arithmetic is float32.
         lr, betas, eps, weight_decay: of AdamW.
-        budget: bits of a value of a moment, on average, with its scales. At least 4.25, which is what all start with.
+        budget: bits of a value of a moment, on average, with its scales; nothing is raised beyond it. At least 4.25:
+            all start with 4 bits and scales.
         every: steps from one look at the factors to the next.
         seed: of the rounding.
 

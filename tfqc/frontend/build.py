@@ -17,6 +17,7 @@ from tfqc.frontend.guards import check_guards, guards_of
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.symbols import Symbols
 from tfqc.ir.calls import canonical
+from tfqc.ir.match import returned_value
 from tfqc.ir.ops import is_assertion, op_by_name, op_name, works_in_place
 from tfqc.ir.program import STEP, Input, Origin, Program, Role
 from tfqc.ir.schema import check_call
@@ -129,7 +130,7 @@ def build_program(
             program.types[new.name] = _type(naming, node)
             program.origins[new.name] = origin_of(node)
         elif node.op == "output":
-            _return(program, returned, [mapping[n] for n in pytree.tree_leaves(node.args[0])])
+            _return(program, returned, [mapping[n] for n in pytree.tree_leaves(returned_value(node))])
     program.prune()
     return program
 

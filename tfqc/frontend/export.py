@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import inspect
 import os
 import re
 import traceback
@@ -28,6 +28,7 @@ from tfqc.frontend.hushed import hushed
 from tfqc.frontend.inputs import keys_of
 from tfqc.frontend.lengths import symbolic_lengths
 from tfqc.frontend.names import printable, tensor_names
+from tfqc.ir.match import item_of
 from tfqc.ir.program import Input, Origin, Role
 from tfqc.runtime.outputs import Structure, taken_apart
 from tfqc.sampling.untouched import untouched
@@ -168,10 +169,10 @@ def inline_regions(root: fx.GraphModule) -> None:
         target = node.target
         if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in _REGIONS:
             continue
-        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-        region, operands = node.args[at], node.args[at + 1 :]
+        given = inspect.signature(target.__call__).bind(*node.args, **node.kwargs).arguments
+        region, operands = given["wrapped_func"], given["args"]
         body = getattr(root, str(region.target))
-        if target.name() == "wrap_with_autocast" and node.args[2]:
+        if given.get("enabled"):
             inside = next((origin_of(n).source for n in body.graph.nodes if n.op == "call_function"), "")
             raise CaptureError(
                 f"The model turns autocast on around {inside or 'nothing'}: convert it to the dtype that it is to run "
@@ -184,8 +185,9 @@ def inline_regions(root: fx.GraphModule) -> None:
             results = root.graph.graph_copy(body.graph, mapping)
         assert isinstance(results, (tuple, list))
         for user in list(node.users):
-            assert user.target is operator.getitem and isinstance(user.args[1], int)  # it picks one of the results
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[arg-type]
+            item = item_of(user)
+            assert item, "a region's results are picked one by one"
+            user.replace_all_uses_with(results[item[1]])  # type: ignore[arg-type]
             root.graph.erase_node(user)
         root.graph.erase_node(node)
         if not region.users:

@@ -152,6 +152,13 @@ def _made_by(node: fx.Node) -> fx.Node:
     return item[0] if (item := item_of(node)) else node
 
 
+def _number(view: fx.Node) -> int:
+    """Which of several results a view is."""
+    item = item_of(view)
+    assert item, f"{view} is no item"
+    return item[1]
+
+
 def _called(value: fx.Node) -> str:
     return f"the input {value.name!r}" if value.op == "placeholder" else f"the model's tensor {value.target!r}"
 
@@ -213,7 +220,7 @@ def _with_part(edit: Rewriter, before: fx.Node, whole: fx.Node, view: fx.Node, p
         case aten.narrow.default if isinstance(given["start"], int) and isinstance(given["length"], int):
             return cut(given["dim"], given["start"], given["start"] + given["length"])
         case aten.unbind.int:
-            return made_anew(aten.select_scatter.default, whole, part, given["dim"], view.args[1])
+            return made_anew(aten.select_scatter.default, whole, part, given["dim"], _number(view))
         case aten.permute.default:
             dims: Any = given["dims"]
             rank = len(dims)
@@ -240,8 +247,7 @@ def _with_part(edit: Rewriter, before: fx.Node, whole: fx.Node, view: fx.Node, p
 
 def _place(program: Program, view: fx.Node) -> tuple[int, int, int] | None:
     """Dimension, begin and end of a part of `chunk` or `split`; None where sizes do not tell."""
-    made, number = view.args
-    assert isinstance(made, fx.Node) and isinstance(number, int)
+    made, number = _made_by(view), _number(view)
     dim = made.kwargs.get("dim")
     parts: Any = getattr(program.type(made), "items", ())
     if not isinstance(dim, int):
@@ -257,4 +263,4 @@ def _viewed_again(edit: Rewriter, before: fx.Node, view: fx.Node, whole: fx.Node
     operands: dict[str, Any] = dict(made.kwargs)
     operands[next(iter(operands))] = whole
     again = edit.insert(before, made.target, like=view, **operands)
-    return again if made is view else edit.insert(before, operator.getitem, again, view.args[1], like=view)
+    return again if made is view else edit.insert(before, operator.getitem, again, _number(view), like=view)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx
 
 from tfqc.ir.data import BEGIN, STEP, TIME, ProgramData
+from tfqc.ir.match import returned_value
 from tfqc.ir.rows import BINDING_TIMES, BindingTime, Maintenance, Memory, Quantizer, RowSource, Schedule, Tib
 from tfqc.runtime.outputs import check_structure
 
@@ -116,5 +117,5 @@ def _output(source: RowSource, outputs: Mapping[str, int]) -> str:
 def _outputs(graph: fx.Graph) -> int:
     """How many values a function returns."""
     output = next((n for n in reversed(graph.nodes) if n.op == "output"), None)
-    several = isinstance(output, fx.Node) and isinstance(output.args[0], (list, tuple))
-    return len(output.args[0]) if several else 1  # type: ignore[union-attr, arg-type]
+    values = None if output is None else returned_value(output)
+    return len(values) if isinstance(values, (list, tuple)) else 1

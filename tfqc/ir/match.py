@@ -34,6 +34,16 @@ def item_of(value: Any) -> tuple[fx.Node, int] | None:
     return tuple(value.args) if is_call(value, operator.getitem) else None  # type: ignore[return-value]
 
 
+def returned_by(graph: fx.Graph) -> Any:
+    """What a graph returns: a node, or a structure of nodes."""
+    return returned_value(next(node for node in reversed(graph.nodes) if node.op == "output"))
+
+
+def returned_value(output: fx.Node) -> Any:
+    """What a graph's output node gives back."""
+    return output.args[0]
+
+
 def is_stored(value: Any) -> bool:
     """True for a tensor that the program holds."""
     return isinstance(value, fx.Node) and value.op == "get_attr"

@@ -19,6 +19,7 @@ from tfqc.errors import IRError
 from tfqc.ir.calls import written
 from tfqc.ir.cursor import TENSOR
 from tfqc.ir.data import ProgramData
+from tfqc.ir.match import returned_value
 from tfqc.ir.ops import op_name
 from tfqc.ir.types import TensorType, dtype_name
 
@@ -71,7 +72,7 @@ def _function(program: ProgramData, name: str, graph: fx.Graph) -> Iterator[str]
         if node.op == "call_function":
             yield f"  {render_node(program, node)}"
         elif node.op == "output":
-            yield f"  return {render_value(node.args[0])}"
+            yield f"  return {render_value(returned_value(node))}"
         elif node.op not in ("placeholder", "get_attr"):
             raise IRError(f"%{node.name} is a {node.op}: the IR holds only operations.")
     yield "}"

@@ -120,7 +120,7 @@ class Calibration:
                 parts[part][name] = tensor
             guidance, batch_size, seed = float(facts["guidance"]), int(facts["batch_size"]), int(facts["seed"])
         except KeyError as error:
-            name = error.args[0]
+            (name,) = error.args
             what = f"there is no {name}" if name in _NEEDED else f"{name[:100]!a} is no part of them"
             raise CalibrationError(f"{path} holds no calibration data: {what}.") from error
         except (CalibrationError, ValueError) as error:

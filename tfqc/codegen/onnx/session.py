@@ -13,6 +13,7 @@ from torch import Tensor
 from tfqc.errors import ArtifactError
 from tfqc.files.storage import read_text
 from tfqc.ir.interpret import plan_of
+from tfqc.ir.match import returned_by
 from tfqc.ir.parse import parse
 from tfqc.runtime import Plan, Stepper
 
@@ -39,7 +40,7 @@ class SessionModel(Stepper):
             )
         )
         self._taken = taken
-        self._returns_tuple = isinstance(next(n for n in program.step.nodes if n.op == "output").args[0], (tuple, list))
+        self._returns_tuple = isinstance(returned_by(program.step), (tuple, list))
 
     @abstractmethod
     def infer(self, given: Mapping[str, Any]) -> list[Any]:

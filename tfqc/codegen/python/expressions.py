@@ -18,7 +18,7 @@ from torch import fx
 
 from tfqc.codegen.python.fused import is_fused_dequantize
 from tfqc.ir.calls import written
-from tfqc.ir.match import is_call
+from tfqc.ir.match import is_call, returned_value
 from tfqc.ir.ops import op_name, signature
 from tfqc.ir.views import Dequantize
 from tfqc.runtime import kernel_ops, ops
@@ -65,7 +65,7 @@ def variable(node: fx.Node) -> str:
 def expression(node: fx.Node, stored: Stored) -> str:
     """The right-hand side of a node's line."""
     if node.op == "output":
-        return value(node.args[0], stored)
+        return value(returned_value(node), stored)
     if is_fused_dequantize(node):
         return f"fake_quantize({arguments(Dequantize(node).codes, stored)})"
     args, kwargs = written(node)

@@ -91,6 +91,20 @@ def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
     assert np.isfinite(other).all() and not np.array_equal(other, got)
 
 
+@pytest.mark.parametrize("target", [PLAIN, "cpu-int8"])
+def test_embeddings_of_one_row_for_two_images(target: str, tmp_path: Path) -> None:
+    """Flux's pipeline does not repeat them: its layers broadcast them."""
+    pipe, call = pipeline("flux", tmp_path)
+    want = images(pipe, call, num_images_per_prompt=2)
+    tfqc.quantize(pipe, target, steps=4, calibration=[call])
+    compiled, begun = pipe.transformer.compiled, []
+    begin = compiled.begin
+    compiled.begin = lambda **request: begun.append(len(request)) or begin(**request)
+    got = images(pipe, call, num_images_per_prompt=2)
+    assert len(got) == 2 and np.abs(got - want).max() < (1e-4 if target == PLAIN else 0.1)
+    assert len(begun) == 1  # the request is one, whatever it was repeated for
+
+
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
 def test_a_prompt_of_another_length(guidance: float, tmp_path: Path) -> None:
     """Also where all that it was calibrated on have the same: one prompt, and no negative one."""

@@ -22,6 +22,7 @@ from tfqc.driver import load
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.files.storage import parse_json, read_text, write_text
 from tfqc.integrations.diffusers.names import class_of
+from tfqc.integrations.diffusers.one_for_all import OneForAll
 from tfqc.integrations.diffusers.refusing import CHANGING, refuse, unchanging
 from tfqc.quant.step_policy import KEY, policy_in
 from tfqc.version import __version__
@@ -62,9 +63,14 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """What the compiled model returns: its output class, or with `return_dict=False` a tuple."""
         self._follow()
-        found = self.compiled(*args, **kwargs)
+        args, given = self._one_for_all.spread(args, kwargs)
+        found = self.compiled(*args, **given)
         values = tuple(found) if isinstance(found, tuple) else (found,)
         return self._output_class(*values) if return_dict else values
+
+    @functools.cached_property
+    def _one_for_all(self) -> OneForAll:
+        return OneForAll(self.compiled.plan)
 
     @functools.cached_property
     def _output_class(self) -> Any:

@@ -1,0 +1,42 @@
+"""One row of a request for several images, as pipelines pass it to models that broadcast it (Flux's embeddings)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tfqc.runtime.plan import Plan
+
+
+class OneForAll:
+    """Repeats such rows without a copy. The same view for the same tensor: what a request gives is kept by it."""
+
+    MOST_KEPT = 16
+
+    def __init__(self, plan: Plan) -> None:
+        requests = [i for i in plan.inputs if i.role == "request" and len(i.path) == 1]
+        self._names = {i.path[0]: len(i.shape) for i in requests if i.shape[:1] == ("B",)}
+        self._arguments, self._noisy = plan.arguments, plan.sample.path[0]
+        self._kept: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+
+    def spread(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The call with a row for each image."""
+        call = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        sample = call.get(self._noisy)
+        images = len(sample) if isinstance(sample, Tensor) and sample.dim() else 1
+        single = {
+            name: self._repeated(name, value, images)
+            for name, rank in self._names.items()
+            if isinstance(value := call.get(name), Tensor) and value.dim() == rank and images > len(value) == 1
+        }
+        return ((), {**call, **single}) if single and len(args) <= len(self._arguments) else (args, kwargs)
+
+    def _repeated(self, name: str, value: Tensor, images: int) -> Tensor:
+        key = (name, id(value), images)
+        if key not in self._kept:
+            if len(self._kept) == self.MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = (value, value.expand(images, *value.shape[1:]))  # kept, so that its id is not reused
+        return self._kept[key][1]

@@ -120,7 +120,10 @@ def test_a_pipeline_carries_it() -> None:
     made = with_policy(passes, StepPolicy(2, 1))
     assert str(made).count("first-steps=2 last-steps=1") == 2
     assert policy_of(Pipeline.parse(str(made))) == StepPolicy(2, 1)
-    assert policy_of(passes) is None and with_policy(passes, StepPolicy()) is passes
+    assert policy_of(passes) is None and with_policy(passes, StepPolicy()) == passes
+    assert with_policy(made, StepPolicy()) == passes  # none is a policy, too
+    plain = Pipeline.parse("normalize")
+    assert with_policy(plain, StepPolicy()) == plain
     with pytest.raises(PipelineError, match="No pass of the pipeline protects steps: put plan-quantization"):
         with_policy(Pipeline.parse("normalize"), StepPolicy(1))
     with pytest.raises(SpecError, match="first-steps=-1 is negative"):

@@ -123,14 +123,12 @@ def policy_in(config: Any) -> StepPolicy | None:
 
 
 def with_policy(passes: Pipeline, policy: StepPolicy) -> Pipeline:
-    """A pipeline whose plan protects these steps.
+    """A pipeline whose plan protects these steps, and none but these.
 
     Raises:
         PipelineError: no pass of it plans.
     """
-    if policy.protects_nothing:
-        return passes
-    if not any(item.name == _PLANNER for item in passes.passes):
+    if not policy.protects_nothing and not any(item.name == _PLANNER for item in passes.passes):
         raise PipelineError(f"No pass of the pipeline protects steps: put {_PLANNER} behind discover-tib.")
     options = {name: getattr(policy, name) for name in _OPTIONS}
     return Pipeline(

@@ -16,6 +16,7 @@ from torch import nn
 
 from tfqc.errors import ArtifactError, SpecError
 from tfqc.integrations.formats.nunchaku import packed_linear, write_nunchaku
+from tfqc.quant.step_policy import KEY, StepPolicy, policy_in
 
 
 def unpacked_codes(packed: np.ndarray) -> np.ndarray:
@@ -116,6 +117,16 @@ def test_a_folder(tmp_path: Path) -> None:
     layer = {part: stored[f"{targets[0]}.{part}"] for part in parts}
     again = packed_linear(own[f"{targets[0]}.weight"], own[f"{targets[0]}.bias"], 16, torch.bfloat16)
     assert all(torch.equal(layer[part], again[part]) for part in parts)
+
+
+def test_protected_steps_travel(tmp_path: Path) -> None:
+    model, policy = dit(), StepPolicy(3, 2)
+    model.register_to_config(quantization_config={"quant_method": "tfqc", "runtime": {KEY: policy.to_config()}})
+    write_nunchaku(model, tmp_path, rank=16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert policy_in(config) == policy and config["quantization_config"]["quant_method"] == "nunchaku_lite"
+    its = NunchakuLiteQuantizationConfig.from_dict(config["quantization_config"])
+    assert its.svdq_w4a4["rank"] == 16
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

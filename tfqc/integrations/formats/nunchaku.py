@@ -26,6 +26,7 @@ from tfqc.errors import ArtifactError, SpecError
 from tfqc.files.storage import said, write_tensors, write_text
 from tfqc.integrations.formats.linears import finite, linears_of, values_of
 from tfqc.integrations.formats.nunchaku_layout import TILE, packed_codes, packed_low_rank, packed_rows
+from tfqc.quant.step_policy import KEY, policy_in
 
 GROUP, DTYPES = 64, ("bfloat16", "float16")
 # What modulates by time has a row for each image, which products of 4 bits are slow at: tools tell it by its name.
@@ -46,11 +47,14 @@ def write_nunchaku(
         dtype: that the model computes in.
         skip: names of modules, or parts of them between dots, that stay as they are.
 
+    A step policy in the model's config goes into the folder's.
+
     Returns:
         The names of the layers that have 4 bits.
 
     Raises:
-        SpecError: the model is none of diffusers, no layer can be written so, or a value is not finite.
+        SpecError: the model is none of diffusers, no layer can be written so, a value is not finite, or its config has
+            a step policy that is none.
         ArtifactError: the folder cannot be written, or holds something.
     """
     own: Any = model
@@ -77,7 +81,11 @@ def write_nunchaku(
         tensors |= {f"{name}.{part}": value for part, value in made.items()}
     scheme = {"precision": "int4", "group_size": GROUP, "rank": rank, "targets": targets}
     quantization = {"quant_method": "nunchaku_lite", "compute_dtype": dtype, "svdq_w4a4": scheme}
-    config = {**json.loads(own.to_json_string()), "quantization_config": quantization}
+    config = json.loads(own.to_json_string())
+    policy = policy_in(config)
+    if policy is not None:
+        quantization["runtime"] = {KEY: policy.to_config()}
+    config["quantization_config"] = quantization
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})

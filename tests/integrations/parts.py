@@ -17,6 +17,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -50,6 +52,14 @@ def vae(channels: int = 4) -> Any:
         block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=channels,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, shift_factor=0.1,
     ).eval()  # fmt: skip
+
+
+def image_encoder() -> Any:
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, projection_dim=WIDTH, num_hidden_layers=1, num_attention_heads=4, image_size=16,
+        intermediate_size=WIDTH, patch_size=8,
+    )  # fmt: skip
+    return CLIPVisionModelWithProjection(config).eval()
 
 
 def unet(**more: Any) -> Any:

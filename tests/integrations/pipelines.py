@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -15,6 +16,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_motion_model import MotionAdapter
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from diffusers.pipelines.animatediff.pipeline_animatediff import AnimateDiffPipeline
 from diffusers.pipelines.controlnet.pipeline_controlnet import StableDiffusionControlNetPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
@@ -29,6 +31,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import StableVideoDiffusionPipeline
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -39,12 +42,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from transformers import CLIPImageProcessor
 
 from tests.integrations.parts import (
     WIDTH,
     chat_model,
     chat_tokenizer,
     embedded,
+    image_encoder,
     picture,
     t5,
     text_encoder,
@@ -159,6 +164,26 @@ def experts(directory: Path) -> Any:
     return WanPipeline(tokenizer(directory), t5(), video_vae(), scheduler, *models, boundary_ratio=0.875)
 
 
+def svd(directory: Path) -> Any:
+    """A video from an image: it has frames before channels, and a guidance for each frame."""
+    del directory
+    model = UNetSpatioTemporalConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=WIDTH,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), num_attention_heads=4,
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    ).eval()  # fmt: skip
+    decoder = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+    ).eval()  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction", sigma_max=700.0, sigma_min=0.002, timestep_spacing="leading", steps_offset=1,
+        timestep_type="continuous", use_karras_sigmas=True, beta_schedule="scaled_linear",
+    )  # fmt: skip
+    extractor = CLIPImageProcessor(crop_size=16, size=16)
+    return StableVideoDiffusionPipeline(decoder, image_encoder(), model, scheduler, extractor)
+
+
 def z_image(directory: Path) -> Any:
     """Its denoiser takes lists with an image, and the tokens of a text, in each entry."""
     model = ZImageTransformer2DModel(
@@ -193,6 +218,7 @@ PIPELINES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "dit": (dit, {"class_labels": [1]}),
     "wan": (wan, VIDEO),
     "experts": (experts, VIDEO),
+    "svd": (svd, {"image": picture(), "num_frames": 2, "height": 16, "width": 16}),
     "z_image": (z_image, {**ANY_PROMPT, "height": 16, "width": 16}),
 }  # fmt: skip
 

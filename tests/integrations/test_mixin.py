@@ -27,7 +27,7 @@ from tests.integrations.parts import WIDTH, unet, video_transformer
 from tests.integrations.pipelines import pipeline
 from tfqc.errors import SpecError, TfqcError
 from tfqc.integrations.diffusers import TfqcConfig, register
-from tfqc.integrations.diffusers.layers import Int8Conv2d, Int8Layer, Int8Linear
+from tfqc.integrations.diffusers.layers import Int8Conv2d, Int8Conv3d, Int8Layer, Int8Linear
 
 register()
 
@@ -171,7 +171,7 @@ def test_quantized_layers(case: Case) -> None:
     linears = [n for n, m in case.plain.named_modules() if isinstance(m, nn.Linear) and not any(k in n for k in kept)]
     made = int8_layers(model)
     assert [n for n, m in made.items() if isinstance(m, nn.Linear)] == linears != []
-    assert all(type(m) in (Int8Linear, Int8Conv2d) and m.weight.dtype == torch.int8 for m in made.values())
+    assert all(type(m) in (Int8Linear, Int8Conv2d, Int8Conv3d) and m.weight.dtype == torch.int8 for m in made.values())
     for layer in made.values():
         assert layer.weight.shape[:1] == layer.weight_scale.shape and int(layer.weight.abs().max()) >= 127
 
@@ -321,7 +321,7 @@ def test_what_is_not_taken(tmp_path: Path) -> None:
         TfqcConfig.from_dict({"quant_method": "tfqc", "model_class": "X"})
     case = Case("unet", tmp_path)
     everything = ["conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out"]
-    with pytest.raises(TfqcError, match="UNet2DConditionModel has no linear layer or 2D convolution to quantize"):
+    with pytest.raises(TfqcError, match="UNet2DConditionModel has no linear layer or convolution to quantize"):
         case.load(quantization_config=TfqcConfig(modules_to_not_convert=everything))
 
 

@@ -286,7 +286,7 @@ def test_an_artifact_of_another_model(tmp_path: Path) -> None:
     example = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([5, 5])}
     text = {"encoder_hidden_states": torch.randn(2, 16, 24)}
     for model, more, said in (
-        (unet(cross_attention_dim=24), text, "its encoder_hidden_states has 24 channels, and this one's 32"),
+        (unet(cross_attention_dim=24), text, "its encoder_hidden_states is Bx16x24, and this one's has 32 channels"),
         (PIPELINES["ddpm"][0](tmp_path).unet, {"sample": torch.randn(2, 3, 8, 8)}, "it is a UNet2DModel"),
     ):
         made = tfqc.compile(model, PLAIN, schedule=[5, 3], example_inputs=example | more)

@@ -1,4 +1,4 @@
-"""Layers whose weights are int8 codes: nn.Linear and nn.Conv2d to whoever looks at them, and called like these."""
+"""Layers whose weights are int8 codes: to others they are linear layers and convolutions, and called like these."""
 
 from __future__ import annotations
 
@@ -57,19 +57,37 @@ class Int8Linear(Int8Layer, nn.Linear):
         return nn.functional.linear(input, self.values(input.dtype), self.bias)
 
 
+class Int8Conv1d(Int8Layer, nn.Conv1d):
+    """A convolution of a sequence."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, L]."""
+        return self._conv_forward(input, self.values(input.dtype), self.bias)
+
+
 class Int8Conv2d(Int8Layer, nn.Conv2d):
-    """A convolution."""
+    """A convolution of an image."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B, C, H, W]."""
         return self._conv_forward(input, self.values(input.dtype), self.bias)
 
 
-_KINDS: dict[type[nn.Module], type[Int8Layer]] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
+class Int8Conv3d(Int8Layer, nn.Conv3d):
+    """A convolution of a video."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, F, H, W]."""
+        return self._conv_forward(input, self.values(input.dtype), self.bias)
+
+
+_KINDS: dict[type[nn.Module], type[Int8Layer]] = {
+    nn.Linear: Int8Linear, nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d, nn.Conv3d: Int8Conv3d,
+}  # fmt: skip
 
 
 def replace_layers(model: nn.Module, wanted: Callable[[str], bool]) -> int:
-    """Replace a model's linear layers and 2D convolutions by int8 ones without values; how many is returned.
+    """Replace a model's linear layers and convolutions by int8 ones without values; how many is returned.
 
     The model may lie on the meta device. Layers of classes that were derived from these stay as they are: what they
     compute is their own.

@@ -31,7 +31,7 @@ class TfqcMethod(StrEnum):
 class TfqcConfig(QuantizationConfigMixin):
     """Weights in 8 bits, without data, while they are read: `Model.from_pretrained(dir, quantization_config=this)`.
 
-    What happens when: *at loading* each weight of a linear layer or a 2D convolution becomes int8 codes and a scale for
+    What happens when: *at loading* each weight of a linear layer or a convolution becomes int8 codes and a scale for
     each output (min-max) as soon as it has been read, so the model is never held whole in floating point. *In a call*
     the layers compute in the model's dtype with what the codes stand for: a model of a third to a quarter of the size
     that is no faster. Nothing is known of activations and of time yet: `tfqc.quantize(pipe)` runs the pipeline, and
@@ -131,7 +131,7 @@ class TfqcQuantizer(DiffusersQuantizer):
         self.modules_to_not_convert += keep_in_fp32_modules or []
         if not replace_layers(model, lambda name: not any(_within(name, m) for m in self.modules_to_not_convert)):
             raise TfqcError(
-                f"{type(model).__name__} has no linear layer or 2D convolution to quantize"
+                f"{type(model).__name__} has no linear layer or convolution to quantize"
                 f"{' outside of modules_to_not_convert' if self.modules_to_not_convert else ''}: load it without a "
                 "TfqcConfig."
             )

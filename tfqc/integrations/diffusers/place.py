@@ -94,11 +94,11 @@ def _is_of_another(manifest: Mapping[str, Any], model: Any) -> str:
     if strange := [argument for argument in inputs if argument not in parameters_of(model)]:
         return f"it takes {strange[0]!r}"
     text = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
-    own = {"sample": (1, config.get("in_channels")), "encoder_hidden_states": (2, text)} if "sample" in inputs else {}
-    for argument, (dim, channels) in own.items():  # of U-Nets, whose configs say it in the same words
-        shape = inputs.get(argument, [])
-        if isinstance(channels, int) and shape[dim : dim + 1] not in ([], [str(channels)]):
-            return f"its {argument} has {shape[dim]} channels, and this one's {channels}"
+    own = {"sample": config.get("in_channels"), "encoder_hidden_states": text} if "sample" in inputs else {}
+    for argument, channels in own.items():  # of U-Nets, whose configs say it in the same words
+        *shape, _dtype = inputs.get(argument, [""])
+        if isinstance(channels, int) and shape and str(channels) not in shape:  # videos have frames before channels
+            return f"its {argument} is {'x'.join(shape)}, and this one's has {channels} channels"
     return ""
 
 

@@ -80,7 +80,7 @@ def write_nunchaku(
             raise SpecError(f"The {over[0]} of {name} is not finite in {dtype}.")
         tensors |= {f"{name}.{part}": value for part, value in made.items()}
     scheme = {"precision": "int4", "group_size": GROUP, "rank": rank, "targets": targets}
-    quantization = {"quant_method": "nunchaku_lite", "compute_dtype": dtype, "svdq_w4a4": scheme}
+    quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": dtype, "svdq_w4a4": scheme}
     config = json.loads(own.to_json_string())
     policy = policy_in(config)
     if policy is not None:

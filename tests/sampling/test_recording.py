@@ -221,6 +221,19 @@ class Picky(nn.Module):
         return (self.layer(sample),)
 
 
+class Popping(nn.Module):
+    """Takes from a list what it reads of it, as U-Nets do with the residuals of adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor, residuals: list[Tensor] | None = None) -> tuple[Tensor]:
+        while residuals:
+            sample = self.layer(sample + residuals.pop(0))
+        return (sample,)
+
+
 class Pipe:
     """A pipeline of nobody: two calls a step, times as a share of all."""
 
@@ -244,6 +257,21 @@ def test_a_model_that_does_not_run_on_the_meta_device_runs_once() -> None:
     found = record(Pipe(model), model, {"num_inference_steps": 4})
     assert model.runs == 1 and len(found.calls) == 8
     assert found.schedule("timestep").timesteps == tuple(map(as_time, (0.75, 0.5, 0.25, 0.0)))
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_what_a_model_takes_from_its_arguments_is_recorded(runs: bool) -> None:
+    model = Popping()
+    given = [torch.ones(1, 4), torch.zeros(1, 4)]
+
+    class Adapted(Pipe):
+        def __call__(self, num_inference_steps: int = 50) -> Tensor:
+            self.scheduler.set_timesteps(num_inference_steps)
+            (made,) = self.unet(torch.randn(1, 4), timestep=self.scheduler.timesteps[0], residuals=[*given])
+            return made
+
+    (call,) = record(Adapted(model), model, {"num_inference_steps": 2}, run_denoiser=runs).calls
+    assert len(call["residuals"]) == 2 and all(a is b for a, b in zip(call["residuals"], given, strict=True))
 
 
 def test_a_pipeline_that_does_not_run_is_told_of() -> None:

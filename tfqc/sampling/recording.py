@@ -128,7 +128,8 @@ def _recorded(pipeline: Any, denoiser: torch.nn.Module, found: Recording, run: b
                 vars(found.scheduler).pop(patched, None)
         named = dict(signature.bind(*args, **kwargs).arguments)
         further = named.pop(rest, {})
-        found.calls.append({**named, **further})
+        given = {**named, **further}
+        found.calls.append(pytree.tree_map(lambda v: v, given))  # lists as they are now: models pop what they read
         if run:
             return forward(*args, **kwargs)
         key = str(pytree.tree_map(lambda v: (v.shape, v.dtype) if isinstance(v, Tensor) else v, (args, kwargs)))

@@ -20,8 +20,7 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Reorder the sample once on its way in and the outputs once on their way out, and nothing in between but what
-    becomes complex."""
+    """Reorder the sample once on its way in and the outputs once on their way out; in between, what becomes complex."""
 
     name: ClassVar[str] = "channels-last"
     needs: ClassVar[Stage] = Stage.LOWERED

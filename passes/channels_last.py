@@ -46,6 +46,7 @@ class ChannelsLast(Pass):
                     edit.reread(user, sample, inside)
         output = next(n for n in program.nodes() if n.op == "output")
         for value in output.all_input_nodes:
-            if program.tensor_type(value) is not None and value.op == "call_function":
+            type_ = program.tensor_type(value)
+            if type_ is not None and type_.dtype.is_floating_point and value.op == "call_function":
                 edit.reread(output, value, edit.insert(output, ours.plain.default, value, like=value))
         program.prune()

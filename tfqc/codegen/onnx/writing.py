@@ -48,7 +48,10 @@ def onnx_model(program: Program) -> bytes:
                 verbose=False,
             )
     except Exception as error:
-        why = next(iter(str(error).splitlines()), "").rstrip(".")
+        cause = error
+        while cause.__cause__ is not None:  # the outer ones say at which step of an export they were raised
+            cause = cause.__cause__
+        why = next(iter(str(cause).splitlines()), "").rstrip(".")
         raise TfqcError(f"torch.onnx does not write {program.model}: {why[:300]}.") from error
     assert written is not None
     model: Any = written.model

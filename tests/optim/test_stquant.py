@@ -144,7 +144,17 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"eps": 0}, {"weight_decay": -1}, {"budget": 4}, {"every": 0}]
+    "options",
+    [
+        {"lr": -1},
+        {"betas": (1.0, 0.9)},
+        {"eps": 0},
+        {"weight_decay": -1},
+        {"budget": 4},
+        {"every": 0},
+        {"every": 2.5},
+        {"betas": (0.9,)},
+    ],
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(TfqcError, match=next(iter(options))):

@@ -17,7 +17,7 @@ from tfqc.optim.moments import BLOCK, Linear, Logarithmic, factors
 
 GRIDS = {"exp_avg": Linear, "exp_avg_sq": Logarithmic}
 SCALES = {"exp_avg": 16 / BLOCK, "exp_avg_sq": 24 / BLOCK}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what is trained
 SMALLEST = 2 * BLOCK  # values of a layer that are worth scales; smaller ones are kept in float32, and counted so
 
 
@@ -54,8 +54,9 @@ class STQuantAdam(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         wrong = {
-            "lr": not 0 <= lr < math.inf, "betas": len(betas) != 2 or not all(0 <= b < 1 for b in betas), "eps": not 0 < eps < math.inf,
-            "weight_decay": not 0 <= weight_decay < math.inf, "budget": not 4.25 <= budget <= 32, "every": every < 1 or every % 1 != 0,
+            "lr": not 0 <= lr < math.inf, "betas": len(betas) != 2 or not all(0 <= b < 1 for b in betas),
+            "eps": not 0 < eps < math.inf, "weight_decay": not 0 <= weight_decay < math.inf,
+            "budget": not 4.25 <= budget <= 32, "every": every < 1 or every % 1 != 0,
         }  # fmt: skip
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "budget": budget, "every": every}
         for name in (n for n, w in wrong.items() if w):
@@ -70,8 +71,8 @@ class STQuantAdam(torch.optim.Optimizer):
         """One step.
 
         Raises:
-            CalibrationError: a gradient is sparse, of another dtype than those above, NaN or infinite, or its square is;
-                nothing has changed then.
+            CalibrationError: a gradient is sparse or of another dtype than those above, it or its square is NaN or
+                infinite; nothing has changed then.
         """
         loss = None
         if closure is not None:

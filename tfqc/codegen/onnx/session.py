@@ -72,10 +72,8 @@ class SessionModel(Stepper):
 
     def _run_session(self, values: dict[str, Tensor]) -> list[Tensor]:
         given = {name: _pairs(values[name].detach()).contiguous().numpy() for name in self._taken}
-        made = map(torch.from_numpy, self.infer(given))
-        return [
-            torch.view_as_complex(t) if is_complex else t for t, is_complex in zip(made, self._complex, strict=True)
-        ]
+        made = zip(map(torch.from_numpy, self.infer(given)), self._complex, strict=True)
+        return [torch.view_as_complex(value) if is_complex else value for value, is_complex in made]
 
 
 def _pairs(value: Tensor) -> Tensor:

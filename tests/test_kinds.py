@@ -52,6 +52,13 @@ class Reorders(Denoiser):
         return torch.where((shift > 0)[:, None], x, 2 * x)
 
 
+class Returns(Denoiser):
+    """Its input, too."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        return *super().forward(sample, timestep), sample, timestep
+
+
 def compiled(model: nn.Module, target: str, where: Path, strategy: str = "fold") -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     calls = [{"sample": torch.randn(16, 5, 8, generator=generator), "timestep": torch.full((16,), t)} for t in TIMES]
@@ -84,6 +91,16 @@ def test_outputs_are_of_the_kind_that_they_were(target: str, tmp_path: Path) -> 
         assert torch.equal(found[1], found[0].topk(1).indices) and torch.equal(found[2], found[0] > 0)
     call[0][1, 0, 0] = float("nan")
     assert loaded(*call)[3].isnan().flatten(1).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("target", ["fake-quant", "cpu-int8", "onnx", "openvino"])
+def test_an_input_that_is_returned(target: str, tmp_path: Path) -> None:
+    if target in ("onnx", "openvino"):
+        pytest.importorskip({"onnx": "onnxruntime"}.get(target, target))
+    loaded = compiled(Returns(), target, tmp_path / "out")
+    call = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 7.0)
+    _, sample, timestep = loaded(*call)
+    assert torch.equal(sample, call[0]) and torch.equal(timestep, call[1])
 
 
 @pytest.mark.parametrize("strategy", ["fold", "cache8", "cache4", "select"])

@@ -58,6 +58,9 @@ def onnx_model(program: Program) -> bytes:
     names = pytree.tree_leaves(nested(program, {i.name: i.name for i in program.inputs}))
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
+    for value in model.graph.outputs:
+        if value.name in names:  # an input that is returned as it is, which torch.onnx calls so twice
+            value.name = f"{value.name}.returned"
     _forget(model)
     _keep_outside(model, program, packed)
     return needed("onnx_ir").to_proto(model).SerializeToString(deterministic=True)

@@ -59,6 +59,14 @@ class Returns(Denoiser):
         return *super().forward(sample, timestep), sample, timestep
 
 
+class Filters(Denoiser):
+    """High frequencies along the sequence are halved."""
+
+    def between(self, x: Tensor, shift: Tensor) -> Tensor:
+        waves = torch.fft.fft(x + shift[:, None], dim=1)
+        return torch.fft.ifft(waves * torch.tensor([1, 1, 0.5, 0.5, 1])[:, None], dim=1).real
+
+
 def compiled(model: nn.Module, target: str, where: Path, strategy: str = "fold") -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     calls = [{"sample": torch.randn(16, 5, 8, generator=generator), "timestep": torch.full((16,), t)} for t in TIMES]
@@ -111,3 +119,16 @@ def test_features_of_time(model: type[Denoiser], strategy: str, tmp_path: Path) 
     for t in TIMES:
         call = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2)), torch.full((3,), t)
         assert error(loaded(*call)[0], its(*call)[0]) < 0.1
+
+
+@pytest.mark.parametrize("target", ["fake-quant", "cpu-int8", "onnx", "openvino"])
+def test_fourier_transforms(target: str, tmp_path: Path) -> None:
+    if target in ("onnx", "openvino"):
+        pytest.importorskip({"onnx": "onnxruntime"}.get(target, target))
+    its = Filters()
+    if target == "openvino":
+        with pytest.raises(tfqc.TfqcError, match="OpenVINO computes other Fourier transforms than torch: take onnx"):
+            compiled(its, target, tmp_path / "out")
+        return
+    call = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2)), torch.full((3,), 7.0)
+    assert error(compiled(its, target, tmp_path / "out")(*call)[0], its(*call)[0]) < 0.1

@@ -20,8 +20,7 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Reorder the sample once on its way in and the outputs once on their way out, and nothing in between but what
-    becomes complex."""
+    """Reorder the sample once on its way in and the outputs once on their way out; in between, what becomes complex."""
 
     name: ClassVar[str] = "channels-last"
     needs: ClassVar[Stage] = Stage.LOWERED
@@ -47,6 +46,7 @@ class ChannelsLast(Pass):
                     edit.reread(user, sample, inside)
         output = next(n for n in program.nodes() if n.op == "output")
         for value in output.all_input_nodes:
-            if program.tensor_type(value) is not None and value.op == "call_function":
+            type_ = program.tensor_type(value)
+            if type_ is not None and type_.dtype.is_floating_point and value.op == "call_function":
                 edit.reread(output, value, edit.insert(output, ours.plain.default, value, like=value))
         program.prune()

@@ -32,9 +32,10 @@ _SAME_IF_TYPE_IS = (
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Name all operands; remove assertions, in-place operations, identities and dead nodes; let created tensors say
-    their sizes, and products with stored weights be `linear` and `conv2d`, batch norms behind them included. A model
-    with weights in f16 or bf16 is computed in f32 from here on.
+    """Name all operands; remove assertions, in-place operations, identities and dead nodes.
+
+    Created tensors say their sizes, and products with stored weights become `linear` and `conv2d`, batch norms behind
+    them included. A model with weights in f16 or bf16 is computed in f32 from here on.
 
     Refuses operations in place on inputs and on the model's tensors: that effect is not visible in the graph.
     """

@@ -88,8 +88,11 @@ class ReconstructTib(Pass):
             for key, q in nearest.items()
         }
 
+        # Positions and truths have no gradient.
+        learned = [n for n, value in exact.items() if value.is_floating_point() or value.is_complex()]
+
         def loss_of(features: dict[str, Tensor]) -> Tensor:
-            return torch.stack([(features[n] - exact[n]).square().sum() for n in exact]).sum()
+            return torch.stack([_real(features[n] - exact[n]).square().sum() for n in learned]).sum()
 
         with torch.no_grad():
             before = float(loss_of(run({n: nearest[w].dequantize() for n, w in key_of.items()}, inputs)))
@@ -110,3 +113,7 @@ class ReconstructTib(Pass):
             key = key_of[node.name]
             quantized = roundings[key].hard() if better else nearest[key]
             set_weight_quantizer(program, node, key[0], quantized, f"tiar {spec.how}")
+
+
+def _real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value) if value.is_complex() else value

@@ -266,7 +266,8 @@ def _refuse(backend: Backend, program: Program, target: Target, require_real: bo
     if found := refused(backend, program, target.options):
         found = [(node, f"{because}; {made.of(node)}") for node, because in found]
         lines = grouped(program, found)
-        raise TfqcError(f"{target.name} does not run {len(found)} operations of {program.model}.", *lines)
+        what = f"{len(found)} operation{'s' if len(found) > 1 else ''} of {program.model}"
+        raise TfqcError(f"{target.name} does not run {what}.", *lines)
     found = compromised(backend, program, target.options)
     products = [(node, because) for node, because in found if multiplies_stored(node)]
     if products and require_real:

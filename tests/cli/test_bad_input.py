@@ -175,7 +175,7 @@ def test_a_timestep_that_the_artifact_refuses(tfqc: Tfqc, tmp_path: Path) -> Non
 
 
 def test_opt_refuses(tfqc: Tfqc, tmp_path: Path) -> None:
-    assert "There is no program" in refused(tfqc, "opt", tmp_path / "none.ir", "-p", "normalize")
+    assert "give an .ir file" in refused(tfqc, "opt", tmp_path / "none.ir", "-p", "normalize")
     program = tmp_path / "tiny.ir"
     save_program(tiny(), program)
     assert "needs the table" in refused(tfqc, "opt", program, "-p", "normalize,select-maintenance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from tests.cli.conftest import UNET, Tfqc
 from tests.tiny import tiny
 from tfqc import registry
+from tfqc.codegen.backend import Backend
 from tfqc.ir.store import save_program
 from tfqc.passing.known import find_pass
 
@@ -105,12 +107,24 @@ def test_listings(tfqc: Tfqc) -> None:
     assert rows["fold-cache"]["reaches"] == "folded"
     assert rows["fold-cache"]["options"]["policy"]["default"] == "recompute"
     assert all(row["owner"] and row["summary"] for row in rows.values())
+    assert all(row["summary"].endswith(".") for row in rows.values() if row["owner"] == "tfqc")  # whole sentences
     assert "recompute|nearest|error" in tfqc("passes", "fold-cache").out
     assert "fake-quant" in tfqc("backends").out
     assert "static|per-step|per-token" in tfqc("backends", "fake-quant").out
     assert [row["name"] for row in tfqc("models", "--json").json] == ["fashion-unet"]
     value = tfqc("env", "--json").json
     assert value["torch"] and value["cores"] >= 1 and "avx2" in value["cpu_flags"]
+
+
+def test_what_a_plugin_does_not_say_of_itself_is_not_said_for_it(tfqc: Tfqc, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = registry.entries("backends") | {"silent": registry.Entry("silent", f"{__name__}:Silent", "someone")}
+    monkeypatch.setattr(registry, "entries", lambda group: entries)
+    assert tfqc("backends", "silent").out.startswith("name   silent")
+
+
+class Silent(Backend):
+    name = "silent"
+    options = dataclasses.make_dataclass("Options", [("weights", int, 8)], frozen=True)
 
 
 def test_a_broken_plugin_is_listed_with_its_reason(tfqc: Tfqc, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,3 +422,12 @@ def test_a_program_in_one_line() -> None:
     program = capture(Plain(), {"x": torch.ones(2, 3), "t": torch.ones(2)})
     operations = sum(n.op == "call_function" for n in program.step.nodes)
     assert repr(program) == f"<program of Plain, captured: {operations} operations a step>"
+
+
+def test_an_argument_that_examples_lack_is_named() -> None:
+    class TakesTwo(torch.nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return sample * timestep[:, None]
+
+    with pytest.raises(CaptureError, match="TakesTwo could not be exported: missing a required argument: 'timestep'"):
+        capture(TakesTwo(), {"sample": torch.randn(2, 4)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -142,8 +144,84 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"eps": 0}, {"weight_decay": -1}, {"budget": 4}, {"every": 0}]
+    "options",
+    [
+        {"lr": -1},
+        {"betas": (1.0, 0.9)},
+        {"eps": 0},
+        {"weight_decay": -1},
+        {"budget": 4},
+        {"every": 0},
+        {"every": 2.5},
+        {"betas": (0.9,)},
+    ],
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(TfqcError, match=next(iter(options))):
         STQuantAdam(network().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_alike(copied: Callable[[Any], Any]) -> None:
+    net = network()
+    optimizer = STQuantAdam(net.parameters(), every=5, seed=3)
+    train(net, optimizer, 7)
+    twin, its = copied((net, optimizer))
+    assert train(net, optimizer, 8, 7) == train(twin, its, 8, 7)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 5), (1,)])
+def test_parameters_of_any_size(shape: tuple[int, ...]) -> None:
+    param = nn.Parameter(torch.zeros(shape))
+    optimizer = STQuantAdam([param], lr=0.5)
+    param.grad = torch.ones(shape)
+    optimizer.step()
+    assert torch.allclose(param, torch.full(shape, -0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    def learned() -> float:
+        net = network()
+        return train(net, STQuantAdam(net.parameters(), every=2), 4)
+
+    wanted, net = learned(), network()
+    optimizer = STQuantAdam(net.parameters(), every=2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert train(net, optimizer, 4) == wanted
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("size", [8, 500])
+def test_a_gradient_whose_square_is_infinite_is_refused(size: int) -> None:
+    """The second moment would be infinite from then on, and the parameter would never move again."""
+    param = nn.Parameter(torch.zeros(size))
+    param.grad = torch.full((size,), 1e20)
+    with pytest.raises(CalibrationError, match="or its square is"):
+        STQuantAdam([param]).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
+def test_dtypes_that_lose_something_are_refused(dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.zeros(5, dtype=dtype))
+    param.grad = torch.ones(5, dtype=dtype)
+    with pytest.raises(CalibrationError, match=f"is {dtype}: STQuantAdam takes"):
+        STQuantAdam([param]).step()
+
+
+def test_states_of_others_are_refused() -> None:
+    net = network()
+    adam, ours = torch.optim.AdamW(net.parameters()), STQuantAdam(net.parameters())
+    train(net, adam, 1)
+    with pytest.raises(TfqcError, match=r"parameter #0 is none of STQuantAdam's for 64x16"):
+        ours.load_state_dict(adam.state_dict())
+    train(net, ours, 1)
+    wide = nn.Sequential(nn.Linear(16, 80), nn.SiLU(), nn.Linear(80, 64), nn.SiLU(), nn.Linear(64, 4))
+    with pytest.raises(TfqcError, match="parameter #0 is none of STQuantAdam's for 80x16"):
+        STQuantAdam(wide.parameters()).load_state_dict(ours.state_dict())

@@ -245,3 +245,9 @@ def test_what_a_rehearsal_finds() -> None:
         PassError, match=r"skip=conv_inn: no linear or convolution of Tiny lies there. Near it: conv_in"
     ):
         Pipeline.parse(text).rehearse(tiny(), Context(**CONTEXTS["all"]))
+
+
+@pytest.mark.parametrize("what", ["schedule", "calibration"])
+def test_a_list_is_told_what_a_context_takes(what: str) -> None:
+    with pytest.raises(PassError, match=rf"{what} is a list: give a context"):
+        Context(**{what: [1.0]})  # pyright: ignore[reportArgumentType]

@@ -95,7 +95,7 @@ def _pass(name: str, cls: type[Pass], entry: Entry) -> dict[str, Any]:
         "numerics": cls.numerics.kind + (f" ({cls.numerics.tolerance:g})" if cls.numerics.tolerance else ""),
         "data": sorted(cls.data),
         "options": _options(cls),
-        "documentation": inspect.getdoc(cls) or "",
+        "documentation": _doc(cls),
     }
 
 
@@ -105,7 +105,7 @@ def _backend(name: str, cls: Any, entry: Entry) -> dict[str, Any]:
         "owner": _owner(entry),
         "summary": _first_line(cls),
         "options": _options(cls.options),
-        "documentation": f"{inspect.getdoc(cls) or ''}\n\n{inspect.getdoc(cls.options) or ''}".strip(),
+        "documentation": f"{_doc(cls)}\n\n{_doc(cls.options)}".strip(),
         "notes": cls.notes(),
     }
 
@@ -123,8 +123,7 @@ def _details(found: dict[str, Any]) -> str:
     shown = facts({k: v for k, v in known.items() if k not in ("summary", "options", "documentation", "notes")})
     rows = [(name, option["type"], option["default"]) for name, option in found["options"].items()]
     options_text = table(("option", "type", "default"), rows) if rows else "no options"
-    notes = f"\n\n{found['notes']}" if found.get("notes") else ""
-    return f"{found['documentation']}\n\n{shown}\n\n{options_text}{notes}"
+    return "\n\n".join(filter(None, (found["documentation"], shown, options_text, found.get("notes"))))
 
 
 def _stages(row: dict[str, Any]) -> str:
@@ -135,5 +134,11 @@ def _owner(entry: Entry) -> str:
     return f"{entry.owner} {entry.version}".strip()
 
 
+def _doc(thing: Any) -> str:
+    """Its own docstring: none of its base's, and not the signature that dataclasses put in the place of one."""
+    own = vars(thing).get("__doc__") or ""
+    return "" if own.startswith(f"{thing.__name__}(") else inspect.cleandoc(own)
+
+
 def _first_line(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").split("\n")[0]
+    return _doc(thing).split("\n")[0]

@@ -36,7 +36,7 @@ from tfqc.sampling.untouched import untouched
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, OutputKind.BUFFER_MUTATION)
 
 # Where code that is not the model's own lies: torch's, ours, and what is made up on the way.
-_NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, version)), "<")
+_NOT_THE_MODELS = (*(f"{Path(str(p.__file__)).parent}{os.sep}" for p in (torch, version)), inspect.__file__, "<")
 
 
 @dataclass(frozen=True)

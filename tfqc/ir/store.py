@@ -62,7 +62,7 @@ def load_program(path: Path) -> Program:
         IRError: no such file, malformed text, or tensors of other types than declared.
     """
     if not path.exists():
-        raise IRError(f"There is no program {path}.")
+        raise IRError(f"There is no program {path}: give an .ir file, such as `tfqc compile --dump-ir` writes.")
     text, weights = read_text(path, IRError), _weights(path)
     tensors: dict[str, Tensor] | None = read_tensors(weights, IRError)[0] if weights.exists() else None
     return parse(text, tensors)

@@ -106,4 +106,4 @@ def _upwards(scale: Tensor) -> Tensor:
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, device=like.device)
+    return torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32)

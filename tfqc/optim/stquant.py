@@ -17,6 +17,7 @@ from tfqc.optim.moments import BLOCK, Linear, Logarithmic, factors
 
 GRIDS = {"exp_avg": Linear, "exp_avg_sq": Logarithmic}
 SCALES = {"exp_avg": 16 / BLOCK, "exp_avg_sq": 24 / BLOCK}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what is trained
 SMALLEST = 2 * BLOCK  # values of a layer that are worth scales; smaller ones are kept in float32, and counted so
 
 
@@ -53,8 +54,9 @@ class STQuantAdam(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         wrong = {
-            "lr": not 0 <= lr < math.inf, "betas": not all(0 <= b < 1 for b in betas), "eps": not 0 < eps < math.inf,
-            "weight_decay": not 0 <= weight_decay < math.inf, "budget": not 4.25 <= budget <= 32, "every": every < 1,
+            "lr": not 0 <= lr < math.inf, "betas": len(betas) != 2 or not all(0 <= b < 1 for b in betas),
+            "eps": not 0 < eps < math.inf, "weight_decay": not 0 <= weight_decay < math.inf,
+            "budget": not 4.25 <= budget <= 32, "every": every < 1 or every % 1 != 0,
         }  # fmt: skip
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "budget": budget, "every": every}
         for name in (n for n, w in wrong.items() if w):
@@ -69,7 +71,8 @@ class STQuantAdam(torch.optim.Optimizer):
         """One step.
 
         Raises:
-            CalibrationError: a gradient is sparse, NaN or infinite; nothing has changed then.
+            CalibrationError: a gradient is sparse or of another dtype than those above, it or its square is NaN or
+                infinite; nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -101,11 +104,25 @@ class STQuantAdam(torch.optim.Optimizer):
         return sum(8 * t.nbytes for tensors, _ in held for t in tensors) / max(values, 1)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As of any optimizer; codes and scales keep their dtypes."""
+        """As of any optimizer; codes and scales keep their dtypes.
+
+        Raises:
+            TfqcError: it is another optimizer's, or of parameters of other sizes; nothing has changed then.
+        """
+        for number, (_, param) in enumerate(self._params()):
+            if (given := state_dict["state"].get(number)) is not None and not _fits(given, param):
+                raise TfqcError(
+                    f"The state of parameter #{number} is none of STQuantAdam's for {'x'.join(map(str, param.shape))}: "
+                    "give one that the same optimizer wrote, of the same model."
+                )
         super().load_state_dict(dict(state_dict))
         for number, (_, param) in enumerate(self._params()):
             if (given := state_dict["state"].get(number)) is not None:
                 self.state[param] = tree_map_only(Tensor, functools.partial(_copied, device=param.device), given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"budget": self.budget, "every": self.every, "seed": self.seed}
+        return {**super().__getstate__(), **own, "_generators": {}}  # which are seeded anew at each use
 
     def _params(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         yield from ((group, param) for group in self.param_groups for param in group["params"])
@@ -117,8 +134,14 @@ class STQuantAdam(torch.optim.Optimizer):
             where = f"The gradient of parameter #{number} ({'x'.join(map(str, param.shape))})"
             if param.grad.layout is not torch.strided:
                 raise CalibrationError(f"{where} is sparse: STQuantAdam takes dense ones.")
-            if not bool(torch.isfinite(param.grad.abs().max())):
-                raise CalibrationError(f"{where} is NaN or infinite: a lower learning rate may keep it from that.")
+            if param.grad.dtype not in DTYPES:
+                raise CalibrationError(
+                    f"{where} is {param.grad.dtype}: STQuantAdam takes float32, bfloat16 and float16."
+                )
+            if param.numel() and not bool(torch.isfinite(param.grad.abs().max().float().square())):
+                raise CalibrationError(
+                    f"{where} is NaN or infinite, or its square is: a lower learning rate may keep it from that."
+                )
 
     def _moved(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Move a parameter; returns its moments in float32."""
@@ -138,7 +161,7 @@ class STQuantAdam(torch.optim.Optimizer):
     def _moment(self, param: Tensor, name: str) -> Tensor:
         kept = self.state[param].get(name)
         if kept is None:
-            return torch.zeros(param.shape, device=param.device)
+            return torch.zeros(param.shape, device=param.device, dtype=torch.float32)
         return kept if isinstance(kept, Tensor) else GRIDS[name](**kept).values(param)
 
     def _keep(self, param: Tensor, first: Tensor, second: Tensor, generator: torch.Generator) -> None:
@@ -171,6 +194,15 @@ class STQuantAdam(torch.optim.Optimizer):
 def tensors_of(state: Mapping[str, Any]) -> list[Tensor]:
     """Of a parameter's state, what it holds."""
     return [leaf for leaf in tree_leaves(dict(state)) if isinstance(leaf, Tensor)]
+
+
+def _fits(state: Mapping[str, Any], param: Tensor) -> bool:
+    def fits(moment: Any) -> bool:
+        if isinstance(moment, Tensor):
+            return moment.shape == param.shape
+        return isinstance(moment, Mapping) and moment["scale"].numel() == -(-param.numel() // BLOCK)
+
+    return {"step", "bits", *GRIDS} <= set(state) and all(fits(state[name]) for name in GRIDS)
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

@@ -28,6 +28,9 @@ class Context:
     (`tfqc.calibration.observe`). A rehearsal and its run share them.
     `plan` is a plan for quantization, as a person wrote it (`tfqc.quant.plan_text`): what it says comes before what
     options say.
+
+    Raises:
+        PassError: a schedule or calibration data of another class.
     """
 
     schedule: SamplingSchedule | None = None
@@ -42,6 +45,19 @@ class Context:
     observed: dict[tuple[str, str, str], Any] = field(default_factory=dict[tuple[str, str, str], Any])
     pass_name: str = ""
     pass_number: int = 0
+
+    def __post_init__(self) -> None:
+        # `tfqc.compile` takes lists in their place; what a pass would say of one is no help.
+        if not isinstance(self.schedule, SamplingSchedule | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PassError(
+                f"schedule is a {type(self.schedule).__name__}: give a context a tfqc.SamplingSchedule, such as "
+                "SamplingSchedule((999.0, 499.0)) or SamplingSchedule.of(scheduler, steps)."
+            )
+        if not isinstance(self.calibration, Calibration | ModelCalls | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PassError(
+                f"calibration is a {type(self.calibration).__name__}: give a context tfqc.Calibration(noise, {...}), "
+                "or tfqc.sampling.calls.ModelCalls.of([{...}, ...]) for calls of the model."
+            )
 
     def need_schedule(self) -> SamplingSchedule:
         """The schedule, which passes have that declare `schedule` or `sampler` in `data`."""

@@ -136,13 +136,13 @@ class Stepper(torch.nn.Module):
 
     def _finished(self, out: Any, dtype: torch.dtype, broken: Tensor | None) -> Any:
         """An output as its caller wants it."""
-        if (broken is None and dtype == self._dtype) or not isinstance(out, Tensor) or not out.is_floating_point():
+        if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
             return out
         if broken is not None:
             whole = out.shape[:1] != broken.shape
             mask = broken.any() if whole else broken.reshape(-1, *[1] * (out.dim() - 1))
             out = out.masked_fill(mask, float("nan"))
-        return out if dtype == self._dtype else out.to(dtype)
+        return out if dtype == self._dtype or out.is_complex() else out.to(dtype)
 
     def _broken(self, values: Mapping[str, Tensor]) -> Tensor | None:
         noisy = values[self._noisy]

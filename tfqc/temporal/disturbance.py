@@ -23,7 +23,8 @@ def symptoms(exact: Tensor, disturbed: Tensor) -> Symptoms:
     mismatch δ_t = argmax_t' cos(e_t', ê_t) − t, in positions of the schedule; a tie with t counts as 0. All in
     float64: at 8 bits 1 − cos is near 1e-6.
     """
-    e, d = (x.detach().double().flatten(2) for x in (exact, disturbed))
+    pair = (torch.view_as_real(x) if x.is_complex() else x for x in (exact.detach(), disturbed.detach()))
+    e, d = (x.double().flatten(2) for x in pair)
     cosine = _cosine(e, d).mean(1)
     norm = e.norm(dim=2).clamp(min=1e-30)
     relative = ((d - e).norm(dim=2) / norm).mean(1)

@@ -55,18 +55,20 @@ def become_table_read(
     output: int,
     label: Input | None,
 ) -> None:
-    """Turn a node into a read of a compile-time table: encoded where all its steps are cached, else fp.
+    """Turn a node into a read of a compile-time table: encoded where all its steps are cached, else as it is.
 
-    An encoded table has the bits of the finest of its steps; coarser ones keep their own rounding in it.
+    An encoded table has the bits of the finest of its steps; coarser ones keep their own rounding in it. What is no
+    real number (positions, truths, rotations as complex numbers) is never encoded.
     """
     stem = f"table.{node.name}"
     steps = len(program.table(Schedule)["schedule"].timesteps)
     of_row = [strategy[i * steps // len(rows) if len(strategy) > 1 else 0] for i in range(len(rows))]
     wanted = set(strategy) - {"tib"}
-    if len(wanted) > 1:
+    encoded = rows.is_floating_point()
+    if len(wanted) > 1 and encoded:
         rows = as_kept(rows, of_row)
     source = RowSource("table", output, label=label.name if label else "")
-    if not wanted <= {"cache4", "cache8"}:
+    if not encoded or not wanted <= {"cache4", "cache8"}:
         name = program.add_tensor(stem, rows)
         program.tables[RowSource.table][name] = source
         _become(program, node, ours.table_read.default, program.tensor_node(name), row)

@@ -35,6 +35,8 @@ def disturbed(
         encoding = f"int{strategy.removeprefix('cache')}"
         return {
             name: decode(*encode(value.flatten(0, 1), encoding), encoding, value.shape[2:]).reshape(value.shape)
+            if value.is_floating_point()
+            else value  # `become_table_read` encodes no others
             for name, value in exact.items()
         }
     weights: dict[str, Callable[[], Tensor]] = {}  # one at a time: the block may be a third of the model
@@ -67,9 +69,13 @@ def stored_bytes(program: Program, feature: str, strategy: str, steps: int, valu
     Tables: rows and their parameters (8 bytes a row). `tib`: the codes, scales and bias of the feature's own last
     linear, at the bits it has or 8.
     """
+    type_ = program.tensor_type(program.node(feature))
+    assert type_ is not None
     match strategy:
         case "table" | "fold":
-            return 4 * steps * values
+            return type_.dtype.itemsize * steps * values
+        case "cache8" | "cache4" if not type_.dtype.is_floating_point:
+            return type_.dtype.itemsize * steps * values
         case "cache8":
             return steps * (values + 8)
         case "cache4":

@@ -40,7 +40,11 @@ class SessionModel(Stepper):
             )
         )
         self._taken = taken
-        self._returns_tuple = isinstance(returned_by(program.step), (tuple, list))
+        returned = returned_by(program.step)
+        self._returns_tuple = isinstance(returned, (tuple, list))
+        outputs: Any = returned if self._returns_tuple else (returned,)
+        types = [program.tensor_type(value) for value in outputs]
+        self._complex = [type_ is not None and type_.dtype.is_complex for type_ in types]
 
     @abstractmethod
     def infer(self, given: Mapping[str, Any]) -> list[Any]:
@@ -67,8 +71,14 @@ class SessionModel(Stepper):
         return tuple(outputs) if self._returns_tuple else outputs[0]
 
     def _run_session(self, values: dict[str, Tensor]) -> list[Tensor]:
-        given = {name: values[name].detach().contiguous().numpy() for name in self._taken}
-        return [torch.from_numpy(out) for out in self.infer(given)]
+        given = {name: _pairs(values[name].detach()).contiguous().numpy() for name in self._taken}
+        made = zip(map(torch.from_numpy, self.infer(given)), self._complex, strict=True)
+        return [torch.view_as_complex(value) if is_complex else value for value, is_complex in made]
+
+
+def _pairs(value: Tensor) -> Tensor:
+    """What engines know of complex numbers: their real and their imaginary parts, side by side."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def not_taken(engine: str, file: Path, error: Exception) -> ArtifactError:

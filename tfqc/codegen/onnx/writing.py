@@ -48,13 +48,19 @@ def onnx_model(program: Program) -> bytes:
                 verbose=False,
             )
     except Exception as error:
-        why = next(iter(str(error).splitlines()), "").rstrip(".")
+        cause = error
+        while cause.__cause__ is not None:  # the outer ones say at which step of an export they were raised
+            cause = cause.__cause__
+        why = next(iter(str(cause).splitlines()), "").rstrip(".")
         raise TfqcError(f"torch.onnx does not write {program.model}: {why[:300]}.") from error
     assert written is not None
     model: Any = written.model
     names = pytree.tree_leaves(nested(program, {i.name: i.name for i in program.inputs}))
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
+    for value in model.graph.outputs:
+        if value.name in names:  # an input that is returned as it is, which torch.onnx calls so twice
+            value.name = f"{value.name}.returned"
     _forget(model)
     _keep_outside(model, program, packed)
     return needed("onnx_ir").to_proto(model).SerializeToString(deterministic=True)

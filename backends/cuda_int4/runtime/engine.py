@@ -87,16 +87,17 @@ class Engine(Stepper):
 
     def _by_row(self, rows: Tensor, values: Mapping[str, Any]) -> Any:
         result: list[Tensor] = []
-        several = False
+        several, fixed = False, isinstance(self.plan.sample.shape[0], int)  # a batch that code fixes is computed whole
         for row in rows.unique():
             mine = (rows == row).nonzero().flatten()
-            part = {k: v.index_select(self._batched[k], mine) if k in self._batched else v for k, v in values.items()}
+            parted = {} if fixed else self._batched
+            part = {k: v.index_select(parted[k], mine) if k in parted else v for k, v in values.items()}
             found = self.step(**{**part, self.plan.row: row[None]})
             several = isinstance(found, tuple)
             outs = found if several else (found,)
             result = result or [out.new_empty(len(rows), *out.shape[1:]) for out in outs]
             for whole, out in zip(result, outs, strict=True):
-                whole[mine] = out
+                whole[mine] = out[mine] if fixed else out
         return tuple(result) if several else result[0]
 
 

@@ -110,7 +110,10 @@ def _quantize_input(
     operand = WEIGHTED[node.target].input
     value = node.kwargs[operand]
     assert isinstance(value, fx.Node)
-    key = (value.name, f"{quantizer.input_scale}/{quantizer.input_bits}/{quantizer.input_top}/{quantizer.input_protected}")
+    key = (
+        value.name,
+        f"{quantizer.input_scale}/{quantizer.input_bits}/{quantizer.input_top}/{quantizer.input_protected}",
+    )
     if key not in shared:
         if not quantizer.input_scale:
             args = (value, quantizer.input_bits)

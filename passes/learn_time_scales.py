@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.calibration.observe import observe
@@ -31,14 +31,14 @@ class LearnTimeScales(Pass):
     """TDQ (arXiv 2306.02316): s(t) = Softplus(MLP(sinusoid(t))) for each input, fitted to the error in the outputs of
     the linears and convolutions that read it, then evaluated into a row for each step of the schedule.
 
-    The networks stay beside the rows: a compiled model computes the steps of other timesteps by them. Finds parameters
-    for inputs that are planned so (`range=tdq`) and have a row for each step; grouped convolutions and what waits for
-    no step are left to calibrate-activations. Weights that are quantized already are taken as they are. Options: grid
-    (`full`: all codes; `released`: those of the paper's code, -6 .. 6 of 4 bits); steps of the schedule at which inputs
-    are looked at; iterations; learning-rate of Adam; optimizer (`stquant` keeps Adam's moments in few bits). Others plan
-    the inputs that nothing is planned for: bits; edge-bits (of the model's first and last layer; none = as the others);
-    scope (`tib`: only inside the temporal information block); skip (modules left to other passes, as
-    `tfqc.analysis.skipping` reads them).
+    The networks stay beside the rows: a compiled model computes the steps of other timesteps by them. Finds
+    parameters for inputs that are planned so (`range=tdq`) and have a row for each step; grouped convolutions and
+    what waits for no step are left to calibrate-activations. Weights that are quantized already are taken as they
+    are. Options: grid (`full`: all codes; `released`: those of the paper's code, -6 .. 6 of 4 bits); steps of the
+    schedule at which inputs are looked at; iterations; learning-rate of Adam; optimizer (`stquant` keeps Adam's
+    moments in few bits). Others plan the inputs that nothing is planned for: bits; edge-bits (of the model's first
+    and last layer; none = as the others); scope (`tib`: only inside the temporal information block); skip (modules
+    left to other passes, as `tfqc.analysis.skipping` reads them).
     """
 
     name: ClassVar[str] = "learn-time-scales"
@@ -87,7 +87,7 @@ class LearnTimeScales(Pass):
         for node, spec in found.items():
             alike.setdefault((node.all_input_nodes[0].name, replace(spec, by="", why="")), []).append(node)
         grids = [
-            Codes.of(spec.format.bits, self.grid, min(seen[n.name].low for n in nodes), max(seen[n.name].high for n in nodes))
+            Codes.of(spec.format.bits, self.grid, seen[nodes[0].name].low, seen[nodes[0].name].high)
             for (_, spec), nodes in alike.items()
         ]
         networks = self._learned(program, ctx, list(alike.values()), seen, grids)

@@ -21,12 +21,12 @@ class PlanQuantization(Pass):
     Options: weights, activations (bits, none = left in floating point); method, symmetric, and group (columns that
     share a scale, none = per channel) of weights; group-scope (`linear`: weights of larger windows have no groups);
     mode, activation-method (`fsc`: finite-set calibration, `tdq`: learned by learn-time-scales) and intervals (per
-    step: rows that the schedule shares, 0 = one for each step) of activations; edges (bits of the model's first and last layer, where that is more; none = as
-    the others); scope (`tib`: only inside the temporal information block; `linear`: only linears and convolutions of
-    1 x 1); skip (modules left in floating point, as `tfqc.analysis.skipping` reads them); first-steps, last-steps
-    (protected: activations stay in floating point there), overlap (of steps that are both) and reasoner (`a16`: what
-    runs once for each image is protected, too), as `tfqc.quant.step_policy` has them. Of two such passes the first has
-    its way; the last plans the rest.
+    step: rows that the schedule shares, 0 = one for each step) of activations; edges (bits of the model's first and
+    last layer, where that is more; none = as the others); scope (`tib`: only inside the temporal information block;
+    `linear`: only linears and convolutions of 1 x 1); skip (modules left in floating point, as
+    `tfqc.analysis.skipping` reads them); first-steps, last-steps (protected: activations stay in floating point
+    there), overlap (of steps that are both) and reasoner (`a16`: what runs once for each image is protected, too),
+    as `tfqc.quant.step_policy` has them. Of two such passes the first has its way; the last plans the rest.
     """
 
     name: ClassVar[str] = "plan-quantization"

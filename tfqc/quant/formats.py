@@ -117,7 +117,7 @@ class QuantSpec(Choices):
 
     @property
     def method(self) -> RangeMethod:
-        """How a range is found in what was observed: finite sets take all of a step, and so does what is not learned."""
+        """How a range is found in what was observed: finite sets take all of a step, as does what is not learned."""
         return "mse" if self.range == "mse" else "min-max"
 
     @property

@@ -19,7 +19,7 @@ from tfqc.quant.adaround import Optimizer
 from tfqc.quant.time_scales import Codes, Networks, eager, steps_at
 
 RUNGS = 48
-LOWEST = 0.1  # rung, of the least step that clips nothing at some time
+LOWEST, HIGHEST = 0.1, 1.25  # rung, of the least step that clips nothing at some time, and of that at all times
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,13 @@ class Curves:
     errors: Tensor
 
     @staticmethod
-    def of(
-        rows: Sequence[Sequence[Tensor]], layers: Sequence[Layer], codes: Codes, left_out: Sequence[bool]
-    ) -> Curves:
+    def of(rows: Sequence[Sequence[Tensor]], layers: Sequence[Layer], codes: Codes, left_out: Sequence[bool]) -> Curves:
         """Measured on rows [R, K], for each time and each layer; layers that read one value sample it apart.
 
         left_out: times at which the input is not quantized, so that no step is an error there.
         """
         reach = [max(float(codes.step_for(part.amin(), part.amax())) for part in parts) for parts in rows]
-        highest, lowest = max(reach), max(min(reach), max(reach) * 1e-3) * LOWEST
+        highest, lowest = max(reach) * HIGHEST, max(min(reach), max(reach) * 1e-3) * LOWEST
         ladder = torch.logspace(0, 1, RUNGS, base=highest / lowest, dtype=torch.float64) * lowest
         errors = torch.zeros(len(rows), RUNGS)
         for at, parts in enumerate(rows):
@@ -91,7 +89,8 @@ def fit(
 ) -> tuple[Networks, Tensor]:
     """Networks that make the least sum of errors at `timesteps`, one a row of each curve, and the mean error of each.
 
-    Off the ladder errors rise by 1 a rung, so steps come back. The rate falls to 0 linearly.
+    A network that training did not make better stays as it was. Off the ladder errors rise by 1 a rung, so steps
+    come back. The rate falls to 0 linearly.
 
     Raises:
         CalibrationError: the errors are not finite.
@@ -111,14 +110,21 @@ def fit(
         low, high = (errors.gather(2, (below.long() + i)[..., None]).squeeze(2) for i in (0, 1))
         return (low + (on - below) * (high - low) + (rung - on).abs()).mean(1)
 
+    with torch.no_grad():
+        before = mean_errors()
     adam = (torch.optim.Adam if optimizer == "adam" else STQuantAdam)(weights, lr=learning_rate)
     for iteration in range(iterations):
         for group in adam.param_groups:
             group["lr"] = learning_rate * (1 - iteration / iterations)
-        adam.zero_grad()
-        mean_errors().sum().backward()
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(mean_errors().sum(), weights)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
         adam.step()
         if on_iteration is not None:
             on_iteration()
     with torch.no_grad():
-        return its.map(torch.Tensor.detach), mean_errors()
+        after = mean_errors()
+        for weight, old in zip(weights, start.weights(), strict=True):
+            weight.copy_(torch.where((after < before)[:, None, None], weight, old))
+        return its.map(torch.Tensor.detach), torch.minimum(before, after)

@@ -46,7 +46,7 @@ class Codes:
         side of zero, n - 1 above SiLU's least value, n = 2^bits - 1.
         """
         n = 2**bits - 1
-        if SILU_LEAST <= low and -4 * low <= high:
+        if low >= SILU_LEAST and -4 * low <= high:
             top = n if grid == "full" else n - 1
             return Codes(top, 0, top, max(-low, 0.0))
         half = n // 2 - 1

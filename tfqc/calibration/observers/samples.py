@@ -49,7 +49,7 @@ class Samples(Observer[SampledRows]):
         batch: int = 0,
     ) -> None:
         self._columns, self._kernel, self._geometry, self._batch = columns, kernel, geometry, batch
-        self.steps: frozenset[int] = steps
+        self.steps = steps
         self._most = max(VALUES // columns, LEAST_ROWS)
         self._rows: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}  # rows with the smallest stay
@@ -66,11 +66,11 @@ class Samples(Observer[SampledRows]):
             "columns": self._columns,
             "kernel": self._kernel,
             "geometry": self._geometry,
-            "steps": sorted(self.steps),
+            "steps": sorted(self.steps or ()),
         }
 
     def fresh(self, batch: int) -> Self:
-        return type(self)(self._columns, self._kernel, self._geometry, self.steps, batch)
+        return type(self)(self._columns, self._kernel, self._geometry, self.steps or frozenset(), batch)
 
     def update(self, value: Tensor, step: int) -> None:
         value = value.detach()

@@ -134,7 +134,7 @@ class LearnTimeScales(Pass):
         jobs = list(zip(readers, grids, strict=True))
         for nodes, grid in ctx.progress.track(jobs, "measuring errors of steps (TDQ)", len(jobs)):
             values = torch.cat([seen[n.name].rows[s].flatten() for n in nodes for s in looked_at])
-            units.append(float(values.std()) or 1.0)
+            units.append(float(values.std(correction=0)) or 1.0)
             protected = protected_steps(program, nodes[0], "input")
             rows_of = [[seen[n.name].rows[s] for n in nodes] for s in looked_at]
             left_out = [bool(protected) and protected[s] for s in looked_at]

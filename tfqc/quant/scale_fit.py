@@ -106,7 +106,7 @@ def fit(
     def mean_errors() -> Tensor:
         rung = (steps_at(eager, time, its).log() - first) / rise
         on = rung.clamp(0, RUNGS - 1)
-        below = on.detach().floor().clamp(max=RUNGS - 2)
+        below = on.detach().floor().clamp(max=RUNGS - 2).nan_to_num()  # NaN stays in what is returned
         low, high = (errors.gather(2, (below.long() + i)[..., None]).squeeze(2) for i in (0, 1))
         return (low + (on - below) * (high - low) + (rung - on).abs()).mean(1)
 
@@ -125,6 +125,7 @@ def fit(
             on_iteration()
     with torch.no_grad():
         after = mean_errors()
+        better = after < before  # False for NaN
         for weight, old in zip(weights, start.weights(), strict=True):
-            weight.copy_(torch.where((after < before)[:, None, None], weight, old))
-        return its.map(torch.Tensor.detach), torch.minimum(before, after)
+            weight.copy_(torch.where(better[:, None, None], weight, old))
+        return its.map(torch.Tensor.detach), torch.where(better, after, before)

@@ -2,6 +2,8 @@
 
 The networks of all inputs are one stack of matrices and are computed side by side. They are written once, over a
 function that calls operations: `eager` computes them, another one may write them into a program.
+
+In training, gradients reach the networks of `steps_at` through `tfqc.quant.grid.fake_quantize` as they reach weights.
 """
 
 from __future__ import annotations

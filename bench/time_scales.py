@@ -39,6 +39,8 @@ WAYS = {
     "per-step min-max (FSC of the whole network)": "calibrate-activations{{bits={a} mode=per-step}}",
     "per-step MSE": "calibrate-activations{{bits={a} mode=per-step method=mse}}",
     "dynamic per token": "calibrate-activations{{bits={a} mode=per-token}}",
+    "one step each, least error in outputs": "learn-time-scales{{bits={a} iterations=1 learning-rate=1e-9}},"
+    "calibrate-activations{{bits={a}}}",
     "TDQ, full grid": "learn-time-scales{{bits={a}}},calibrate-activations{{bits={a}}}",
     "TDQ, released grid": "learn-time-scales{{bits={a} grid=released}},calibrate-activations{{bits={a}}}",
     "TDQ, full grid, looks at 7 steps": "learn-time-scales{{bits={a} steps=7}},calibrate-activations{{bits={a}}}",
@@ -154,7 +156,7 @@ class Bench:
                 f"{row['bytes'] / 1e6:.2f}",
                 f"{row['bytes of @time'] / 1e6:.2f}",
             ]
-            for row in self.rows.values()
+            for row in (self.rows[f"{setting} {way}"] for setting in SETTINGS for way in WAYS)
         ]
         return tabulate(lines, head, tablefmt="github", disable_numparse=True)
 

@@ -163,8 +163,8 @@ def rows(its: Networks, timesteps: Sequence[float]) -> tuple[Tensor, Tensor]:
 def untrained(first: Tensor, unit: Tensor, grids: Sequence[Codes], timesteps: Sequence[float], seed: int) -> Networks:
     """Networks that give the steps `first` [L] at all times, to be learned from there.
 
-    The fastest wave turns by one radian from one of the times to the next, on average: by those that are faster (theirs
-    turns by one radian for each timestep of training) times between two of the schedule would tell nothing apart.
+    The fastest wave turns by one radian from one of the times to the next, on average, so that times between two of
+    them get steps between theirs. The paper's turns by one radian for each timestep of training.
     """
     count, generator = len(first), torch.Generator().manual_seed(seed)
 

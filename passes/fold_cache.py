@@ -14,9 +14,11 @@ from tfqc.ir.program import TIME, Input, Program, Role, Stage
 from tfqc.ir.rows import BindingTime, Maintenance, Quantizer, RowSource, Schedule, Tib
 from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass, close
+from tfqc.quant.time_scales import TimeScales
 from tfqc.temporal.fold import fold_affine, fold_bias
 from tfqc.temporal.reads import RowIndices, become_request_read, become_table_read, detach, switch, widen
 from tfqc.temporal.tabulate import feature_rows, label_of
+from tfqc.temporal.time_scales import scales_join_time
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class FoldCache(Pass):
     `fold`: exact, as the per-step bias of the convolution before it, or the per-step affine of the norm before it,
     where the graph allows, else an fp table; `table`: an fp table; `cache4`, `cache8`: a quantized table; `tib`:
     it stays. Features that depend on class labels with a declared domain have a row for each label at each timestep.
-    Those that depend on other request inputs become tables built once per image, in full precision.
+    Those that depend on other request inputs become tables built once per image, in full precision. Networks that give
+    the steps of quantizers (learn-time-scales) are kept for timesteps that are computed later.
 
     Options: mode (restricts `fold` to `bias`, `affine` or plain `table`s; `exact` = all); policy for timesteps that are
     not in the schedule.
@@ -63,6 +66,9 @@ class FoldCache(Pass):
         if values or program.table(RowSource):
             self._rows(program, values, maintenance)
         _forget(program)
+        if self.policy == "recompute":
+            scales_join_time(program)
+        program.tables.get(TimeScales.table, {}).clear()  # what is computed in @time says so itself
         program.drop_unread_parameters()
         program.set_table(BindingTime, binding_table(program))
         after = sum(n.op == "call_function" for n in program.step.nodes)

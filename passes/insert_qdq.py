@@ -18,6 +18,7 @@ from tfqc.ir.rows import BindingTime, Quantizer, QuantPlan, RowSource, Tib
 from tfqc.ir.tables import Fact, Row
 from tfqc.passing import LOSSY, Context, Numerics, Pass
 from tfqc.quant.formats import specs_to_text
+from tfqc.quant.parameters import input_grid
 from tfqc.quant.plan import planned
 from tfqc.runtime.packing import pack_int4
 
@@ -109,7 +110,10 @@ def _quantize_input(
     operand = WEIGHTED[node.target].input
     value = node.kwargs[operand]
     assert isinstance(value, fx.Node)
-    key = (value.name, f"{quantizer.input_scale}/{quantizer.input_bits}/{quantizer.input_protected}")
+    key = (
+        value.name,
+        f"{quantizer.input_scale}/{quantizer.input_bits}/{quantizer.input_top}/{quantizer.input_protected}",
+    )
     if key not in shared:
         if not quantizer.input_scale:
             args = (value, quantizer.input_bits)
@@ -120,11 +124,11 @@ def _quantize_input(
             )
             per_step = program.table(RowSource).get(quantizer.input_scale) is not None
             index = program.node(row, function) if per_step else None
-            limits = (0, 2**quantizer.input_bits - 1)
+            grid = input_grid(quantizer)
             codes = program.insert(
                 node,
                 ours.quantize.default,
-                (value, scale, zero_point, index, *limits),
+                (value, scale, zero_point, index, grid.qmin, grid.qmax),
                 name=f"{value.name}_q",
                 function=function,
             )

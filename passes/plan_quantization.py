@@ -20,13 +20,13 @@ class PlanQuantization(Pass):
 
     Options: weights, activations (bits, none = left in floating point); method, symmetric, and group (columns that
     share a scale, none = per channel) of weights; group-scope (`linear`: weights of larger windows have no groups);
-    mode, activation-method (`fsc`: finite-set calibration) and intervals (per step: rows that the schedule shares, 0 =
-    one for each step) of activations; edges (bits of the model's first and last layer, where that is more; none = as
-    the others); scope (`tib`: only inside the temporal information block; `linear`: only linears and convolutions of
-    1 x 1); skip (modules left in floating point, as `tfqc.analysis.skipping` reads them); first-steps, last-steps
-    (protected: activations stay in floating point there), overlap (of steps that are both) and reasoner (`a16`: what
-    runs once for each image is protected, too), as `tfqc.quant.step_policy` has them. Of two such passes the first has
-    its way; the last plans the rest.
+    mode, activation-method (`fsc`: finite-set calibration, `tdq`: learned by learn-time-scales) and intervals (per
+    step: rows that the schedule shares, 0 = one for each step) of activations; edges (bits of the model's first and
+    last layer, where that is more; none = as the others); scope (`tib`: only inside the temporal information block;
+    `linear`: only linears and convolutions of 1 x 1); skip (modules left in floating point, as
+    `tfqc.analysis.skipping` reads them); first-steps, last-steps (protected: activations stay in floating point
+    there), overlap (of steps that are both) and reasoner (`a16`: what runs once for each image is protected, too),
+    as `tfqc.quant.step_policy` has them. Of two such passes the first has its way; the last plans the rest.
     """
 
     name: ClassVar[str] = "plan-quantization"
@@ -38,7 +38,7 @@ class PlanQuantization(Pass):
     activations: int | None = 8
     mode: Literal["static", "per-step", "per-token"] = "static"
     method: Literal["min-max", "mse"] = "min-max"
-    activation_method: Literal["min-max", "mse", "fsc"] = "min-max"
+    activation_method: Literal["min-max", "mse", "fsc", "tdq"] = "min-max"
     symmetric: bool = True
     group: int | None = None
     group_scope: Literal["all", "linear"] = "all"
@@ -59,8 +59,8 @@ class PlanQuantization(Pass):
             raise ValueError(f"group={self.group}: at least one column")
         if self.intervals < 0:
             raise ValueError(f"intervals={self.intervals} is negative")
-        if self.activation_method == "fsc" and self.mode != "per-step":
-            raise ValueError("activation-method=fsc has a scale for each step: say mode=per-step")
+        if self.activation_method in ("fsc", "tdq") and self.mode != "per-step":
+            raise ValueError(f"activation-method={self.activation_method} has a scale for each step: say mode=per-step")
         self._policy()
 
     def contract(self) -> Contract:

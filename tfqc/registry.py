@@ -25,6 +25,7 @@ PASSES = {
     "calibrate-weights": "tfqc.passes.calibrate_weights:CalibrateWeights",
     "calibrate-activations": "tfqc.passes.calibrate_activations:CalibrateActivations",
     "calibrate-finite-set": "tfqc.passes.calibrate_finite_set:CalibrateFiniteSet",
+    "learn-time-scales": "tfqc.passes.learn_time_scales:LearnTimeScales",
     "reconstruct-tib": "tfqc.passes.reconstruct_tib:ReconstructTib",
     "reconstruct-weights": "tfqc.passes.reconstruct_weights:ReconstructWeights",
     "fold-cache": "tfqc.passes.fold_cache:FoldCache",

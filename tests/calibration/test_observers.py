@@ -17,6 +17,7 @@ from tfqc.calibration.observers import moments
 from tfqc.calibration.observers.base import Observer, State
 from tfqc.calibration.observers.moments import Moments
 from tfqc.calibration.observers.ranges import Ranges
+from tfqc.calibration.observers.samples import Samples
 from tfqc.errors import CalibrationError
 from tfqc.quant.grid import Grid
 
@@ -29,7 +30,14 @@ def images(count: int = 6, *shape: int) -> torch.Tensor:
 
 
 def makers() -> list[Observer[Any]]:
-    return [Ranges(STEPS), Ranges(STEPS, 50), Moments(9), Moments(24, **CONV, steps=frozenset({0, 2}))]
+    return [
+        Ranges(STEPS),
+        Ranges(STEPS, 50),
+        Moments(9),
+        Moments(24, **CONV, steps=frozenset({0, 2})),
+        Samples(9, (), (), frozenset({0, 2})),
+        Samples(24, **CONV, steps=frozenset({1})),
+    ]
 
 
 def observed(empty: Observer[Any], batch: int, values: torch.Tensor) -> Observer[Any]:
@@ -55,7 +63,7 @@ def same(a: Observer[Any], b: Observer[Any]) -> bool:
     return tensors and json.dumps(one.facts) == json.dumps(other.facts) and a.key == b.key
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(6))
 def test_batches_that_travel_give_the_same_bytes(which: int, tmp_path: Path) -> None:
     """Three batches, run in another order and sent as files, merged in the order of batches."""
     empty = makers()[which]

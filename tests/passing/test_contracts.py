@@ -93,6 +93,7 @@ BEFORE = {
     "plan-quantization": "normalize,discover-tib",
     "calibrate-finite-set": "normalize,discover-tib", "reconstruct-tib": "normalize,discover-tib",
     "reconstruct-weights": "normalize,discover-tib",
+    "learn-time-scales": "normalize,discover-tib",
     "calibrate-weights": "normalize,discover-tib,select-maintenance{strategy=tib}",
     "calibrate-activations": "normalize,discover-tib,select-maintenance{strategy=tib}",
     "fold-cache": "normalize,discover-tib,select-maintenance",
@@ -135,6 +136,10 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "bits": ("2", "8"), "method": ("min-max",), "group": ("1", "9999"), "edge-bits": ("2", "8"),
         "scope": ("all", "linear"), "steps": ("1", "9999"), "skip": ("conv_in", "*"),
     },
+    "learn-time-scales": {
+        "bits": ("3", "8"), "grid": ("full", "released"), "steps": ("1", "9999"), "learning-rate": ("1e-9", "1e9"),
+        "edge-bits": ("3", "8"), "scope": ("all", "tib"), "skip": ("conv_in", "*"),
+    },
     "fold-cache": {
         "mode": ("exact", "bias", "affine", "table"), "policy": ("recompute", "nearest", "error"),
     },
@@ -147,7 +152,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 
 def cases() -> Iterator[str]:
     for name in pass_names():
-        few = "iterations=2 " if name == "reconstruct-tib" else ""  # little training
+        few = "iterations=2 " if name in ("reconstruct-tib", "learn-time-scales") else ""  # little training
         yield f"{name}{{{few}}}"
         for option, values in OPTIONS.get(name, {}).items():
             yield from (f"{name}{{{few}{option}={value}}}" for value in values)
@@ -187,6 +192,7 @@ def test_what_auto_chooses_from(measured: str, granularity: str) -> None:
         ("plan-quantization{group=0}", "group=0: at least one column"),
         ("plan-quantization{intervals=-1}", "negative"),
         ("plan-quantization{activation-method=fsc}", "say mode=per-step"),
+        ("plan-quantization{activation-method=tdq}", "say mode=per-step"),
         ("calibrate-weights{edge-bits=0}", "bits=0 is out of range"),
         ("calibrate-weights{group=0}", "group=0: at least one column"),
         ("calibrate-activations{edge-bits=0}", "bits=0 is out of range"),

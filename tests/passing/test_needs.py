@@ -45,6 +45,8 @@ NEEDS: dict[str, tuple[str, str]] = {
     "reconstruct-tib": (COMPUTES, "tib"),
     "reconstruct-weights": (SAMPLES, "tib"),
     "reconstruct-weights{scope=linear steps=1}": (SAMPLES, "tib"),
+    "learn-time-scales": (SAMPLES, ""),
+    "learn-time-scales{scope=tib}": (SAMPLES, "tib"),
     "plan-quantization": ("", ""),
     "plan-quantization{scope=tib}": ("", "tib"),
     "fold-cache": ("schedule", "maintenance tib"),

@@ -87,6 +87,18 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
             "TIAR: loss 1.235 with nearest rounding, 0.5 reconstructed",
         ),
     ),
+    "time-scales": (
+        (
+            {"inputs": 1, "learned": 0.01234, "single": 0.02, "each": 0.0123},
+            "learned steps of 1 input as functions of time: error in outputs 0.0123, 0.02 with the best single step of "
+            "each, 0.0123 with the best for each time",
+        ),
+        (
+            {"inputs": 92, "learned": 0.0129, "single": 0.0167, "each": 0.0128},
+            "learned steps of 92 inputs as functions of time: error in outputs 0.0129, 0.0167 with the best single "
+            "step of each, 0.0128 with the best for each time",
+        ),
+    ),
     "observed": (
         (
             {"values": 1, "steps": 1, "images": 1, "mebibytes": 0.6},

@@ -23,7 +23,7 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         per = said["per"] = draw(st.sampled_from(["tensor", "channel", "group", "token", "step"]))
         said |= {"group": draw(st.integers(1, 512))} if per == "group" else {}
         said |= {"intervals": draw(st.integers(0, 50))} if per == "step" else {}
-        ranges = ["min-max", "mse", *(["fsc"] if per in ("step", "tensor") else [])]
+        ranges = ["min-max", "mse", *(["fsc", "tdq"] if per in ("step", "tensor") else [])]
         said |= {"range": draw(st.sampled_from(ranges)), "symmetric": draw(st.booleans()), "smooth": draw(WORDS)}
     return QuantSpec(format=format, **said)
 
@@ -78,6 +78,7 @@ def test_what_it_can_say() -> None:
         ("int4{group=4}", "group=4 with per=tensor"),
         ("int8{intervals=2}", "intervals=2 with per=tensor"),
         ("int8{per=token range=fsc}", "finite sets have a scale for each step"),
+        ("int8{per=channel range=tdq}", "finite sets have a scale for each step"),
         ("int8{channels=5,5}", "channels=5,5: a first one"),
         ("float{per=token}", "stays in floating point has no per"),
         ("", "say `float`"),

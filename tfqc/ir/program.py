@@ -161,7 +161,9 @@ class Program(ProgramData):
         """Take parameters that nothing reads off @step. The row index stays while quantizers wait to read it."""
         self.prune()
         sources = self.table(RowSource)
-        awaited = {"row"} if any(s.kind == "activation" for s in sources.values()) else set[str]()
+        read = {str(n.target) for n in self.step.nodes if n.op == "get_attr"}
+        waiting = any(s.kind in ("activation", "table") and name not in read for name, s in sources.items())
+        awaited = {"row"} if waiting else set[str]()
         for node in self.nodes():
             kind = sources[node.name].kind if node.name in sources else ""
             if node.op == "placeholder" and not node.users and kind not in awaited:

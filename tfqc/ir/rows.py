@@ -121,7 +121,8 @@ class Quantizer(Row):
     """How one linear or convolution is quantized. Fields that name tensors are empty where nothing is quantized.
 
     Weight: `codes` int8, `weight_scale` and `weight_zero_point` [O, G], one for each `group` of the flattened row.
-    Input: `input_scale` and `input_zero_point` [1] when static, [T] when per step; none when per token.
+    Input: `input_scale` and `input_zero_point` [1] when static, [T] when per step; none when per token; codes from 0 to
+    `input_top`, or to 2^bits - 1 where that is 0.
     `input_protected` bool [T, 1, ...] with the input's rank: where True, the input stays in floating point.
     """
 
@@ -137,6 +138,7 @@ class Quantizer(Row):
     input_zero_point: str = ""
     input_how: str = ""
     input_protected: str = ""
+    input_top: int = 0
 
     def tensors(self) -> tuple[str, ...]:
         names = (

@@ -40,6 +40,8 @@ _TEMPLATES: dict[str, str] = {
     "reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed",
     "not-reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed; "
     "nearest rounding kept",
+    "time-scales": "learned steps of {inputs} {inputs:|input|inputs} as functions of time: error in outputs "
+    "{learned:.3g}, {single:.3g} with the best single step of each, {each:.3g} with the best for each time",
     "folded": "fold: {before} {before:|operation|operations} a step became {after}",
     "hoisted": "hoist: {operations} {operations:|operation runs|operations run} once per image, giving {values} "
     "{values:|value|values}",

@@ -61,8 +61,9 @@ class Choices:
     per: what shares a scale: the whole tensor; a channel of the output; a `group` of so many columns of a weight's
     flattened row; a token, found at run time; a step of the schedule, which has `intervals` rows of scales, 0 = one for
     each step. symmetric: two's complement with zero point 0, else 0 .. 2^bits - 1. range: of the values that the grid
-    spans: all (min-max), where the error is least (mse), or all at each step (fsc, finite-set calibration). smooth: a
-    tensor of factors, one for each input channel, that the operand is divided by first. channels, steps: the part
+    spans: all (min-max), where the error is least (mse), all at each step (fsc, finite-set calibration), or what was
+    learned as a function of time (tdq). smooth: a tensor of factors, one for each input channel, that the operand is
+    divided by first. channels, steps: the part
     [start, stop) of the input channels, or of the steps of the schedule, that the spec is for; all without. by, why:
     who chose it, and for what reason.
     """
@@ -71,7 +72,7 @@ class Choices:
     group: int = 0
     intervals: int = 0
     symmetric: bool = True
-    range: Literal["min-max", "mse", "fsc"] = "min-max"
+    range: Literal["min-max", "mse", "fsc", "tdq"] = "min-max"
     smooth: str = ""
     channels: Part | None = None
     steps: Part | None = None
@@ -85,8 +86,8 @@ class Choices:
             )
         if self.intervals < 0 or (self.intervals and self.per != "step"):
             raise ValueError(f"intervals={self.intervals} with per={self.per}: rows of scales, 0 or more, of per=step")
-        if self.range == "fsc" and self.per not in ("step", "tensor"):
-            raise ValueError(f"range=fsc with per={self.per}: finite sets have a scale for each step, or one")
+        if self.range in ("fsc", "tdq") and self.per not in ("step", "tensor"):
+            raise ValueError(f"range={self.range} with per={self.per}: finite sets have a scale for each step, or one")
         for what, part in (("channels", self.channels), ("steps", self.steps)):
             if part is not None and not 0 <= part[0] < part[1]:
                 raise ValueError(f"{what}={part[0]},{part[1]}: a first one, and the one behind the last")
@@ -116,7 +117,7 @@ class QuantSpec(Choices):
 
     @property
     def method(self) -> RangeMethod:
-        """How a range is found in what was observed: finite sets take all of a step."""
+        """How a range is found in what was observed: finite sets take all of a step, as does what is not learned."""
         return "mse" if self.range == "mse" else "min-max"
 
     @property

@@ -33,10 +33,14 @@ _MAX_RANGE = 2.0**120  # beyond this, scales have denormal reciprocals and dequa
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers to round to: symmetric is two's complement with zero point 0, else 0 .. 2^bits - 1."""
+    """The integers to round to: symmetric is two's complement with zero point 0, else 0 .. 2^bits - 1.
+
+    top: the highest code of a grid that is not symmetric, where those above stay unused; 0 = 2^bits - 1.
+    """
 
     bits: int
     symmetric: bool
+    top: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -48,7 +52,9 @@ class Grid:
 
     @property
     def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+        if self.symmetric:
+            return (1 << (self.bits - 1)) - 1
+        return self.top or (1 << self.bits) - 1
 
     @property
     def storage_shift(self) -> int:

@@ -47,9 +47,12 @@ def set_weight_quantizer(program: Program, node: fx.Node, weight: str, quantized
 
 
 def set_input_quantizer(
-    program: Program, node: fx.Node, bits: int, scale: Tensor, zero_point: Tensor, how: str
+    program: Program, node: fx.Node, bits: int, scale: Tensor, zero_point: Tensor, how: str, top: int = 0
 ) -> None:
-    """Store an input's parameters ([1] or [T]) under the input value's name, so that its readers share them."""
+    """Store an input's parameters ([1] or [T]) under the input value's name, so that its readers share them.
+
+    top: its highest code; 0 = 2^bits - 1.
+    """
     value = node.all_input_nodes[0].name
     parameters = {"scale": scale, "zero_point": zero_point.to(torch.int32)}
     names = _store(program, f"act.{value}", parameters)
@@ -64,6 +67,7 @@ def set_input_quantizer(
         input_scale=names[0],
         input_zero_point=names[1],
         input_how=how,
+        input_top=top,
     )
 
 
@@ -103,6 +107,11 @@ def has_rows(program: Program, value: fx.Node) -> bool:
     return type_ is not None and type_.shape[:1] == (program.batch,)
 
 
+def input_grid(row: Quantizer) -> Grid:
+    """The codes of an input that has scales."""
+    return Grid(row.input_bits, symmetric=False, top=row.input_top)
+
+
 def stored_weight(program: Program, row: Quantizer) -> Tensor:
     """The weight [O, ...] that a quantizer's codes stand for, f32."""
     return torch.ops.tfqc.dequantize_weight(
@@ -126,7 +135,7 @@ def _input_fake_quantizer(program: Program, row: Quantizer, repeats: int) -> Cal
     if not row.input_scale:
         return lambda x: torch.ops.tfqc.quantize_dynamic(x, row.input_bits)
     scale, zero_point = program.tensors[row.input_scale], program.tensors[row.input_zero_point]
-    grid = Grid(row.input_bits, symmetric=False)
+    grid = input_grid(row)
 
     def apply(x: Tensor) -> Tensor:
         shape = (-1, *[1] * (x.dim() - 1))

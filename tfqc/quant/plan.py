@@ -87,7 +87,7 @@ def _why_not(specs: Specs, operand: str) -> str:
 def _why_not_weight(program: Program, node: fx.Node, spec: QuantSpec) -> str:
     if spec.per not in ("channel", "group"):
         return f"a weight has a scale for each channel or group, not per={spec.per}"
-    return "finite sets (range=fsc) are for inputs" if spec.range == "fsc" else ""
+    return f"finite sets (range={spec.range}) are for inputs" if spec.range in ("fsc", "tdq") else ""
 
 
 def _why_not_input(program: Program, node: fx.Node, spec: QuantSpec) -> str:

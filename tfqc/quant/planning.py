@@ -82,7 +82,7 @@ class Inputs:
     operand: ClassVar[str] = "input"
     none: ClassVar[str] = "activations=none"
     bits: int | None
-    method: Literal["min-max", "mse", "fsc"] = "min-max"
+    method: Literal["min-max", "mse", "fsc", "tdq"] = "min-max"
     mode: Literal["static", "per-step", "per-token"] = "static"
     intervals: int = 0
     edges: int | None = None

@@ -210,11 +210,13 @@ class Stepper(torch.nn.Module):
     def _warn(self, t: float) -> None:
         """Calls of a model may be at times of another unit than its schedule, and look right."""
         schedule = self._schedule
-        does = "its rows are computed now, with ranges of" if self.plan.policy == "recompute" else "it is computed as"
+        nearest = f"the nearest, {schedule[self._nearest(t)]:g}"
+        does = "its rows are computed now" if self.plan.policy == "recompute" else f"it is computed as {nearest}"
+        if self.plan.policy == "recompute" and self.plan.activations:
+            does += f", with ranges of {nearest}"
         warnings.warn(
             f"The model was compiled for {len(schedule)} timesteps from {schedule[0]:g} to {schedule[-1]:g}, and is "
-            f"first called at {t:g}: {does} the nearest, {schedule[self._nearest(t)]:g}. Compile it for the times that "
-            "its pipeline calls it with.",
+            f"first called at {t:g}: {does}. Compile it for the times that its pipeline calls it with.",
             UnknownTimestepWarning,
             stacklevel=2,
         )

@@ -47,13 +47,7 @@ class Moments(Observer[Tensor]):
     @classmethod
     def of(cls, program: Program, node: fx.Node, count: int, looks: int) -> Moments:
         """For the input of a linear or convolution (`has_moments`), at `looks` of `count` steps, evenly spread."""
-        shape = program.tensors[weight_of(node) or ""].shape
-        steps = frozenset(round(i * (count - 1) / max(looks - 1, 1)) for i in range(min(looks, count)))
-        conv = Conv.of(node)
-        if conv is None:
-            return cls(shape[1:].numel(), steps=steps)
-        geometry = (conv.stride, conv.padding, conv.dilation)
-        return cls(shape[1:].numel(), tuple(shape[2:]), tuple((g[0], g[-1]) for g in geometry), steps)
+        return cls(*windows_of(program, node), steps_looked_at(count, looks))
 
     def options(self) -> dict[str, Any]:
         steps = None if self.steps is None else sorted(self.steps)
@@ -119,6 +113,21 @@ class Moments(Observer[Tensor]):
         found = cls(facts["columns"], tuple(facts["kernel"]), geometry, steps)
         found._sum, found._rows = state.tensors["sum"], facts["rows"]
         return found
+
+
+def windows_of(program: Program, node: fx.Node) -> tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Columns, kernel and geometry, as `Moments` has them, of a linear or convolution (`has_moments`)."""
+    shape = program.tensors[weight_of(node) or ""].shape
+    conv = Conv.of(node)
+    if conv is None:
+        return shape[1:].numel(), (), ()
+    geometry = (conv.stride, conv.padding, conv.dilation)
+    return shape[1:].numel(), tuple(shape[2:]), tuple((g[0], g[-1]) for g in geometry)
+
+
+def steps_looked_at(count: int, looks: int) -> frozenset[int]:
+    """`looks` of `count` steps, evenly spread."""
+    return frozenset(round(i * (count - 1) / max(looks - 1, 1)) for i in range(min(looks, count)))
 
 
 def has_moments(node: fx.Node) -> bool:

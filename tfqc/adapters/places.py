@@ -11,9 +11,11 @@ from tfqc.ir.match import is_stored
 from tfqc.ir.program import Program
 from tfqc.ir.views import Conv, Linear, Product, StoredWeight, Tiles, stored_in
 
-# What codes of a weight are called that are those of the whole weight, as it was. Weights that passes have made another
-# of (`weight.part0`, `weight.rest`) are not the layer's any more, and no branch beside them is.
-_WHOLE = re.compile(r"(.+?)(?:\.base_layer)?\.weight(?:\.\d+)?(?:\.(?:codes|packed|tiles4?|pairs4?)(?:\.\d+)?)?")
+# What weights are called whose product is the layer's: the model's own; what split-low-rank leaves of it, to whose
+# product the other part is added; codes of either. Others that passes have made (`weight.part0`) multiply other values.
+_WHOLE = re.compile(
+    r"(.+?)(?:\.base_layer)?\.weight(?:\.\d+)?(?:\.rest)?(?:\.\d+)?(?:\.(?:codes|packed|tiles4?|pairs4?)(?:\.\d+)?)?"
+)
 Place = tuple[str, fx.Node]  # a function, and the product in it
 
 

@@ -63,10 +63,8 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """What the compiled model returns: its output class, or with `return_dict=False` a tuple."""
-        compiled = self.compiled
-        if self._has_adapters:
-            scale, kwargs = scale_in(kwargs)
-            compiled = self._adapters.model(scale) or compiled
+        scale, kwargs = scale_in(kwargs, self.compiled)
+        compiled = (self._adapters.model(scale) if self._has_adapters else None) or self.compiled
         self._follow(compiled)
         found = compiled(*args, **kwargs)
         values = tuple(found) if isinstance(found, tuple) else (found,)

@@ -81,13 +81,16 @@ class Adapters:
         return Adapters(self.directory, copy_of(self.skeleton))
 
 
-def scale_in(kwargs: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """What a call of a model multiplies its adapters by, and the other arguments."""
+def scale_in(kwargs: dict[str, Any], compiled: Any) -> tuple[float, dict[str, Any]]:
+    """What a call multiplies adapters by, and the arguments that are left for a compiled model: those that it was
+    compiled with stay, others say nothing to it."""
+    constants = {path for path, _ in compiled.plan.constants}
     rest, scale = dict(kwargs), 1.0
     for name in _SCALED:
         if isinstance(given := kwargs.get(name), dict) and "scale" in given:
             scale = float(given["scale"])
-            rest[name] = {key: value for key, value in given.items() if key != "scale"} or None
+            if (name, "scale") not in constants:
+                rest[name] = {key: value for key, value in given.items() if key != "scale"} or None
     return scale, rest
 
 

@@ -20,7 +20,8 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Reorder the sample once on its way in and the outputs once on their way out; in between, what becomes complex."""
+    """Reorder the sample once on its way in and the outputs once on their way out, and nothing in between but what
+    becomes complex. What has been reordered already is left."""
 
     name: ClassVar[str] = "channels-last"
     needs: ClassVar[Stage] = Stage.LOWERED
@@ -42,11 +43,11 @@ class ChannelsLast(Pass):
                 sample = program.node(item.name)
                 first = next(n for n in program.nodes() if n.op not in ("placeholder", "get_attr"))
                 inside = edit.insert(first, ours.channels_last.default, sample, name=f"{item.name}_nhwc")
-                for user in [u for u in sample.users if u is not inside and not is_call(u, aten.sym_size.int)]:
+                for user in [u for u in sample.users if not is_call(u, ours.channels_last.default, aten.sym_size.int)]:
                     edit.reread(user, sample, inside)
         output = next(n for n in program.nodes() if n.op == "output")
         for value in output.all_input_nodes:
-            type_ = program.tensor_type(value)
-            if type_ is not None and type_.dtype.is_floating_point and value.op == "call_function":
+            type_, done = program.tensor_type(value), is_call(value, ours.plain.default)
+            if type_ is not None and type_.dtype.is_floating_point and is_call(value) and not done:
                 edit.reread(output, value, edit.insert(output, ours.plain.default, value, like=value))
         program.prune()

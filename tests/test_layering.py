@@ -33,7 +33,7 @@ frontend passing
 instruments quant
 calibration lowering
 temporal codegen
-models
+models adapters
 arguments recipe report
 driver
 integrations

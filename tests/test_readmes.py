@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,10 +172,28 @@ def test_a_pass_and_a_target_in_few_lines(tmp_path: Path) -> None:
 
 
 def test_the_example_of_loading_quantized_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "tfqc/integrations/README.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    code = _integrating("TfqcConfig(")
     sd(tmp_path).save_pretrained(tmp_path / "sd-folder")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     loaded = DiffusionPipeline.from_pretrained("sd-small")
     assert type(loaded.unet.conv_in).__name__ == "Int8Conv2d"
+
+
+def test_the_example_of_lora_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft, which is not installed")
+    from tests.integrations.test_lora_after import saved
+
+    code = _integrating("load_lora_weights(")
+    saved("sd", tmp_path / "lora").rename(tmp_path / "lora-folder")
+    tfqc.quantize(sd(tmp_path), steps=30, calibration=1).save_pretrained(tmp_path / "sd-int8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["pipe"].get_active_adapters() == ["style"] and names["image"].size == (16, 16)
+
+
+def _integrating(what: str) -> str:
+    text = (ROOT / "tfqc/integrations/README.md").read_text()
+    (code,) = [c for c in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if what in c]
+    return code

@@ -46,6 +46,7 @@ class CpuInt8Backend(Backend):
     name: ClassVar[str] = "cpu-int8"
     options: ClassVar[type[Any]] = CpuInt8Options
     files: ClassVar[frozenset[str]] = frozenset({"model.py", "kernels.cpp", "program.ir", "weights.safetensors"})
+    adapts: ClassVar[bool] = True
 
     def supports(self, program: Program, node: fx.Node, options: CpuInt8Options) -> Support:
         """Everything runs; what runs in torch says why."""

@@ -49,6 +49,7 @@ class FakeQuantBackend(Backend):
     options: ClassVar[type[Any]] = FakeQuantOptions
     files: ClassVar[frozenset[str]] = frozenset({"model.py", "program.ir", "weights.safetensors"})
     simulates: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
 
     def supports(self, program: Program, node: fx.Node, options: FakeQuantOptions) -> Support:
         """Every operation that has a name in the IR runs."""

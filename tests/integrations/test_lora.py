@@ -59,13 +59,6 @@ def test_loaded_and_not_fused(adapter: Path, tmp_path: Path) -> None:
     assert np.abs(images(pipe, call) - want).max() < 1e-4
 
 
-def test_on_a_compiled_model_it_is_refused(adapter: Path, tmp_path: Path) -> None:
-    pipe, call = pipeline("sd", tmp_path)
-    tfqc.quantize(pipe, PLAIN, steps=3, calibration=[call])
-    with pytest.raises(AttributeError, match=r"A compiled model cannot do load_lora_adapter\(\).*fuse_lora"):
-        pipe.load_lora_weights(adapter)
-
-
 def test_beside_layers_that_were_loaded_quantized(adapter: Path, tmp_path: Path) -> None:
     register()
     pipe, call = pipeline("sd", tmp_path)

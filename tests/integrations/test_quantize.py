@@ -218,7 +218,7 @@ def test_other_pipelines_take_it(compiled: Any) -> None:
     "change",
     [
         lambda pipe: pipe.enable_freeu(1.0, 1.0, 1.0, 1.0),
-        lambda pipe: pipe.unet.load_lora_adapter({}),
+        lambda pipe: pipe.unet.fuse_lora(),
         lambda pipe: pipe.unet.set_attn_processor(None),
         lambda pipe: pipe.unet.enable_gradient_checkpointing(),
         lambda pipe: pipe.unet.enable_layerwise_casting(),

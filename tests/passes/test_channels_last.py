@@ -28,6 +28,12 @@ def test_in_and_out() -> None:
     round_trip(its, program)
 
 
+def test_what_is_reordered_is_left() -> None:
+    """Where the pass runs again, on a program that branches were put into."""
+    program = apply("channels-last", before("channels-last", parts()))
+    assert render(apply("channels-last", program)) == render(program)
+
+
 class Orders(nn.Module):
     """Reorders by itself, and looks at the result with views that ask for an order."""
 

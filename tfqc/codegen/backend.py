@@ -31,12 +31,14 @@ class Backend(ABC):
         files: names of the files that each of its artifacts has; `time.safetensors` may lie beside them. Nothing
             else is loaded. Empty: it does not say.
         simulates: True if it has no kernels, so that nothing of it is real.
+        adapts: True if operations may be put into what it has lowered, and `legalize` brings that to its kernels again.
     """
 
     name: ClassVar[str]
     options: ClassVar[type[Any]]
     files: ClassVar[frozenset[str]] = frozenset()
     simulates: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
 
     @classmethod
     def notes(cls) -> str:

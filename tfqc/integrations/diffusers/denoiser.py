@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from tfqc.codegen.artifact import copy_artifact, read_manifest
 from tfqc.driver import load
 from tfqc.errors import ArtifactError, TfqcError
 from tfqc.files.storage import parse_json, read_text, write_text
+from tfqc.integrations.diffusers.lora import CHANGES, READS, Adapters, scale_in
 from tfqc.integrations.diffusers.names import class_of
 from tfqc.integrations.diffusers.one_for_all import OneForAll
 from tfqc.integrations.diffusers.refusing import CHANGING, refuse, unchanging
+from tfqc.integrations.diffusers.skeleton import skeleton_of, with_zeros
 from tfqc.quant.step_policy import KEY, policy_in
 from tfqc.version import __version__
 
 CONFIG, ARTIFACT = "config.json", "artifact.tfqc"  # diffusers looks for variants behind a dot in every name
 _OF_BEFORE = "artifact"  # where models lie that an earlier tfqc saved
 _FACTS = "quantization_config"
-_KEPT = ("cache_context", "disable_freeu", "unload_lora")  # methods of the model that change nothing of it
+_KEPT = ("cache_context", "disable_freeu", *CHANGES, *READS)  # methods of the model that change nothing of it
 
 
 class TfqcDenoiser(ModelMixin, ConfigMixin):
@@ -62,9 +64,11 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """What the compiled model returns: its output class, or with `return_dict=False` a tuple."""
-        self._follow()
+        scale, kwargs = scale_in(kwargs, self.compiled)
+        compiled = (self._adapters.model(scale) if self._has_adapters else None) or self.compiled
+        self._follow(compiled)
         args, given = self._one_for_all.spread(args, kwargs)
-        found = self.compiled(*args, **given)
+        found = compiled(*args, **given)
         values = tuple(found) if isinstance(found, tuple) else (found,)
         return self._output_class(*values) if return_dict else values
 
@@ -95,14 +99,14 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TfqcDenoiser:
         super()._apply(fn, recurse)
-        self._follow()
+        self._follow(self.compiled)
         return self
 
-    def _follow(self) -> None:
-        """Go where hooks have moved what they see of it."""
+    def _follow(self, compiled: Any) -> None:
+        """Have what computes go where hooks have moved what they see of it."""
         device = self.place.device
-        if device.type != "meta" and device != next((t.device for t in self.compiled.buffers()), device):
-            self.compiled.to(device)
+        if device.type != "meta" and device != next((t.device for t in compiled.buffers()), device):
+            compiled.to(device)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the compiled model's tensors."""
@@ -115,8 +119,32 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
     @functools.cached_property
     def _skeleton(self) -> Any:
         """The model without values: what is read of it, is read there."""
-        with torch.device("meta"):
-            return class_of(self.facts["model_class"], "diffusers").from_config(dict(self.config))
+        return skeleton_of(self.facts["model_class"], self.config)
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    def refold(self) -> None:
+        """Do at once what the next call does after LoRA was loaded, weighed or unloaded: put its branches beside
+        products, and compute tables anew that hold temporal features of its layers, for each step of the schedule.
+
+        Raises:
+            TfqcError: a layer was folded, and nothing is kept to compute its features from; which, and what to do.
+        """
+        self._adapters.model(1.0)
+
+    @functools.cached_property
+    def _adapters(self) -> Adapters:
+        return Adapters(self._artifact, with_zeros(skeleton_of(self.facts["model_class"], self.config)))
+
+    @property
+    def _has_adapters(self) -> bool:
+        return "_adapters" in vars(self) and self._adapters.loaded
+
+    def modules(self, *args: Any, **kwargs: Any) -> Iterator[torch.nn.Module]:
+        """Itself, and adapters' layers, which pipelines look for."""
+        yield from super().modules(*args, **kwargs)
+        if self._has_adapters:
+            yield from self._adapters.skeleton.modules(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -124,7 +152,11 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         except AttributeError:
             if name.startswith("_") or "facts" not in vars(self):
                 raise
+        if self._has_adapters and name in READS:
+            return getattr(self._adapters.skeleton, name)
         found = getattr(self._skeleton, name)
+        if name in CHANGES and (self._has_adapters or name == "load_lora_adapter"):
+            return functools.partial(self._adapters.change, name)
         if callable(found) and not isinstance(found, torch.nn.Module) and name not in _KEPT:
             raise AttributeError(unchanging(name))
         return found
@@ -133,6 +165,8 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         self._check()
         made = type(self)(self._artifact, _without_facts(self.config), self.facts)
         made.kept = self.kept
+        if self._has_adapters:
+            vars(made)["_adapters"] = self._adapters.copy()
         return made.to(self.dtype)
 
     def _check(self) -> None:
@@ -150,11 +184,16 @@ class TfqcDenoiser(ModelMixin, ConfigMixin):
         """Write `config.json` and the artifact beside it, in `artifact.tfqc/`.
 
         Raises:
-            TfqcError: it is to be pushed to a hub.
+            TfqcError: it is to be pushed to a hub, or has LoRA.
             ValueError: the artifact that it was loaded from has become another, or is gone.
         """
         if kwargs.get("push_to_hub"):
             raise TfqcError("A compiled model is not pushed to a hub from here: save it, and upload the directory.")
+        if self._has_adapters:
+            raise TfqcError(
+                "What is saved is the model without its LoRA: unload it (pipe.unload_lora_weights()), save, and load "
+                "it again; to have it in the files, load it before tfqc.quantize."
+            )
         self._check()
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +27,7 @@ from tfqc.integrations.diffusers.parts import ALL, DENOISER, beside, compile_par
 from tfqc.integrations.diffusers.place import denoisers_of, into, place_of
 from tfqc.integrations.diffusers.prompts import Prompts, model_inputs, runs_of
 from tfqc.integrations.diffusers.sizes import alike, differing_sizes, with_sizes
+from tfqc.integrations.diffusers.temporary import Temporary
 from tfqc.ir.program import Role
 from tfqc.passing.pipeline import Pipeline
 from tfqc.progress import Progress
@@ -108,7 +106,7 @@ def quantize(
         runs = runs_of(pipe, calibration if told else 1, _common(pipe, steps, call or {}), seed, whole=bool(others))
         recordings = _recorded(pipe, denoisers, others, runs, progress, run_denoisers=told)
         further = _of_another_prompt(pipe, denoisers, runs[0])
-    kept = None if directory is not None else _Temporary()
+    kept = None if directory is not None else Temporary()
     where = kept.path / "artifact" if kept else Path(str(directory))
     several, made = len(denoisers) + len(others) > 1, list[str]()
 
@@ -236,14 +234,6 @@ def _policies(pipe: Any, parts: Sequence[str], given: StepPolicy | None) -> dict
                 stacklevel=3,
             )
     return {part: policy if part in policy.scope else StepPolicy() for part, policy in found.items()}
-
-
-class _Temporary:
-    """A directory that lives as long as this object."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="tfqc-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _common(pipe: Any, steps: int | None, call: Mapping[str, Any]) -> dict[str, Any]:

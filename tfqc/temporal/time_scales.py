@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from tfqc.analysis.outline import add_outlined
+from tfqc.ir.match import returned_value
 from tfqc.ir.program import TIME, Program, Role
 from tfqc.ir.rows import Quantizer, RowSource
 from tfqc.quant.time_scales import Networks, TimeScales, parameters_at
@@ -36,7 +37,7 @@ def _append(program: Program, row: TimeScales, wanted: list[int]) -> None:
 
     networks = Networks(**{k: program.tensor_node(name, TIME) for k, name in row.networks.items()})
     time = program.node(program.input(Role.TIME)[0].name, TIME)
-    outputs = list(end.args[0])  # type: ignore[arg-type]
+    outputs: list[fx.Node] = list(returned_value(end))
     for names, values in zip((row.scales, row.zero_points), parameters_at(call, time, networks), strict=True):
         for i in wanted:
             sources = program.tables[RowSource.table]

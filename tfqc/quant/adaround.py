@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,13 @@ def reconstruct(
     lr: float = 1e-2,
     weight: float = 0.01,
     optimizer: Optimizer = "adam",
+    steps: Sequence[nn.Parameter] = (),
+    steps_lr: float = 1e-3,
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> float:
     """Minimises `loss() + weight * regularisers` with Adam, jointly over all alphas and over nothing else.
 
+    steps: of activation quantizers, learned along with a rate of their own, that falls to 0.
     optimizer: `adam`, or `stquant`, which keeps Adam's moments in few bits (`tfqc.optim`).
 
     `loss` returns a scalar computed from the `soft()` of every rounding. No other parameter gets a gradient,
@@ -104,8 +107,10 @@ def reconstruct(
     nearest: compare. Raises TfqcError if the loss does not depend on one of the roundings or is not finite.
     """
     alphas = [rounding.alpha for rounding in roundings]
-    unread = [None] * len(alphas)
-    adam = torch.optim.Adam(alphas, lr=lr) if optimizer == "adam" else STQuantAdam(alphas, lr=lr)
+    learned, unread = [*alphas, *steps], [None] * (len(alphas) + len(steps))
+    groups: list[dict[str, Any]] = [{"params": alphas, "lr": lr}, {"params": list(steps), "lr": steps_lr}]
+    groups = [group for group in groups if group["params"]]
+    adam = torch.optim.Adam(groups) if optimizer == "adam" else STQuantAdam(groups)
     for iteration in range(iterations):
         progress = iteration / iterations
         with torch.enable_grad():
@@ -118,16 +123,20 @@ def reconstruct(
         if not math.isfinite(value):
             raise CalibrationError(f"the reconstruction loss is {value} at iteration {iteration}")
         # Not backward(): that would also leave gradients on whatever else the loss reads.
-        gradients = torch.autograd.grad(total, alphas, allow_unused=True) if total.requires_grad else unread
-        for index, (alpha, gradient) in enumerate(zip(alphas, gradients, strict=True)):
-            if gradient is None:
+        gradients = torch.autograd.grad(total, learned, allow_unused=True) if total.requires_grad else unread
+        for index, (parameter, gradient) in enumerate(zip(learned, gradients, strict=True)):
+            if gradient is None and index < len(alphas):
                 raise TfqcError(f"the reconstruction loss does not read soft() of rounding #{index}")
-            alpha.grad = gradient
+            parameter.grad = gradient
+        for group in adam.param_groups if steps else ():
+            if group["params"][0] is steps[0]:
+                group["lr"] = steps_lr * (1 - progress)
         adam.step()
         if on_iteration is not None:
             on_iteration(iteration, value)
     for rounding in roundings:
         rounding.harden()
-        rounding.alpha.grad = None
+    for parameter in learned:
+        parameter.grad = None
     with torch.no_grad():
         return loss().item()

@@ -81,8 +81,13 @@ def _block(program: Program, module: str, nodes: Sequence[fx.Node]) -> Block:
         made = graph.placeholder(node.name) if node.op != "get_attr" else None
         mapping[node] = made or graph.create_node("get_attr", node.target, name=node.name)
     for node in nodes:
-        args, kwargs = (fx.map_arg(operands, lambda n: mapping[n]) for operands in (node.args, node.kwargs))
-        mapping[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        mapping[node] = graph.create_node(
+            node.op,
+            node.target,
+            fx.map_arg(node.args, lambda n: mapping[n]),
+            fx.map_arg(node.kwargs, lambda n: mapping[n]),
+            name=node.name,
+        )
     graph.output(tuple(mapping[n] for n in gives))
     layers = {n.name for n in weighted_nodes(program)}
     return Block(

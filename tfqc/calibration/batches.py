@@ -24,7 +24,7 @@ class Batch:
 
 
 def batches(program: Program, ctx: Context, images: int) -> list[Batch]:
-    """About so many images in all, the same number of each step, in calls of `SIZE`; the same ones each time.
+    """At least so many images in all if there are, as many of each step, in calls of `SIZE`; the same ones each time.
 
     Images of several steps share a call, so that each call has something of all. Where the model's code fixes how many
     images a call has, or calls differ in what is one for all images, calls are as they were recorded.
@@ -47,7 +47,7 @@ def batches(program: Program, ctx: Context, images: int) -> list[Batch]:
         return drawn
     steps = torch.cat([batch.steps for batch in drawn])
     joined = {k: torch.cat([b.inputs[k] for b in drawn]) if k in own else v for k, v in drawn[0].inputs.items()}
-    order = torch.randperm(len(steps), generator=random)[:images].split(SIZE)
+    order = torch.randperm(len(steps), generator=random).split(SIZE)
     return [Batch({k: v[rows] if k in own else v for k, v in joined.items()}, steps[rows]) for rows in order]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from tfqc.calibration.simulate import Simulation
 from tfqc.calibration.spilled import Spilled
 from tfqc.ir.program import Program
 from tfqc.quant.adaround import Optimizer, SoftRounding, reconstruct
-from tfqc.quant.grid import Grid, QuantizedWeight
+from tfqc.quant.grid import QuantizedWeight
 from tfqc.quant.learned_steps import LearnedSteps
-from tfqc.quant.parameters import quantized_weight, quantizer_of, stored_weight
+from tfqc.quant.parameters import input_grid, quantized_weight, quantizer_of, stored_weight
 from tfqc.quant.plan import planned
 
+REGULAR = 1.0  # a block whose weights are all half way between two codes is as bad as one whose output is its mean
 Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 
 
@@ -31,6 +32,11 @@ class Found:
 
     weights: Mapping[str, QuantizedWeight]
     scales: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales by name, as `BlockTraining.found` reads them."""
+        codes = {f"codes.{name}": weight.q for name, weight in self.weights.items()}
+        return {**codes, **{f"scale.{name}": scale for name, scale in self.scales.items()}}
 
 
 class BlockTraining:
@@ -75,9 +81,13 @@ class BlockTraining:
                 if row.input_scale not in self._steps:
                     scale, zero_point = program.tensors[row.input_scale], program.tensors[row.input_zero_point]
                     protected = program.tensors[row.input_protected] if row.input_protected else None
-                    grid = Grid(row.input_bits, symmetric=False)
-                    self._steps[row.input_scale] = LearnedSteps(scale, zero_point, grid, protected)
+                    self._steps[row.input_scale] = LearnedSteps(scale, zero_point, input_grid(row), protected)
                 self._inputs[name] = self._steps[row.input_scale]
+
+    @property
+    def scales(self) -> set[str]:
+        """Tensors of scales that the block reads."""
+        return set(self._steps)
 
     @property
     def trains(self) -> bool:
@@ -91,34 +101,38 @@ class BlockTraining:
         return math.fsum(lost) / len(lost)
 
     def train(
-        self, iterations: int, rate: float, steps_rate: float, regular: float, optimizer: Optimizer,
-        on_iteration: Callable[[], object],
+        self, iterations: int, rate: float, steps_rate: float, optimizer: Optimizer,
+        on_iteration: Callable[[int, float], None],
     ) -> Found | None:  # fmt: skip
         """Learn rounding and scales, a batch an iteration; None where the error is not less than before."""
-        program, before = self._program, self.error()
-        nearest = {
-            name: quantized_weight(program, quantizer_of(program, node), planned(program, node, "weight")[0].symmetric)
-            for name in self._learnable
-            for node in [program.node(name)]
-        }
-        roundings = {
-            name: SoftRounding(_float(program, name), q.scale, q.zero_point, q.grid, q.group)
-            for name, q in nearest.items()
-        }
+        before = self.error()
+        roundings = {name: SoftRounding.of(_float(self._program, name), q) for name, q in self._stored().items()}
         steps = {name: each for name, each in self._steps.items() if name not in self._settled}
         random = torch.Generator().manual_seed(0)
         order = iter(torch.randint(len(self._batches), (iterations + 1,), generator=random).tolist())
         soft: Weights = {**self._weights, **{name: rounding.soft for name, rounding in roundings.items()}}
-        width = len(roundings) and sum(r.alpha.numel() for r in roundings.values())
+        width = sum(rounding.alpha.numel() for rounding in roundings.values())
         reconstruct(
             list(roundings.values()), lambda: self._loss(next(order), soft), iterations=iterations, lr=rate,
-            weight=regular / max(width, 1), optimizer=optimizer, steps=[each.theta for each in steps.values()],
-            steps_lr=steps_rate, on_iteration=lambda _number, _loss: on_iteration(),
+            weight=REGULAR / max(width, 1), optimizer=optimizer, steps=[each.theta for each in steps.values()],
+            steps_lr=steps_rate, on_iteration=on_iteration,
         )  # fmt: skip
         hard = {name: rounding.hard() for name, rounding in roundings.items()}
         if self.error({**self._weights, **{name: q.dequantize() for name, q in hard.items()}}) < before:
             return Found(hard, {name: each.learned().detach() for name, each in steps.items()})
         return None
+
+    def found(self, tensors: Mapping[str, Tensor]) -> Found:
+        """What `Found.tensors` gave."""
+        stored, own = self._stored(), {name: each.scale for name, each in self._steps.items()}
+        weights = {n: replace(q, q=tensors[f"codes.{n}"]) for n, q in stored.items() if f"codes.{n}" in tensors}
+        return Found(weights, {n: tensors[f"scale.{n}"] for n in own if f"scale.{n}" in tensors})
+
+    def _stored(self) -> dict[str, QuantizedWeight]:
+        """Weights whose rounding is learned, as they are now."""
+        program, nodes = self._program, [self._program.node(name) for name in self._learnable]
+        symmetric = {node: planned(program, node, "weight")[0].symmetric for node in nodes}
+        return {n.name: quantized_weight(program, quantizer_of(program, n), symmetric[n]) for n in nodes}
 
     def go_on(self) -> None:
         """Put what the block gives, quantized, behind it."""

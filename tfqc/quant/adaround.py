@@ -1,5 +1,7 @@
 """AdaRound (arXiv 2004.10568), as TIAR uses it (arXiv 2311.16503): learn if a weight rounds down or up."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,6 +18,7 @@ Optimizer = Literal["adam", "stquant"]
 # The rectified sigmoid h(a) = clip(sigmoid(a) * (ZETA - GAMMA) + GAMMA, 0, 1) reaches 0 and 1 at finite a.
 ZETA = 1.1
 GAMMA = -0.1
+LEANING = 0.25  # how far from its code a weight starts that has been rounded
 WARMUP = 0.2  # share of the iterations without regulariser, when the weights only look for a good place
 
 
@@ -41,6 +44,19 @@ class SoftRounding(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.alpha = nn.Parameter(torch.logit((steps - floor - GAMMA) / (ZETA - GAMMA)))
+
+    @classmethod
+    def of(cls, w: Tensor, rounded: QuantizedWeight) -> SoftRounding:
+        """Of a weight that has been rounded (by GPTQ, say): it starts nearer to the codes that it has than to others.
+
+        A code that is neither the one below the weight nor the one above is one of the two all the same.
+        """
+        made = cls(w, rounded.scale, rounded.zero_point, rounded.grid, rounded.group)
+        steps = rounded.codes() - expand_groups(rounded.zero_point, rounded.q.shape, rounded.group)
+        made.floor = torch.where(steps < made.floor, steps, torch.where(steps > made.floor + 1, steps - 1, made.floor))
+        up = torch.where(steps > made.floor, 1 - LEANING, LEANING)
+        made.alpha = nn.Parameter(torch.logit((up - GAMMA) / (ZETA - GAMMA)))
+        return made
 
     def soft(self) -> Tensor:
         """The weight in its present, possibly fractional, rounding: float32, differentiable in alpha only."""

@@ -1,4 +1,4 @@
-"""Learned steps of activation quantizers (LSQ, arXiv 1902.08153), with a row for each timestep (EfficientDM's TALSQ)."""
+"""Learned steps of activation quantizers (LSQ, arXiv 1902.08153), a row for each timestep (TALSQ of EfficientDM)."""
 
 from __future__ import annotations
 

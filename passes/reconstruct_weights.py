@@ -11,7 +11,7 @@ from torch import Tensor
 from tfqc.analysis.weighted import runs_quantized, weight_of
 from tfqc.calibration.observe import observe
 from tfqc.calibration.observers.moments import Moments, has_moments
-from tfqc.calibration.rounded import Rounded
+from tfqc.calibration.results import Result
 from tfqc.errors import CalibrationError
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, QuantPlan, Tib
@@ -99,9 +99,9 @@ class ReconstructWeights(Pass):
 def _rounded(weight: Tensor, moments: Tensor, nearest: QuantizedWeight, how: str, ctx: Context) -> QuantizedWeight:
     """By GPTQ; what is in the working directory is not rounded again."""
     given = {"weight": weight, "moments": moments, "scale": nearest.scale, "zero_point": nearest.zero_point}
-    kept = Rounded(ctx.workdir, f"{how} {nearest.grid} {nearest.group} {DAMPING} {BLOCK}", given)
-    if (codes := kept.read()) is not None and codes.shape == nearest.q.shape:
-        return replace(nearest, q=codes)
+    kept = Result(ctx.workdir, "rounded", f"{how} {nearest.grid} {nearest.group} {DAMPING} {BLOCK}", given)
+    if (read := kept.read()) is not None and read["codes"].shape == nearest.q.shape:
+        return replace(nearest, q=read["codes"])
     found = gptq(weight, moments, nearest)
-    kept.write(found.q)
+    kept.write({"codes": found.q})
     return found

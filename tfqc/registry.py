@@ -27,6 +27,7 @@ PASSES = {
     "calibrate-finite-set": "tfqc.passes.calibrate_finite_set:CalibrateFiniteSet",
     "learn-time-scales": "tfqc.passes.learn_time_scales:LearnTimeScales",
     "reconstruct-tib": "tfqc.passes.reconstruct_tib:ReconstructTib",
+    "reconstruct-blocks": "tfqc.passes.reconstruct_blocks:ReconstructBlocks",
     "reconstruct-weights": "tfqc.passes.reconstruct_weights:ReconstructWeights",
     "fold-cache": "tfqc.passes.fold_cache:FoldCache",
     "hoist-request": "tfqc.passes.hoist_request:HoistRequest",

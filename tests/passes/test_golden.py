@@ -24,7 +24,7 @@ FILES = sorted(Path(__file__).with_name("golden").glob("*.ir"))
 TABLES_ALONE = {
     "discover-tib", "plan-quantization", "measure-disturbance", "select-maintenance", "calibrate-weights",
     "calibrate-activations", "calibrate-finite-set", "reconstruct-tib", "reconstruct-weights",
-    "learn-time-scales",
+    "learn-time-scales", "reconstruct-blocks",
 }  # fmt: skip
 CUT = "---\n"
 

@@ -96,6 +96,9 @@ BEFORE = {
     "learn-time-scales": "normalize,discover-tib",
     "calibrate-weights": "normalize,discover-tib,select-maintenance{strategy=tib}",
     "calibrate-activations": "normalize,discover-tib,select-maintenance{strategy=tib}",
+    "reconstruct-blocks": (
+        "normalize,discover-tib,select-maintenance,calibrate-weights,calibrate-activations{mode=per-step}"
+    ),
     "fold-cache": "normalize,discover-tib,select-maintenance",
     "hoist-request": "normalize,discover-tib,select-maintenance,fold-cache",
 }  # fmt: skip
@@ -136,6 +139,9 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "bits": ("2", "8"), "method": ("min-max",), "group": ("1", "9999"), "edge-bits": ("2", "8"),
         "scope": ("all", "linear"), "steps": ("1", "9999"), "skip": ("conv_in", "*"),
     },
+    "reconstruct-blocks": {
+        "images": ("1", "99"), "learning-rate": ("1e-9", "1"), "steps-rate": ("1e-9", "1"), "optimizer": ("stquant",),
+    },
     "learn-time-scales": {
         "bits": ("3", "8"), "grid": ("full", "released"), "steps": ("1", "9999"), "learning-rate": ("1e-9", "1e9"),
         "edge-bits": ("3", "8"), "scope": ("all", "tib"), "skip": ("conv_in", "*"),
@@ -150,9 +156,12 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+TRAINING = ("reconstruct-tib", "learn-time-scales", "reconstruct-blocks")
+
+
 def cases() -> Iterator[str]:
     for name in pass_names():
-        few = "iterations=2 " if name in ("reconstruct-tib", "learn-time-scales") else ""  # little training
+        few = "iterations=2 " if name in TRAINING else ""
         yield f"{name}{{{few}}}"
         for option, values in OPTIONS.get(name, {}).items():
             yield from (f"{name}{{{few}{option}={value}}}" for value in values)

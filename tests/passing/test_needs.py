@@ -46,6 +46,7 @@ NEEDS: dict[str, tuple[str, str]] = {
     "reconstruct-weights": (SAMPLES, "tib"),
     "reconstruct-weights{scope=linear steps=1}": (SAMPLES, "tib"),
     "learn-time-scales": (SAMPLES, ""),
+    "reconstruct-blocks": (SAMPLES, "quantizer tib"),
     "learn-time-scales{scope=tib}": (SAMPLES, "tib"),
     "plan-quantization": ("", ""),
     "plan-quantization{scope=tib}": ("", "tib"),

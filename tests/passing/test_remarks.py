@@ -87,6 +87,16 @@ SENTENCES: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
             "TIAR: loss 1.235 with nearest rounding, 0.5 reconstructed",
         ),
     ),
+    "reconstructed-blocks": (
+        (
+            {"blocks": 17, "better": 16, "before": 0.1234, "after": 0.0567},
+            "BRECQ: 16 of 17 blocks better; error of a block 0.123 before, 0.0567 after",
+        ),
+        (
+            {"blocks": 1, "better": 0, "before": 0.1, "after": 0.1},
+            "BRECQ: 0 of 1 block better; error of a block 0.1 before, 0.1 after",
+        ),
+    ),
     "time-scales": (
         (
             {"inputs": 1, "learned": 0.01234, "single": 0.02, "each": 0.0123},

@@ -51,7 +51,7 @@ def observe(
         return {name: observer.unknown() for name, (_, observer) in wishes.items()}
     if not wishes:
         return {}
-    trajectories = _trajectories(program, ctx)
+    trajectories = source_of(program, ctx)
     asked: dict[Wish, Observer[Any]] = {
         (trajectories.key, value, observer.key): observer for value, observer in wishes.values()
     }
@@ -149,7 +149,8 @@ def _run(
     return merged, watch.activations
 
 
-def _trajectories(program: Program, ctx: Context) -> Source:
+def source_of(program: Program, ctx: Context) -> Source:
+    """What the model is called with: trajectories that are sampled, or recorded calls."""
     if isinstance(ctx.calibration, ModelCalls):
         return Replayed(program, ctx.calibration, ctx.need_schedule())
     return Trajectories(program, ctx)

@@ -37,6 +37,8 @@ _TEMPLATES: dict[str, str] = {
     "concat-split": "split into parts by concatenated values: {count} "
     "{count:|linear or convolution|linears and convolutions}",
     "split-off": "split off rank {rank}: {linears} {linears:|linear|linears}",
+    "reconstructed-blocks": "BRECQ: {better} of {blocks} {blocks:|block|blocks} better; error of a block {before:.3g} "
+    "before, {after:.3g} after",
     "reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed",
     "not-reconstructed": "TIAR: loss {nearest:.4g} with nearest rounding, {reconstructed:.4g} reconstructed; "
     "nearest rounding kept",

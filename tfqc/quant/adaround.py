@@ -1,8 +1,10 @@
 """AdaRound (arXiv 2004.10568), as TIAR uses it (arXiv 2311.16503): learn if a weight rounds down or up."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ Optimizer = Literal["adam", "stquant"]
 # The rectified sigmoid h(a) = clip(sigmoid(a) * (ZETA - GAMMA) + GAMMA, 0, 1) reaches 0 and 1 at finite a.
 ZETA = 1.1
 GAMMA = -0.1
+LEANING = 0.25  # how far from its code a weight starts that has been rounded
 WARMUP = 0.2  # share of the iterations without regulariser, when the weights only look for a good place
 
 
@@ -41,6 +44,19 @@ class SoftRounding(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.alpha = nn.Parameter(torch.logit((steps - floor - GAMMA) / (ZETA - GAMMA)))
+
+    @classmethod
+    def of(cls, w: Tensor, rounded: QuantizedWeight) -> SoftRounding:
+        """Of a weight that has been rounded (by GPTQ, say): it starts nearer to the codes that it has than to others.
+
+        A code that is neither the one below the weight nor the one above is one of the two all the same.
+        """
+        made = cls(w, rounded.scale, rounded.zero_point, rounded.grid, rounded.group)
+        steps = rounded.codes() - expand_groups(rounded.zero_point, rounded.q.shape, rounded.group)
+        made.floor = torch.where(steps < made.floor, steps, torch.where(steps > made.floor + 1, steps - 1, made.floor))
+        up = torch.where(steps > made.floor, 1 - LEANING, LEANING)
+        made.alpha = nn.Parameter(torch.logit((up - GAMMA) / (ZETA - GAMMA)))
+        return made
 
     def soft(self) -> Tensor:
         """The weight in its present, possibly fractional, rounding: float32, differentiable in alpha only."""
@@ -87,10 +103,13 @@ def reconstruct(
     lr: float = 1e-2,
     weight: float = 0.01,
     optimizer: Optimizer = "adam",
+    steps: Sequence[nn.Parameter] = (),
+    steps_lr: float = 1e-3,
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> float:
     """Minimises `loss() + weight * regularisers` with Adam, jointly over all alphas and over nothing else.
 
+    steps: of activation quantizers, learned along with a rate of their own, that falls to 0.
     optimizer: `adam`, or `stquant`, which keeps Adam's moments in few bits (`tfqc.optim`).
 
     `loss` returns a scalar computed from the `soft()` of every rounding. No other parameter gets a gradient,
@@ -104,8 +123,10 @@ def reconstruct(
     nearest: compare. Raises TfqcError if the loss does not depend on one of the roundings or is not finite.
     """
     alphas = [rounding.alpha for rounding in roundings]
-    unread = [None] * len(alphas)
-    adam = torch.optim.Adam(alphas, lr=lr) if optimizer == "adam" else STQuantAdam(alphas, lr=lr)
+    learned, unread = [*alphas, *steps], [None] * (len(alphas) + len(steps))
+    groups: list[dict[str, Any]] = [{"params": alphas, "lr": lr}, {"params": list(steps), "lr": steps_lr}]
+    groups = [group for group in groups if group["params"]]
+    adam = torch.optim.Adam(groups) if optimizer == "adam" else STQuantAdam(groups)
     for iteration in range(iterations):
         progress = iteration / iterations
         with torch.enable_grad():
@@ -118,16 +139,20 @@ def reconstruct(
         if not math.isfinite(value):
             raise CalibrationError(f"the reconstruction loss is {value} at iteration {iteration}")
         # Not backward(): that would also leave gradients on whatever else the loss reads.
-        gradients = torch.autograd.grad(total, alphas, allow_unused=True) if total.requires_grad else unread
-        for index, (alpha, gradient) in enumerate(zip(alphas, gradients, strict=True)):
-            if gradient is None:
+        gradients = torch.autograd.grad(total, learned, allow_unused=True) if total.requires_grad else unread
+        for index, (parameter, gradient) in enumerate(zip(learned, gradients, strict=True)):
+            if gradient is None and index < len(alphas):
                 raise TfqcError(f"the reconstruction loss does not read soft() of rounding #{index}")
-            alpha.grad = gradient
+            parameter.grad = gradient
+        for group in adam.param_groups if steps else ():
+            if group["params"][0] is steps[0]:
+                group["lr"] = steps_lr * (1 - progress)
         adam.step()
         if on_iteration is not None:
             on_iteration(iteration, value)
     for rounding in roundings:
         rounding.harden()
-        rounding.alpha.grad = None
+    for parameter in learned:
+        parameter.grad = None
     with torch.no_grad():
         return loss().item()

@@ -22,9 +22,7 @@ def quantizer_of(program: Program, node: fx.Node) -> Quantizer:
 def set_weight_quantizer(program: Program, node: fx.Node, weight: str, quantized: QuantizedWeight, how: str) -> None:
     """Store a quantized weight's tensors beside `weight` and name them in the node's row."""
     grid = quantized.grid
-    # Codes of asymmetric grids are stored shifted, so that 8 bits fit int8 and 4 bits a signed nibble; so is then the
-    # zero point, and codes − zero stays.
-    shift = -8 if grid.bits == 4 and not grid.symmetric else grid.storage_shift
+    shift = _stored_shift(grid)
     codes, scale, zero_point = _store(
         program,
         weight,
@@ -44,6 +42,12 @@ def set_weight_quantizer(program: Program, node: fx.Node, weight: str, quantized
         group=min(quantized.group or columns, columns),
         weight_how=how,
     )
+
+
+def _stored_shift(grid: Grid) -> int:
+    """Codes of asymmetric grids are stored shifted, so that 8 bits fit int8 and 4 bits a signed nibble; so is then the
+    zero point, and codes − zero stays."""
+    return -8 if grid.bits == 4 and not grid.symmetric else grid.storage_shift
 
 
 def set_input_quantizer(
@@ -120,6 +124,15 @@ def stored_weight(program: Program, row: Quantizer) -> Tensor:
         program.tensors[row.weight_zero_point],
         row.group,
     )
+
+
+def quantized_weight(program: Program, row: Quantizer, symmetric: bool) -> QuantizedWeight:
+    """A quantizer's weight as codes and parameters: what `set_weight_quantizer` was given."""
+    grid = Grid(row.weight_bits, symmetric)
+    shift = _stored_shift(grid)
+    codes = program.tensors[row.codes].int() - shift
+    zero_point = program.tensors[row.weight_zero_point] - shift
+    return QuantizedWeight.from_codes(codes, program.tensors[row.weight_scale], zero_point, grid, row.group)
 
 
 def input_fake_quantizer(program: Program, row: Quantizer, repeats: int = 1) -> Callable[[Tensor], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from tfqc.ir.match import returned_by
 from tfqc.ir.program import TIME, Program
 from tfqc.ir.rows import RowSource, Schedule
 from tfqc.temporal.tabulate import encode, feature_rows
@@ -44,7 +45,7 @@ def refold(program: Program, changed: set[str]) -> list[str]:
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
-    returned = next(n for n in graph.nodes if n.op == "output").args[0]
+    returned = returned_by(graph)
     return list(returned) if isinstance(returned, (tuple, list)) else [returned]  # type: ignore[list-item]
 
 

@@ -16,7 +16,7 @@ from tfqc.calibration.batches import Batch, batches
 from tfqc.calibration.block_training import BlockTraining, Found
 from tfqc.calibration.results import Result
 from tfqc.calibration.simulate import Simulation
-from tfqc.calibration.spilled import Spilled
+from tfqc.calibration.values import Values
 from tfqc.files.storage import tensors_hash
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
@@ -71,23 +71,23 @@ class ReconstructBlocks(Pass):
         ticks = ctx.progress.track(range(len(blocks) * self.iterations), "reconstructing blocks")
         settled: set[str] = set()
         better, before, after = 0, 0.0, 0.0
-        with Spilled(ctx.workdir) as exact, Spilled(ctx.workdir) as behind:
-            self._begin(program, calls, exact, behind)
-            for number, block in enumerate(blocks):
-                training = BlockTraining(program, block, calls, behind, exact, settled)
-                first = training.error()
-                kept = Result(ctx.workdir, "block", f"{identity} {number} {block.module}", {})
-                found = self._found(training, kept, ticks) if training.trains else None
-                if found is not None:
-                    _set(program, found)
-                    training.take()
-                    better += 1
-                settled |= training.scales
-                training.go_on()
-                before, after = before + first, after + training.error()
-                wanted = {name for later in blocks[number + 1 :] for name in later.reads}
-                exact.keep(wanted)
-                behind.keep(wanted)
+        exact, behind = Values(), Values()
+        self._begin(program, calls, exact, behind)
+        for number, block in enumerate(blocks):
+            training = BlockTraining(program, block, calls, behind, exact, settled)
+            first = training.error()
+            kept = Result(ctx.workdir, "block", f"{identity} {number} {block.module}", {})
+            found = self._found(training, kept, ticks) if training.trains else None
+            if found is not None:
+                _set(program, found)
+                training.take()
+                better += 1
+            settled |= training.scales
+            training.go_on()
+            before, after = before + first, after + training.error()
+            wanted = {name for later in blocks[number + 1 :] for name in later.reads}
+            exact.keep(wanted)
+            behind.keep(wanted)
         for _ in ticks:
             pass
         if blocks:
@@ -96,7 +96,7 @@ class ReconstructBlocks(Pass):
                 after=after / len(blocks),
             )  # fmt: skip
 
-    def _begin(self, program: Program, calls: list[Batch], exact: Spilled, behind: Spilled) -> None:
+    def _begin(self, program: Program, calls: list[Batch], exact: Values, behind: Values) -> None:
         """What blocks are given: inputs and temporal features."""
         given = given_of(program)
         run = Simulation(program, given.graph)

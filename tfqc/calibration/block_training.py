@@ -14,7 +14,7 @@ from tfqc.analysis.blocks import Block
 from tfqc.analysis.weighted import weight_of, weighted_nodes
 from tfqc.calibration.batches import Batch
 from tfqc.calibration.simulate import Simulation
-from tfqc.calibration.spilled import Spilled
+from tfqc.calibration.values import Values
 from tfqc.ir.program import Program
 from tfqc.quant.adaround import Optimizer, SoftRounding, reconstruct
 from tfqc.quant.grid import QuantizedWeight
@@ -50,7 +50,7 @@ class BlockTraining:
     """
 
     def __init__(
-        self, program: Program, block: Block, batches: Sequence[Batch], behind: Spilled, exact: Spilled,
+        self, program: Program, block: Block, batches: Sequence[Batch], behind: Values, exact: Values,
         settled: set[str],
     ) -> None:  # fmt: skip
         self._program, self._block, self._batches = program, block, batches
@@ -95,7 +95,9 @@ class BlockTraining:
         return bool(self._scale) and bool(self._learnable or self._steps.keys() - self._settled)
 
     def error(self, weights: Weights | None = None) -> float:
-        """What is lost, over all batches: ‖ŷ - y‖² / ‖y - mean(y)‖², of several outputs the mean."""
+        """What is lost, over all batches: ‖ŷ - y‖² / ‖y - mean(y)‖², of several outputs the mean; 0 without numbers."""
+        if not self._scale:
+            return 0.0
         with torch.no_grad():
             lost = [float(self._loss(i, weights or self._weights)) for i in range(len(self._batches))]
         return math.fsum(lost) / len(lost)
@@ -150,7 +152,7 @@ class BlockTraining:
         return self._computed(number, self._behind, weights, inputs)
 
     def _computed(
-        self, number: int, of: Spilled, weights: Weights, inputs: Mapping[str, Callable[[Tensor], Tensor]]
+        self, number: int, of: Values, weights: Weights, inputs: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> dict[str, Any]:
         self._run.weights, self._run.inputs = weights, inputs
         values = self._run.call(of.read(number, self._block.reads))

@@ -98,6 +98,8 @@ class LearnTimeScales(Pass):
                 top = 0 if grid.top == 2**bits - 1 else grid.top
                 set_input_quantizer(program, node, bits, scale, zero, f"per-step tdq {self.grid}", top)
                 set_protected(program, node, protected_steps(program, node, "input"))
+        if count == 1:
+            return  # no row, one step for all times
         table = program.tables[TimeScales.table]
         first = [quantizer_of(program, nodes[0]) for nodes in alike.values()]
         names = program.add_tensors("tdq", networks.tensors())

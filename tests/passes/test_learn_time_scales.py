@@ -162,6 +162,23 @@ def test_as_planned_with_protected_steps(subject: Subjects, tmp_path: Path) -> N
                          for r in table.values())  # fmt: skip
 
 
+def test_where_all_that_is_looked_at_is_protected_nothing_is_clipped(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d")
+    plan = "plan-quantization{activations=4 mode=per-step activation-method=tdq first-steps=1}"
+    ctx = context(its, tmp_path)
+    program = its.run(f"select-maintenance,{plan},learn-time-scales{{steps=1 iterations=20}}", ctx)
+    row = next(r for n, r in program.table(Quantizer).items() if program.origins[n].module == "conv_in")
+    assert float(program.tensors[row.input_scale].min()) * 7 > 3  # noise of the first step
+
+
+def test_a_schedule_of_one_step_has_one_step_for_all_times(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d")
+    text = f"select-maintenance,learn-time-scales{{{QUICK}}},{LOWERED}"
+    program = its.run(text, context(its, tmp_path, steps=1))
+    assert not any("tdq" in name for name in program.tensors)
+    assert torch.isfinite(torch.as_tensor(program(**its.call([333.0]))[0])).all()
+
+
 def test_refusals(subject: Subjects, tmp_path: Path) -> None:
     its = subject("unet2d")
     with pytest.raises(PipelineError, match=r"needs a schedule"):

@@ -56,9 +56,9 @@ class Curves:
         return Curves(float(logs[0]), float(logs[1] - logs[0]), errors)
 
     def single(self) -> tuple[float, float]:
-        """The one step that is best for all times, and its mean error."""
-        error, rung = self.errors.mean(0).min(0)
-        return math.exp(self.first + self.rise * int(rung)), float(error)
+        """The one step that is best for all times, and its mean error; of steps that are as good, the largest."""
+        error, down = self.errors.mean(0).flip(0).min(0)
+        return math.exp(self.first + self.rise * (RUNGS - 1 - int(down))), float(error)
 
     def least(self) -> float:
         """The mean error with the best step of each time."""

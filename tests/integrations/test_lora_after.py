@@ -158,7 +158,7 @@ def test_an_adapter_swapped_in_place(tmp_path: Path) -> None:
 
 def test_threads_that_scale_it_differently(tmp_path: Path) -> None:
     """Each call computes with its own scale, whatever others make of the adapters meanwhile."""
-    made, call = compiled("sd", PLAIN, tmp_path)
+    made, _ = compiled("sd", PLAIN, tmp_path)
     made.load_lora_weights(saved("sd", tmp_path / "lora", target_modules=["to_q"]))
     model = made.unet
     text = torch.randn(2, 16, model.config.cross_attention_dim, generator=torch.manual_seed(0))
@@ -240,8 +240,8 @@ def test_saved_loaded_and_copied(tmp_path: Path) -> None:
     copied = copy.deepcopy(made.unet)
     made.unload_lora_weights()
     made.save_pretrained(tmp_path / "pipe")
-    for copied in (copied, pickle.loads(pickle.dumps(copied))):
-        made.unet = copied
+    for each in (copied, pickle.loads(pickle.dumps(copied))):
+        made.unet = each
         assert apart(images(made, call), want) == 0
     again = DiffusionPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
     again.set_progress_bar_config(disable=True)

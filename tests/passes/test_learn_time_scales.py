@@ -201,6 +201,13 @@ def test_a_schedule_of_one_step_has_one_step_for_all_times(subject: Subjects, tm
     assert torch.isfinite(torch.as_tensor(program(**its.call([333.0]))[0])).all()
 
 
+def test_what_is_planned_so_and_not_learned_says_what_it_is(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d")
+    plan = "plan-quantization{activations=4 mode=per-step activation-method=tdq}"
+    program = its.run(f"select-maintenance,{plan},calibrate-activations", context(its, tmp_path))
+    assert {r.input_how for r in program.table(Quantizer).values() if r.input_how} == {"per-step min-max"}
+
+
 def test_refusals(subject: Subjects, tmp_path: Path) -> None:
     its = subject("unet2d")
     with pytest.raises(PipelineError, match=r"needs a schedule"):

@@ -87,5 +87,5 @@ class CalibrateActivations(Pass):
             parameters = ranges[node.all_input_nodes[0].name].qparams(
                 spec.grid, spec.method, spec.per == "step", spec.intervals, protected[node]
             )
-            how = f"{'per-step' if spec.per == 'step' else 'static'} {spec.range}"
+            how = f"{'per-step' if spec.per == 'step' else 'static'} {spec.method}"
             set_input_quantizer(program, node, spec.format.bits, *parameters, how)

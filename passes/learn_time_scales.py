@@ -98,6 +98,8 @@ class LearnTimeScales(Pass):
                 top = 0 if grid.top == 2**bits - 1 else grid.top
                 set_input_quantizer(program, node, bits, scale, zero, f"per-step tdq {self.grid}", top)
                 set_protected(program, node, protected_steps(program, node, "input"))
+        if count == 1:
+            return  # no row, one step for all times
         table = program.tables[TimeScales.table]
         first = [quantizer_of(program, nodes[0]) for nodes in alike.values()]
         names = program.add_tensors("tdq", networks.tensors())
@@ -126,7 +128,7 @@ class LearnTimeScales(Pass):
         """A network for each list of nodes that read one value."""
         timesteps = ctx.need_schedule().timesteps
         if ctx.rehearsal:
-            ones = torch.ones(len(readers))
+            ones = torch.ones(len(readers), dtype=torch.float32)
             return untrained(ones, ones, grids, timesteps, ctx.seed)
         looked_at = sorted(steps_looked_at(len(timesteps), self.steps))
         units: list[float] = []
@@ -140,8 +142,9 @@ class LearnTimeScales(Pass):
             left_out = [bool(protected) and protected[s] for s in looked_at]
             curves.append(Curves.of(rows_of, [_layer(program, n) for n in nodes], grid, left_out))
         times = [timesteps[s] for s in looked_at]
-        singles, errors_of_singles = (torch.tensor(found) for found in zip(*(c.single() for c in curves), strict=True))
-        start = untrained(singles, torch.tensor(units), grids, times, ctx.seed)
+        found = torch.tensor([c.single() for c in curves], dtype=torch.float32)
+        singles, errors_of_singles = found.unbind(1)
+        start = untrained(singles, torch.tensor(units, dtype=torch.float32), grids, times, ctx.seed)
         bar = ctx.progress.track(range(self.iterations), "learning steps (TDQ)")
         networks, errors = fit(
             start,

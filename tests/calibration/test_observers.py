@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfqc.calibration.observers import moments
 from tfqc.calibration.observers.base import Observer, State
-from tfqc.calibration.observers.moments import Moments
+from tfqc.calibration.observers.moments import Moments, steps_looked_at
 from tfqc.calibration.observers.ranges import Ranges
 from tfqc.calibration.observers.samples import Samples
 from tfqc.errors import CalibrationError
@@ -176,3 +176,11 @@ def test_no_unfolded_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     with Largest(x, found.state().tensors["sum"]) as largest:
         found.update(x, 1)
     assert 0 < largest.bytes <= max(20_000 * 4, 16 * 34 * 34 * 4) < unfolded / 50
+
+
+@pytest.mark.parametrize(
+    ("count", "looks", "want"),
+    [(4, 20, {0, 1, 2, 3}), (10, 20, set(range(10))), (9, 3, {0, 4, 8}), (5, 1, {0}), (1, 20, {0})],
+)
+def test_steps_are_looked_at_from_the_first_to_the_last(count: int, looks: int, want: set[int]) -> None:
+    assert steps_looked_at(count, looks) == want

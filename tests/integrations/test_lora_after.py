@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,37 @@ def test_refold_does_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert apart(images(made, call), images(pipe, call)) < 1e-4
 
 
+def test_an_adapter_swapped_in_place(tmp_path: Path) -> None:
+    first, second = (saved("sd", tmp_path / f"lora{seed}", seed, target_modules=["to_q"]) for seed in range(2))
+    pipe, call = pipeline("sd", tmp_path)
+    pipe.load_lora_weights(second)
+    made, _ = compiled("sd", PLAIN, tmp_path)
+    made.load_lora_weights(first, adapter_name="a")
+    before = images(made, call)
+    made.load_lora_weights(second, adapter_name="a", hotswap=True)
+    want = images(pipe, call)
+    assert apart(images(made, call), want) < 1e-4 < apart(before, want)
+
+
+def test_threads_that_scale_it_differently(tmp_path: Path) -> None:
+    """Each call computes with its own scale, whatever others make of the adapters meanwhile."""
+    made, _ = compiled("sd", PLAIN, tmp_path)
+    made.load_lora_weights(saved("sd", tmp_path / "lora", target_modules=["to_q"]))
+    model = made.unet
+    text = torch.randn(2, 16, model.config.cross_attention_dim, generator=torch.manual_seed(0))
+    sample = torch.randn(2, 4, model.config.sample_size, model.config.sample_size, generator=torch.manual_seed(0))
+
+    def called(scale: float) -> torch.Tensor:
+        time = torch.tensor(round(500 + 100 * scale))
+        return model(sample, time, text, cross_attention_kwargs={"scale": scale}).sample
+
+    scales = [0.0, 0.5, 1.0] * 3
+    want = [called(scale) for scale in scales]
+    with ThreadPoolExecutor(3) as threads:
+        got = list(threads.map(called, scales))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_blocks_have_weights_of_their_own(tmp_path: Path) -> None:
     lora = saved("sd", tmp_path / "lora", target_modules=["to_q", "to_v", "time_emb_proj"])
     pipe, call = pipeline("sd", tmp_path)
@@ -207,8 +240,9 @@ def test_saved_loaded_and_copied(tmp_path: Path) -> None:
     copied = copy.deepcopy(made.unet)
     made.unload_lora_weights()
     made.save_pretrained(tmp_path / "pipe")
-    made.unet = copied
-    assert apart(images(made, call), want) == 0
+    for each in (copied, pickle.loads(pickle.dumps(copied))):
+        made.unet = each
+        assert apart(images(made, call), want) == 0
     again = DiffusionPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
     again.set_progress_bar_config(disable=True)
     again.load_lora_weights(lora)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +51,15 @@ def test_the_rows_are_the_networks(name: str, subject: Subjects, tmp_path: Path)
     assert int(zero_points.min()) >= 0 and int(zero_points.max()) <= 15
     assert all(r.input_bits == 4 and not r.input_top for r in program.table(Quantizer).values())
     assert_text_round_trip(program, its.call([951.0, 37.0]))
+
+
+@contextlib.contextmanager
+def half_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Growing(nn.Module):
@@ -160,6 +172,40 @@ def test_as_planned_with_protected_steps(subject: Subjects, tmp_path: Path) -> N
     table = program.table(Quantizer)
     assert table and all(program.tensors[r.input_protected].flatten().tolist() == [True, False, False, False]
                          for r in table.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, half_by_default])
+def test_what_a_caller_has_set_changes_nothing(around: Any, tmp_path: Path) -> None:
+    its = of_example("growing", growing)
+    ctx = context(its, tmp_path)
+    want = its.run(f"learn-time-scales{{{QUICK}}}", ctx)
+    with around():
+        got = its.run(f"learn-time-scales{{{QUICK}}}", ctx)
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
+
+
+def test_where_all_that_is_looked_at_is_protected_nothing_is_clipped(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d")
+    plan = "plan-quantization{activations=4 mode=per-step activation-method=tdq first-steps=1}"
+    ctx = context(its, tmp_path)
+    program = its.run(f"select-maintenance,{plan},learn-time-scales{{steps=1 iterations=20}}", ctx)
+    row = next(r for n, r in program.table(Quantizer).items() if program.origins[n].module == "conv_in")
+    assert float(program.tensors[row.input_scale].min()) * 7 > 3  # noise of the first step
+
+
+def test_a_schedule_of_one_step_has_one_step_for_all_times(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d")
+    text = f"select-maintenance,learn-time-scales{{{QUICK}}},{LOWERED}"
+    program = its.run(text, context(its, tmp_path, steps=1))
+    assert not any("tdq" in name for name in program.tensors)
+    assert torch.isfinite(torch.as_tensor(program(**its.call([333.0]))[0])).all()
+
+
+def test_what_is_planned_so_and_not_learned_says_what_it_is(subject: Subjects, tmp_path: Path) -> None:
+    its = subject("unet2d")
+    plan = "plan-quantization{activations=4 mode=per-step activation-method=tdq}"
+    program = its.run(f"select-maintenance,{plan},calibrate-activations", context(its, tmp_path))
+    assert {r.input_how for r in program.table(Quantizer).values() if r.input_how} == {"per-step min-max"}
 
 
 def test_refusals(subject: Subjects, tmp_path: Path) -> None:

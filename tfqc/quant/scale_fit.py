@@ -48,7 +48,7 @@ class Curves:
         reach = [max(float(codes.step_for(part.amin(), part.amax())) for part in parts) for parts in rows]
         highest, lowest = max(reach) * HIGHEST, max(min(reach), max(reach) * 1e-3) * LOWEST
         ladder = torch.logspace(0, 1, RUNGS, base=highest / lowest, dtype=torch.float64) * lowest
-        errors = torch.zeros(len(rows), RUNGS)
+        errors = torch.zeros(len(rows), RUNGS, dtype=torch.float32)
         for at, parts in enumerate(rows):
             for x, layer in zip(parts if not left_out[at] else (), layers, strict=not left_out[at]):
                 errors[at] += _errors(x, layer, ladder.float(), codes)
@@ -56,9 +56,9 @@ class Curves:
         return Curves(float(logs[0]), float(logs[1] - logs[0]), errors)
 
     def single(self) -> tuple[float, float]:
-        """The one step that is best for all times, and its mean error."""
-        error, rung = self.errors.mean(0).min(0)
-        return math.exp(self.first + self.rise * int(rung)), float(error)
+        """The one step that is best for all times, and its mean error; of steps that are as good, the largest."""
+        error, down = self.errors.mean(0).flip(0).min(0)
+        return math.exp(self.first + self.rise * (RUNGS - 1 - int(down))), float(error)
 
     def least(self) -> float:
         """The mean error with the best step of each time."""
@@ -77,6 +77,7 @@ def _errors(x: Tensor, layer: Layer, ladder: Tensor, codes: Codes) -> Tensor:
     return torch.stack(found)
 
 
+@torch.inference_mode(False)
 def fit(
     start: Networks,
     curves: Sequence[Curves],
@@ -98,7 +99,7 @@ def fit(
     errors = torch.stack([c.errors for c in curves])  # [L, T, RUNGS]
     if not bool(torch.isfinite(errors).all()):
         raise CalibrationError("The outputs of a layer on calibration data are NaN or infinite: the model is broken.")
-    first, rise = (torch.tensor([getattr(c, name) for c in curves])[:, None] for name in ("first", "rise"))
+    first, rise = (torch.tensor([[getattr(c, of)] for c in curves], dtype=torch.float32) for of in ("first", "rise"))
     time = torch.tensor(timesteps, dtype=torch.float32)
     its = start.map(lambda tensor: tensor.clone())
     weights = [weight.requires_grad_() for weight in its.weights()]

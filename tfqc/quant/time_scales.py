@@ -169,7 +169,7 @@ def untrained(first: Tensor, unit: Tensor, grids: Sequence[Codes], timesteps: Se
     count, generator = len(first), torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
-        return (torch.rand(count, *shape, generator=generator) * 2 - 1) / math.sqrt(WIDTH)
+        return (torch.rand(count, *shape, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(WIDTH)
 
     span = max(timesteps) - min(timesteps)
     fastest = (len(timesteps) - 1) / span if span else 1.0
@@ -177,10 +177,10 @@ def untrained(first: Tensor, unit: Tensor, grids: Sequence[Codes], timesteps: Se
     column = {name: [getattr(grid, name) for grid in grids] for name in ("offset", "least", "most")}
     return Networks(
         start=torch.tensor([min(timesteps)], dtype=torch.float32),
-        waves=(fastest * SLOWEST ** (torch.arange(WAVES) / (WAVES - 1)))[:, None],
+        waves=(fastest * SLOWEST ** (torch.arange(WAVES, dtype=torch.float32) / (WAVES - 1)))[:, None],
         **{f"w{layer}": drawn(WIDTH, WIDTH) for layer in (1, 2, 3)},
         **{f"b{layer}": drawn(WIDTH, 1) for layer in (1, 2, 3)},
-        w4=torch.zeros(count, 1, WIDTH),
+        w4=torch.zeros(count, 1, WIDTH, dtype=torch.float32),
         b4=(relative + (-torch.expm1(-relative)).log()).float()[:, None, None],  # log(e^s - 1)
         unit=unit[:, None],
         **{name: torch.tensor(values, dtype=torch.float32)[:, None] for name, values in column.items()},

@@ -126,8 +126,9 @@ def windows_of(program: Program, node: fx.Node) -> tuple[int, tuple[int, ...], t
 
 
 def steps_looked_at(count: int, looks: int) -> frozenset[int]:
-    """`looks` of `count` steps, evenly spread."""
-    return frozenset(round(i * (count - 1) / max(looks - 1, 1)) for i in range(min(looks, count)))
+    """`looks` of `count` steps, evenly spread; all, where there are fewer."""
+    looks = min(looks, count)
+    return frozenset(round(i * (count - 1) / max(looks - 1, 1)) for i in range(looks))
 
 
 def has_moments(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ artifact that this makes.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Adapters:
         self.directory, self.skeleton = directory, skeleton
         self._state: Any = None
         self._model: Any = None
-        self._kept: Temporary | None = None
+        self._lock = threading.Lock()
 
     @property
     def loaded(self) -> bool:
@@ -58,6 +59,8 @@ class Adapters:
         except Exception:
             self.skeleton = before
             raise
+        if method == "load_lora_adapter":
+            self._state = None  # hot swaps write into tensors in ways that leave no trace in them
         return returned
 
     def model(self, scale: float) -> Any:
@@ -66,19 +69,24 @@ class Adapters:
         Raises:
             TfqcError: the artifact cannot be given them.
         """
-        active = _active(self.skeleton)
-        state = scale, [(name, *(_identity(t) for t in part[:2]), part[2]) for name, p in active.items() for part in p]
-        if state != self._state:
-            self._model = self._kept = self._state = None
-            if adapters := _joined(active, scale):
-                self._kept = Temporary()
-                self._model = load(adapted(self.directory, adapters).save(self._kept.path / "artifact"))
-            self._state = state
-        return self._model
+        with self._lock:
+            active = _active(self.skeleton)
+            state = scale, [(k, _identity(a), _identity(b), own) for k, its in active.items() for a, b, own in its]
+            if state != self._state:
+                self._model = self._state = None
+                if adapters := _joined(active, scale):
+                    place = Temporary()
+                    self._model = load(adapted(self.directory, adapters).save(place.path / "artifact"))
+                    self._model.place = place  # threads may read files of it when this has another already
+                self._state = state
+            return self._model
 
     def copy(self) -> Adapters:
         """The same adapters for a copy of the model."""
         return Adapters(self.directory, copy_of(self.skeleton))
+
+    def __reduce__(self) -> Any:
+        return Adapters, (self.directory, self.skeleton)
 
 
 def scale_in(kwargs: dict[str, Any], compiled: Any) -> tuple[float, dict[str, Any]]:

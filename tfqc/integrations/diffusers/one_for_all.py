@@ -19,7 +19,7 @@ class OneForAll:
         requests = [i for i in plan.inputs if i.role == "request" and len(i.path) == 1]
         self._names = {i.path[0]: len(i.shape) for i in requests if i.shape[:1] == ("B",)}
         self._arguments, self._noisy = plan.arguments, plan.sample.path[0]
-        self._kept: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
 
     def spread(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The call with a row for each image."""
@@ -34,9 +34,10 @@ class OneForAll:
         return ((), {**call, **single}) if single and len(args) <= len(self._arguments) else (args, kwargs)
 
     def _repeated(self, name: str, value: Tensor, images: int) -> Tensor:
-        key = (name, id(value), images)
-        if key not in self._kept:
-            if len(self._kept) == self.MOST_KEPT:
+        key = (name, id(value), value.data_ptr(), images)  # `.data = ...` gives a tensor other values
+        if (kept := self._kept.get(key)) is None:
+            if len(self._kept) >= self.MOST_KEPT:
                 self._kept.clear()
-            self._kept[key] = (value, value.expand(images, *value.shape[1:]))  # kept, so that its id is not reused
-        return self._kept[key][1]
+            kept = value, value.expand(images, *value.shape[1:])  # both, so that no id or address is used again
+            self._kept[key] = kept
+        return kept[1]

@@ -261,6 +261,11 @@ def test_what_is_refused_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         made.load_lora_weights(saved("sd", tmp_path / "time"), adapter_name="b")
     assert made.get_list_adapters() == {"unet": ["a"]} and made.get_active_adapters() == ["a"]
     assert apart(images(made, call), want) == 0
+    with pytest.raises(TfqcError, match=r"The LoRA of .*to_q \('c'\) holds NaN or infinity: its file is broken"):
+        made.load_lora_weights(
+            saved("sd", tmp_path / "broken", std=float("nan"), target_modules=["to_q"]), adapter_name="c"
+        )
+    assert made.get_active_adapters() == ["a"] and apart(images(made, call), want) == 0
     with pytest.raises(AttributeError, match=r"cannot do fuse_lora\(\)"):
         made.fuse_lora(components=["unet"])
     other, _ = pipeline("sd", tmp_path)

@@ -111,7 +111,7 @@ def _active(skeleton: Any) -> dict[str, list[tuple[Any, Any, float]]]:
     """Of each layer that adapters are active for: down, up and scale of each.
 
     Raises:
-        TfqcError: one is no LoRA, or of a kind that is no product of two matrices.
+        TfqcError: one is no LoRA, of a kind that is no product of two matrices, or not finite.
     """
     if not getattr(skeleton, "peft_config", None):
         return {}
@@ -131,6 +131,8 @@ def _active(skeleton: Any) -> dict[str, list[tuple[Any, Any, float]]]:
             if adapter in module.lora_variant or module.lora_bias.get(adapter):
                 raise TfqcError(f"The LoRA of {name} is DoRA or has a bias, more than a product: {_BEFORE}")
             parts = module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
+            if not all(bool(part.isfinite().all()) for part in parts[:2]):
+                raise TfqcError(f"The LoRA of {name} ({adapter!r}) holds NaN or infinity: its file is broken.")
             found.setdefault(name, []).append(parts)
     return found
 

@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tfqc.adapters import LowRank, adapted, check_adapters
 from tfqc.driver import load
 from tfqc.errors import TfqcError
@@ -131,7 +133,7 @@ def _active(skeleton: Any) -> dict[str, list[tuple[Any, Any, float]]]:
             if adapter in module.lora_variant or module.lora_bias.get(adapter):
                 raise TfqcError(f"The LoRA of {name} is DoRA or has a bias, more than a product: {_BEFORE}")
             parts = module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
-            if not all(bool(part.isfinite().all()) for part in parts[:2]):
+            if not all(bool(torch.isfinite(part).all()) for part in parts[:2]):
                 raise TfqcError(f"The LoRA of {name} ({adapter!r}) holds NaN or infinity: its file is broken.")
             found.setdefault(name, []).append(parts)
     return found

@@ -132,10 +132,11 @@ def _active(skeleton: Any) -> dict[str, list[tuple[Any, Any, float]]]:
                 raise TfqcError(f"The adapter of {name} is a {type(module).__name__}, no LoRA of a product: {_BEFORE}")
             if adapter in module.lora_variant or module.lora_bias.get(adapter):
                 raise TfqcError(f"The LoRA of {name} is DoRA or has a bias, more than a product: {_BEFORE}")
-            parts = module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
-            if not all(bool(torch.isfinite(part).all()) for part in parts[:2]):
+            down: Any = module.lora_A[adapter].weight
+            up: Any = module.lora_B[adapter].weight
+            if not (bool(torch.isfinite(down).all()) and bool(torch.isfinite(up).all())):
                 raise TfqcError(f"The LoRA of {name} ({adapter!r}) holds NaN or infinity: its file is broken.")
-            found.setdefault(name, []).append(parts)
+            found.setdefault(name, []).append((down, up, float(module.scaling[adapter])))
     return found
 
 

@@ -106,6 +106,15 @@ def test_what_was_found_is_found_again(subject: Subjects, tmp_path: Path, monkey
         its.run(FEW.replace("60", "61"), ctx, plain.clone())
 
 
+@pytest.mark.parametrize("text", [f"{BEFORE},{FEW}", "reconstruct-tib{iterations=30},select-maintenance{strategy=tib}"])
+def test_under_inference_mode(text: str, subject: Subjects) -> None:
+    its = subject("unet-sd")
+    made = parameters(its.run(text, context(its)))
+    with torch.inference_mode():
+        again = parameters(its.run(text, context(its)))
+    assert made.keys() == again.keys() and all(torch.equal(made[k], again[k]) for k in made)
+
+
 def test_what_does_not_help_is_left(subject: Subjects) -> None:
     its = subject("unet-sd")
     ctx = context(its)

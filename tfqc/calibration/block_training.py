@@ -63,7 +63,7 @@ class BlockTraining:
         self._settled = settled
         shared = _read_twice(program)
         self._learnable = [n for n in self._weights if weight_of(program.node(n)) not in shared]
-        self._scale = {name: self._power(name) for name in block.gives if self._power(name) > 0}
+        self._scale = {name: power for name in block.gives if (power := self._power(name)) > 0}
 
     def take(self) -> None:
         """Quantize as the program's quantizers say now."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tfqc.errors import PassError, PipelineError, TfqcError
@@ -167,7 +168,8 @@ def _run_one(
     versions = {name: _version(tensor) for name, tensor in before.tensors.items()}
     for instrument in instruments:
         instrument.before(program, item, number)
-    with ctx.running(item.name, number):
+    # Passes that train need gradients, whatever the caller compiles under.
+    with ctx.running(item.name, number), torch.inference_mode(False):
         returned: Any = item.run(program, ctx)
     if returned is not None:
         raise PassError(f"{item.name} returned a {type(returned).__name__}: passes change the program that they get.")

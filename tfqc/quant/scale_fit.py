@@ -77,7 +77,6 @@ def _errors(x: Tensor, layer: Layer, ladder: Tensor, codes: Codes) -> Tensor:
     return torch.stack(found)
 
 
-@torch.inference_mode(False)
 def fit(
     start: Networks,
     curves: Sequence[Curves],

@@ -20,8 +20,10 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Reorder the sample once on its way in and the outputs once on their way out, and nothing in between but what
-    becomes complex. What has been reordered already is left."""
+    """Reorder the sample on its way in and the outputs on their way out; in between, what becomes complex.
+
+    What has been reordered already is left.
+    """
 
     name: ClassVar[str] = "channels-last"
     needs: ClassVar[Stage] = Stage.LOWERED

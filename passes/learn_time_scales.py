@@ -28,17 +28,18 @@ from tfqc.quant.time_scales import Codes, Grids, Networks, TimeScales, rows, unt
 
 @dataclass(frozen=True)
 class LearnTimeScales(Pass):
-    """TDQ (arXiv 2306.02316): s(t) = Softplus(MLP(sinusoid(t))) for each input, fitted to the error in the outputs of
-    the linears and convolutions that read it, then evaluated into a row for each step of the schedule.
+    """TDQ (arXiv 2306.02316): the step of each input's quantizer is a learned function of the timestep.
 
-    The networks stay beside the rows: a compiled model computes the steps of other timesteps by them. Finds
-    parameters for inputs that are planned so (`range=tdq`) and have a row for each step; grouped convolutions and
-    what waits for no step are left to calibrate-activations. Weights that are quantized already are taken as they
-    are. Options: grid (`full`: all codes; `released`: those of the paper's code, -6 .. 6 of 4 bits); steps of the
-    schedule at which inputs are looked at; iterations; learning-rate of Adam; optimizer (`stquant` keeps Adam's
-    moments in few bits). Others plan the inputs that nothing is planned for: bits; edge-bits (of the model's first
-    and last layer; none = as the others); scope (`tib`: only inside the temporal information block); skip (modules
-    left to other passes, as `tfqc.analysis.skipping` reads them).
+    s(t) = Softplus(MLP(sinusoid(t))) is fitted to the error in the outputs of the linears and convolutions that read
+    the input, then evaluated into a row for each step of the schedule. The networks stay beside the rows: a compiled
+    model computes the steps of other timesteps by them. Finds parameters for inputs that are planned so (`range=tdq`)
+    and have a row for each step; grouped convolutions and what waits for no step are left to calibrate-activations.
+    Weights that are quantized already are taken as they are. Options: grid (`full`: all codes; `released`: those of
+    the paper's code, -6 .. 6 of 4 bits); steps of the schedule at which inputs are looked at; iterations;
+    learning-rate of Adam; optimizer (`stquant` keeps Adam's moments in few bits). Others plan the inputs that nothing is
+    planned for: bits; edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only
+    inside the temporal information block); skip (modules left to other passes, as `tfqc.analysis.skipping` reads
+    them).
     """
 
     name: ClassVar[str] = "learn-time-scales"

@@ -38,6 +38,9 @@ class TestCudaInt4(Conformance):
         """A batch of several timesteps as one batch for each: torch rounds f16 differently in batches of other sizes,
         and a code that flips moves these small random networks by far more than rounding."""
         timestep = call["timestep"]
+        # What waits for the request alone is computed for all images of a call at once, and f32 products of BLAS may
+        # depend on how many there are: a last bit, which codes make more of.
+        self.tolerance = 0 if timestep.dim() == 0 or len(timestep.unique()) == 1 else 0.02
         if timestep.dim() == 0:
             return first(program(**call))
         outs: dict[int, Tensor] = {}

@@ -36,8 +36,8 @@ class LearnTimeScales(Pass):
     and have a row for each step; grouped convolutions and what waits for no step are left to calibrate-activations.
     Weights that are quantized already are taken as they are. Options: grid (`full`: all codes; `released`: those of
     the paper's code, -6 .. 6 of 4 bits); steps of the schedule at which inputs are looked at; iterations;
-    learning-rate of Adam; optimizer (`stquant` keeps Adam's moments in few bits). Others plan the inputs that nothing is
-    planned for: bits; edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only
+    learning-rate of Adam; optimizer (`stquant` keeps Adam's moments in few bits). Others plan the inputs that nothing
+    is planned for: bits; edge-bits (of the model's first and last layer; none = as the others); scope (`tib`: only
     inside the temporal information block); skip (modules left to other passes, as `tfqc.analysis.skipping` reads
     them).
     """

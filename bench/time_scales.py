@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", "The model was compiled for")
-    bench = Bench(options)
+    bench = Bench(options, WAYS)
     for setting in SETTINGS:
         for way in WAYS:
             bench.row(setting, way)
@@ -70,8 +71,8 @@ def main() -> None:
 class Bench:
     """Rows, kept in a JSON file as they come."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.spec = options, find_model("fashion-unet")
+    def __init__(self, options: argparse.Namespace, ways: Mapping[str, str]) -> None:
+        self.options, self.ways, self.spec = options, ways, find_model("fashion-unet")
         assert self.spec.labels is not None and self.spec.conditions is not None
         self.labels = self.spec.labels(options.images, options.seed)
         self.cond, self.uncond = self.spec.conditions(options.images, options.seed)
@@ -99,7 +100,7 @@ class Bench:
             "fake-quant",
             schedule=self.schedule,
             calibration=self.spec.calibration(16),
-            pipeline=f"{WAYS[way].format(a=SETTINGS[setting])},fold-cache,hoist-request,insert-qdq",
+            pipeline=f"{self.ways[way].format(a=SETTINGS[setting])},fold-cache,hoist-request,insert-qdq",
             workdir=self.work / "trajectories",
         )
         seconds = time.perf_counter() - began
@@ -113,7 +114,7 @@ class Bench:
             "bytes": (directory / "weights.safetensors").stat().st_size,
             "bytes of @time": (directory / "time.safetensors").stat().st_size,
             "compile seconds": round(seconds, 1),
-            "report": [line for line in artifact.facts["report"] if line.startswith("learned")],
+            "report": [line for line in artifact.facts["report"] if line.startswith(("learned", "BRECQ"))],
         }
         print(key, json.dumps(self.rows[key]), flush=True)
         beside = self.options.out.with_suffix(".part")
@@ -156,7 +157,7 @@ class Bench:
                 f"{row['bytes'] / 1e6:.2f}",
                 f"{row['bytes of @time'] / 1e6:.2f}",
             ]
-            for row in (self.rows[f"{setting} {way}"] for setting in SETTINGS for way in WAYS)
+            for row in (self.rows[f"{setting} {way}"] for setting in SETTINGS for way in self.ways)
         ]
         return tabulate(lines, head, tablefmt="github", disable_numparse=True)
 

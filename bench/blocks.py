@@ -8,12 +8,9 @@ Rows that are in the JSON file are not computed again.
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from pathlib import Path
 
-import torch
-from time_scales import SETTINGS, Bench
+from time_scales import main
 
 STEPS, TDQ = "calibrate-activations{{bits={a} mode=per-step}}", "learn-time-scales{{bits={a}}}"
 WAYS = {
@@ -24,23 +21,5 @@ WAYS = {
 }
 RESULTS = Path(__file__).parent / "results" / "blocks.json"
 
-
-def main() -> None:
-    """Compute the rows that are missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_grad_enabled(False)
-    warnings.filterwarnings("ignore", "The model was compiled for")
-    bench = Bench(options, WAYS)
-    for setting in reversed(SETTINGS):
-        for way in WAYS:
-            bench.row(setting, way)
-    print(bench.table())
-
-
 if __name__ == "__main__":
-    main()
+    main(WAYS, RESULTS, __doc__)

@@ -51,19 +51,19 @@ OTHER_STEPS = 31
 RESULTS = Path(__file__).parent / "results" / "time-scales.json"
 
 
-def main() -> None:
+def main(ways: Mapping[str, str] = WAYS, results: Path = RESULTS, about: str | None = __doc__) -> None:
     """Compute the rows that are missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else "")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=results)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", "The model was compiled for")
-    bench = Bench(options, WAYS)
+    bench = Bench(options, ways)
     for setting in SETTINGS:
-        for way in WAYS:
+        for way in ways:
             bench.row(setting, way)
     print(bench.table())
 

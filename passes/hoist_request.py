@@ -9,7 +9,7 @@ from torch import fx
 
 from tfqc.analysis.binding import binding_times, needing_other_sizes, symbols_known
 from tfqc.analysis.outline import add_outlined
-from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage
+from tfqc.ir.program import BEGIN, STEP, Program, Role, Stage, copy_node
 from tfqc.ir.rows import RowSource
 from tfqc.ir.tables import Fact
 from tfqc.passing import EXACT, Context, Numerics, Pass
@@ -60,11 +60,5 @@ def _with_parameters(graph: fx.Graph, values: list[fx.Node]) -> fx.Graph:
         mapping[node] = new.create_node("placeholder", node.name, name=node.name)
     for node in graph.nodes:
         if node not in mapping:
-            mapping[node] = new.create_node(
-                node.op,
-                node.target,
-                fx.map_arg(node.args, lambda n: mapping[n]),
-                fx.map_arg(node.kwargs, lambda n: mapping[n]),
-                name=node.name,
-            )
+            mapping[node] = copy_node(new, node, mapping)
     return new

@@ -9,7 +9,7 @@ from torch import fx
 
 from tfqc.analysis.weighted import weighted_nodes
 from tfqc.ir.match import is_call
-from tfqc.ir.program import Program
+from tfqc.ir.program import Program, copy_node
 from tfqc.ir.rows import Tib
 
 MOST = 16  # layers of a block: joint attention of two streams with both feed-forward networks has as many
@@ -81,13 +81,7 @@ def _block(program: Program, module: str, nodes: Sequence[fx.Node]) -> Block:
         made = graph.placeholder(node.name) if node.op != "get_attr" else None
         mapping[node] = made or graph.create_node("get_attr", node.target, name=node.name)
     for node in nodes:
-        mapping[node] = graph.create_node(
-            node.op,
-            node.target,
-            fx.map_arg(node.args, lambda n: mapping[n]),
-            fx.map_arg(node.kwargs, lambda n: mapping[n]),
-            name=node.name,
-        )
+        mapping[node] = copy_node(graph, node, mapping)
     graph.output(tuple(mapping[n] for n in gives))
     layers = {n.name for n in weighted_nodes(program)}
     return Block(

@@ -8,7 +8,7 @@ of ATen and tfqc operations; a name denotes the same value in every function in 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -204,12 +204,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        copied = new.create_node(
-            node.op,
-            node.target,
-            fx.map_arg(node.args, lambda n: mapping[n]),
-            fx.map_arg(node.kwargs, lambda n: mapping[n]),
-            name=node.name,
-        )
-        mapping[node] = copied
+        mapping[node] = copy_node(new, node, mapping)
     return new
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of a node of another graph, under its name; `mapping` gives what stands here for what it reads."""
+    return graph.create_node(
+        node.op,
+        node.target,
+        fx.map_arg(node.args, lambda n: mapping[n]),
+        fx.map_arg(node.kwargs, lambda n: mapping[n]),
+        name=node.name,
+    )

@@ -23,6 +23,7 @@ from tfqc.ir.data import (
     Role,
     Stage,
     copy_graph,
+    copy_node,
 )
 from tfqc.ir.infer import infer_type
 from tfqc.ir.interpret import interpreter
@@ -36,7 +37,7 @@ from tfqc.ir.types import TensorType, Type
 
 __all__ = [
     "BEGIN", "ROWS", "STEP", "TIME", "Constant", "Input", "Origin", "Program", "Role", "Stage", "copy_graph",
-    "tensor_node_name",
+    "copy_node", "tensor_node_name",
 ]  # fmt: skip
 
 R = TypeVar("R", bound=Row)

@@ -72,23 +72,36 @@ def test_a_pipeline_makes_the_same_images(name: str, tmp_path: Path) -> None:
     assert np.array_equal(images(loaded, call), images(pipe, call))
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        ("flux", "cpu-int8"), ("controlnet", "cpu-int8"), ("experts", "cpu-int8"), ("sdxl", PLAIN),
-        ("z_image", "cpu-int8"),
-    ],
-)  # fmt: skip
-def test_in_bf16(name: str, target: str, tmp_path: Path) -> None:
-    pipe, call = in_bf16(name, tmp_path)
+CASES = [
+    *((name, PLAIN, "bf16") for name in ("sd", "sdxl", "flux", "svd")),
+    *((name, "cpu-int8", dtype) for name in PIPELINES for dtype in ("f32", "bf16")),
+]
+CASES.remove(("ddpm", "cpu-int8", "bf16"))  # numpy, to which its pipeline turns images, has no bf16
+# Of random weights: guidance multiplies the difference of two answers, and DiT's are mostly activations.
+FAR = {"animatediff": 0.32, "dit": 0.25}
+
+
+@pytest.mark.parametrize(("name", "target", "dtype"), CASES)
+def test_in_integers_and_in_bf16(name: str, target: str, dtype: str, tmp_path: Path) -> None:
+    pipe, call = (in_bf16 if dtype == "bf16" else pipeline)(name, tmp_path)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     want = images(pipe, call)
     tfqc.quantize(pipe, target, steps=4, calibration=[call])
-    assert all(model.dtype == torch.bfloat16 for model in denoisers(pipe).values())
+    assert all(model.dtype == kind for model in denoisers(pipe).values())
     got = images(pipe, call)
-    assert np.abs(got - want).mean() < 0.1 * want.std()
+    assert np.abs(got - want).mean() < FAR.get(name, 0.1) * want.std()
     assert np.array_equal(got, images(pipe, call))
     other = images(pipe, call, num_inference_steps=3)
     assert np.isfinite(other).all() and not np.array_equal(other, got)
+    own = denoisers(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    absent = {part: None for part, found in pipe.components.items() if found is None}
+    loaded = type(pipe).from_pretrained(tmp_path / "saved", torch_dtype=kind, **absent)
+    loaded.set_progress_bar_config(disable=True)
+    for part in denoisers(loaded):  # text encoders of transformers keep buffers in f32 where they are loaded
+        pipe.register_modules(**{part: getattr(loaded, part)})
+    assert all(getattr(pipe, part) is not model for part, model in own.items())
+    assert np.array_equal(images(pipe, call), got)
 
 
 @pytest.mark.parametrize("target", [PLAIN, "cpu-int8"])

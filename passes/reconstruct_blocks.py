@@ -80,8 +80,8 @@ class ReconstructBlocks(Pass):
             found = self._found(training, kept, ticks) if training.trains else None
             if found is not None:
                 _set(program, found)
-                training.take()
                 better += 1
+            training.take()  # where nothing was found, too: training has moved the scales
             settled |= training.scales
             training.go_on()
             before, after = before + first, after + training.error()

@@ -166,3 +166,19 @@ def test_refused(subject: Subjects) -> None:
     ):  # fmt: skip
         with pytest.raises(SpecError, match=said):
             Pipeline.parse(f"reconstruct-blocks{{{option}}}")
+
+
+def test_a_block_that_is_left_computes_as_it_did(subject: Subjects, tmp_path: Path) -> None:
+    """Scales that training has moved in vain are not those that later blocks are trained behind."""
+    its = subject("unet-sd")
+    plain = its.run(BEFORE, context(its))
+    far = FEW.replace("}", " steps-rate=5}")
+    first_time, second_time = context(its, tmp_path), context(its, tmp_path)
+    made = parameters(its.run(far, first_time, plain.clone()))
+    better, count, before, after = re.findall(
+        r"(\d+) of (\d+) .* block (\S+) before, (\S+) after", first_time.report[-1]
+    )[0]
+    assert int(better) < int(count) and float(after) <= float(before)
+    again = parameters(its.run(far, second_time, plain.clone()))
+    assert first_time.report[-1] == second_time.report[-1]
+    assert made.keys() == again.keys() and all(torch.equal(made[k], again[k]) for k in made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from tfqc.calibration.batches import Batch, batches
 from tfqc.calibration.block_training import BlockTraining, Found
 from tfqc.calibration.results import Result
 from tfqc.calibration.simulate import Simulation
+from tfqc.calibration.trajectories import model_key
 from tfqc.calibration.values import Values
-from tfqc.files.storage import tensors_hash
 from tfqc.ir.program import Program, Stage
 from tfqc.ir.rows import Quantizer, RowSource, Tib
 from tfqc.ir.tables import Fact
@@ -124,10 +123,11 @@ class ReconstructBlocks(Pass):
 
     def _identity(self, program: Program, calls: list[Batch]) -> str:
         """Of what is learned: the model, its quantizers as they are now, what it is called with, and the options."""
-        tensors = [(f"weight.{name}", value) for name, value in sorted(program.tensors.items())]
+        rows = program.table(Quantizer)
+        tensors = [(name, program.tensors[name]) for name in {t for row in rows.values() for t in row.tensors()}]
         for number, call in enumerate(calls):
-            tensors += [(f"{number}.{name}", value) for name, value in sorted(call.inputs.items())]
-        return hashlib.sha256(f"{self}\n{tensors_hash(tensors)}".encode()).hexdigest()[:32]
+            tensors += [(f"{number}.{name}", value) for name, value in {**call.inputs, "": call.steps}.items()]
+        return model_key(program, [self, sorted(rows.items())], tensors)
 
 
 def _set(program: Program, found: Found) -> None:

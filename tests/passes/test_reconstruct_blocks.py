@@ -182,3 +182,16 @@ def test_a_block_that_is_left_computes_as_it_did(subject: Subjects, tmp_path: Pa
     again = parameters(its.run(far, second_time, plain.clone()))
     assert first_time.report[-1] == second_time.report[-1]
     assert made.keys() == again.keys() and all(torch.equal(made[k], again[k]) for k in made)
+
+
+def test_nothing_is_found_for_other_bits(subject: Subjects, tmp_path: Path) -> None:
+    """Ranges of each token are no tensors: bits of inputs alone tell two runs apart."""
+    its = subject("dit-labels")
+    made: list[list[dict[str, Tensor]]] = []
+    for bits in (4, 8):
+        options = f"activations={bits} mode=per-token skip=pos_embed.*"
+        plain = its.run(BEFORE.replace("activations=4 mode=per-step", options), context(its))
+        assert not any(row.input_scale for row in plain.table(Quantizer).values())
+        made.append([parameters(its.run(FEW, context(its, at), plain.clone())) for at in (tmp_path, None)])
+    for kept, fresh in made:
+        assert kept.keys() == fresh.keys() and all(torch.equal(kept[k], fresh[k]) for k in kept)

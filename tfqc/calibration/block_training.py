@@ -46,7 +46,7 @@ class BlockTraining:
         batches: what the model was called with.
         behind: values behind quantized blocks, by batch.
         exact: those of the full-precision model; what the block gives is put there.
-        settled: tensors of scales that stay as they are: another block has learned them, or a rule of time made them.
+        settled: tensors of scales that stay as they are: a block before has read them.
     """
 
     def __init__(
